@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make study` and `make test`. Each makes .venv where there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: study test long check clean
+
+study: $(VENV)/.package
+	$(BIN)/probekit study -o build/study
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest
+
+long: $(VENV)/.tests
+	$(BIN)/python -m pytest -m long
+
+check: $(VENV)/.checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/deptry .
+
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.package
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.checks: $(VENV)/.package
+	$(INSTALL) --editable '.[test,check,train]'
+	touch $@

@@ -1,0 +1,122 @@
+"""What the numbered analyses share: their options, the traces that they read, and the files that they write.
+
+Each analysis asks one question of some models, and leaves one table (CSV and JSON) and one figure (PDF, SVG, PNG).
+Traces are kept under `--traces` and read again, so that the next analysis of the same models starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import pandas as pd
+import typer
+from matplotlib.figure import Figure
+
+from probekit.decoding.sampling import Sampling
+from probekit.errors import ProbekitError
+from probekit.models.loading import TALES, Loaded, load
+from probekit.presentation.plots import STYLE
+from probekit.tracing.prompts import Prompt, bundled_prompts_for
+from probekit.tracing.tracer import trace
+from probekit.tracing.traces import Trace
+
+SCHEMA = "probekit/analysis/1"
+SAMPLING = Sampling(temperature=1.0, seed=0)
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL ...]", help="Bundled names, folders, GGUF files or hub ids; by default the tales models."
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that receives the table and the figure.")]
+Traces = Annotated[Path, typer.Option("--traces", help="Folder of the traces; those that are there are read.")]
+Limit = Annotated[int, typer.Option("--prompts", min=2, help="How many of the bundled prompts to use.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each continuation.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+
+OUTPUT, TRACES, PROMPTS, TOKENS = Path("build/analyses"), Path("build/analyses/traces"), 24, 96
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings of one analysis."""
+
+    models: tuple[str, ...]
+    output: Path
+    traces: Path
+    prompts: int
+    max_new_tokens: int
+    device: str | None
+
+    def loaded(self) -> Iterator[Loaded]:
+        """Each model in turn."""
+        for reference in self.models:
+            say(f"{reference}: loading")
+            yield load(reference, device=self.device)
+
+    def prompts_for(self, loaded: Loaded) -> list[Prompt]:
+        """An even spread of the bundled prompts that suit a model, with their own indices."""
+        every = bundled_prompts_for(loaded.name)
+        count = min(self.prompts, len(every))
+        return [every[place * len(every) // count] for place in range(count)]
+
+    def trace(self, loaded: Loaded, text: str = "greedy") -> Trace:
+        """Greedy or sampled text of the model after each prompt; or the prompts themselves, as given text."""
+        folder = self.traces / f"{loaded.name}-{text}-{self.prompts}x{self.max_new_tokens}"
+        say(f"{loaded.name}: {text} text of {self.prompts} prompts")
+        return trace(
+            loaded, self.prompts_for(loaded), folder, max_new_tokens=self.max_new_tokens, given=text == "given",
+            sampling=SAMPLING if text == "sampled" else Sampling(), top_prompts=0, resume=True,
+        )  # fmt: skip
+
+    def write(self, name: str, question: str, table: pd.DataFrame, figure: Figure, **more: Any) -> None:
+        """Leave the table as CSV and JSON, and the figure as PDF, SVG and PNG."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        models = [Path(reference).name for reference in self.models]  # a kept table names no machine's folders
+        settings = asdict(self) | {"models": models, "output": None, "traces": None}
+        record = {
+            "schema": SCHEMA,
+            "analysis": name,
+            "question": question,
+            "settings": {key: value for key, value in settings.items() if value is not None} | more,
+            "versions": {package: version(package) for package in ("probekit", "torch", "transformers", "numpy")},
+            "columns": list(table.columns),
+            "rows": json.loads(table.to_json(orient="values", double_precision=6)),
+        }
+        table.to_csv(self.output / f"{name}.csv", index=False, float_format="%.6g")
+        (self.output / f"{name}.json").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        for kind in ("pdf", "svg", "png"):
+            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+            figure.savefig(self.output / f"{name}.{kind}", metadata=metadata, bbox_inches="tight")
+        say(f"wrote {self.output / name}.csv, .json, .pdf, .svg, .png")
+
+
+@contextmanager
+def bench(
+    models: list[str] | None, output: Path, traces: Path, prompts: int, tokens: int, device: str | None
+) -> Iterator[Bench]:
+    """An analysis's settings, its look, and one clear line for what goes wrong."""
+    try:
+        with matplotlib.rc_context(STYLE):
+            yield Bench(tuple(models or TALES), output, traces, prompts, tokens, device)
+    except ProbekitError as error:
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_status) from None
+
+
+def figure(columns: int, rows: int = 1, *, width: float = 2.4, height: float = 2.1) -> tuple[Figure, Any]:
+    """A figure and its Axes, (rows, columns); inches for each panel."""
+    drawn = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return drawn, drawn.subplots(rows, columns, squeeze=False)
+
+
+def say(message: str) -> None:
+    typer.echo(message, err=True)

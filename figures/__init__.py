@@ -1,0 +1,1 @@
+"""A paper's figures from a study folder: `python -m figures --study DIR`."""

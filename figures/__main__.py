@@ -1,0 +1,32 @@
+"""Every figure and table of a study, for a paper: `python -m figures --study DIR [--only NAME]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from figures.artefacts import open_study
+from figures.making import Output, StudyFolder, chosen, finish, make, make_tables
+
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One figure, by its name or fig03.")]
+
+
+def command(study: StudyFolder, only: Only = None, output: Output = None) -> None:
+    """Draw a study's figures as PDF, SVG and PNG, and write its tables as LaTeX."""
+
+    def work() -> Iterator[Path]:
+        wanted, opened, folder = chosen(only or ()), open_study(study), output or study / "paper"
+        if not only:
+            opened.check()  # before anything is written
+        yield from make(opened, wanted, folder)
+        if not only:
+            yield from make_tables(opened, folder)
+
+    finish(work)
+
+
+if __name__ == "__main__":
+    typer.run(command)

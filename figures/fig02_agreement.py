@@ -1,0 +1,18 @@
+"""Agreement with the model by layer, for the final-norm and the raw lens, with 95 % bands over prompts."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from figures.artefacts import Study
+from figures.making import alone
+from figures.panels import by_lens
+from probekit.presentation import plots
+
+
+def draw(study: Study) -> Figure:
+    return by_lens(study.table("layers"), plots.agreement_by_layer)
+
+
+if __name__ == "__main__":
+    alone(__file__)

@@ -1,0 +1,24 @@
+"""Acceptance rate and tokens per round, predicted from one trace, over exit layer and draft length."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from figures.artefacts import Study
+from figures.making import alone
+from figures.panels import grids
+from probekit.presentation import plots
+
+
+def draw(study: Study) -> Figure:
+    cells = study.table("cells")
+    most = float(cells["tokens_per_round"].max())
+    rows = (
+        ("acceptance rate", lambda ax, own, _: plots.acceptance_grid(ax, own)),
+        ("tokens per round", lambda ax, own, _: plots.tokens_per_round_grid(ax, own, high=most)),
+    )
+    return grids(study, cells, rows)
+
+
+if __name__ == "__main__":
+    alone(__file__)

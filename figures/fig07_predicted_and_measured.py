@@ -1,0 +1,26 @@
+"""The prediction against the running decoder: rounds, acceptance rate and speedup of every cell that was run."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from figures.artefacts import Study
+from figures.making import alone
+from figures.panels import one_legend
+from figures.style import TWO_COLUMNS, canvas
+from probekit.presentation import plots
+
+
+def draw(study: Study) -> Figure:
+    validation = study.table("validation")
+    figure = canvas(TWO_COLUMNS, 2.5, layout="compressed")
+    axes = figure.subplots(1, len(plots.COMPARED))
+    for ax, quantity, letter in zip(axes, plots.COMPARED, "abc", strict=True):
+        plots.predicted_against_measured(ax, validation, quantity)
+        ax.set_title(f"({letter}) {plots.COMPARED[quantity][2].split(' (')[0]}")
+    one_legend(figure, axes)
+    return figure
+
+
+if __name__ == "__main__":
+    alone(__file__)

@@ -1,0 +1,93 @@
+"""From a study to its figures and LaTeX tables: all of them, some, or one script's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import typer
+from matplotlib.figure import Figure
+
+from figures import style
+from figures.artefacts import TABLES, Study, open_study
+from probekit.errors import InputError, ProbekitError
+from probekit.presentation.tables import to_latex
+from probekit.tracing.traces import atomic_text
+
+Draw = Callable[[Study], Figure]
+
+StudyFolder = Annotated[Path, typer.Option("--study", metavar="DIR", help="A folder that `probekit study` wrote.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="By default the study's paper/.")]
+
+CAPTIONS = {
+    "layers": "What each layer says, pooled over the generated tokens: shares, and means in nats. "
+    "95 % intervals, bootstrap over prompts.",
+    "cells": "Predicted rounds over exit layers and draft lengths, and the speedup that they give with the measured "
+    "costs. 95 % intervals, bootstrap over prompts.",
+    "validation": "The prediction beside the running decoder. Brackets: 95 % intervals over prompts; of the measured "
+    "speedup, the 20 % and 80 % quantiles of repeated timings.",
+    "rounds": "Every round of every cell that was run.",
+    "run_lengths": "Runs of agreement by their length, beside the geometric law of independent agreements.",
+    "costs": "Seconds of each step on the machine of the study.",
+}
+
+
+class _Script(Protocol):
+    def draw(self, study: Study) -> Figure: ...
+
+
+def names() -> list[str]:
+    """The figures' names, in order: those of the scripts."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("fig[0-9][0-9]_*.py"))
+
+
+def make(study: Study, wanted: Sequence[str], output: Path) -> Iterator[Path]:
+    """Draw and write each wanted figure; yields every file."""
+    for name in wanted:
+        script: _Script = import_module(f"figures.{name}")
+        with style.paper():
+            yield from style.save(script.draw(study), output, name)
+
+
+def make_tables(study: Study, output: Path) -> Iterator[Path]:
+    """Write each of the study's tables as LaTeX; yields every file."""
+    (output / "tables").mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        path = output / "tables" / f"{name}.tex"
+        atomic_text(path, to_latex(study.table(name), CAPTIONS[name], f"tab:{name.replace('_', '-')}"))
+        yield path
+
+
+def chosen(only: Sequence[str]) -> list[str]:
+    """The names that begin with what was asked for; all without a wish. Raises InputError where nothing does."""
+    found = []
+    for wish in only:
+        matching = [name for name in names() if name.startswith(wish)]
+        if not matching:
+            raise InputError(f"there is no figure {wish!r}.", f"There are {', '.join(names())}.")
+        found += matching
+    return list(dict.fromkeys(found)) or names()
+
+
+def finish(work: Callable[[], Iterator[Path]]) -> None:
+    """Do the work and print what was written; an error is one line, with the exit status of its kind."""
+    try:
+        for path in work():
+            typer.echo(path)
+    except ProbekitError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_status) from None
+
+
+def alone(file: str) -> None:
+    """Run one script by itself: `python -m figures.<name> --study DIR`."""
+    name = Path(file).stem
+
+    def command(study: StudyFolder, output: Output = None) -> None:
+        finish(lambda: make(open_study(study), [name], output or study / "paper"))
+
+    command.__doc__ = sys.modules["__main__"].__doc__
+    typer.run(command)

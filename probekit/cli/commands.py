@@ -1,0 +1,9 @@
+"""Every command, in the order in which a newcomer meets them."""
+
+from __future__ import annotations
+
+from probekit.cli.deciding import choose, predict, validate
+from probekit.cli.looking import compare, inspect, lens, models, report
+from probekit.cli.running import decode, study, trace
+
+ALL = (models, inspect, lens, trace, predict, choose, decode, validate, compare, report, study)

@@ -1,0 +1,175 @@
+"""models, inspect, lens, compare, report: looking without deciding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from probekit.cli import options
+from probekit.cli.terminal import out, print_json, print_table, progress_bars, remark, show
+from probekit.presentation.tokens import clipped, columns, shown
+
+
+def models(
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The bundled models and where they come from."""
+    from probekit.models.loading import bundled_models
+
+    rows = [model.to_json() for model in bundled_models()]
+    if as_json:
+        print_json({"schema": "probekit/models/1", "models": rows})
+        return
+    print_table(
+        "bundled models",
+        ["name", "layers", "tied", "parameters", "trained on"],
+        [[row[key] for key in ("name", "layers", "tied", "parameters", "trained_on")] for row in rows],
+    )
+
+
+def inspect(
+    model: options.Model,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The anatomy of a model: layers, widths, tied or not, parameters, bytes, sites."""
+    from probekit.models.loading import describe, load
+
+    description = describe(load(model, device=device, dtype=dtype))
+    if as_json:
+        print_json(description)
+        return
+    print_table(
+        f"{description['name']}",
+        ["what", "value"],
+        [[key.replace("_", " "), show(value)] for key, value in description.items() if key not in ("schema", "name")],
+    )
+
+
+def lens(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
+    max_new_tokens: options.MaxNewTokens = 12,
+    raw: Annotated[bool, typer.Option("--raw", help="head(h), without the final norm.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The table of top tokens, layer by position."""
+    from probekit.models.loading import load
+    from probekit.presentation.tables import lens_table
+    from probekit.tracing.prompts import Prompt
+    from probekit.tracing.tracer import trace as trace_prompts
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    loaded = load(model, device=device, dtype=dtype)
+    with progress_bars(quiet or as_json) as bars:
+        trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=max_new_tokens, top_prompts=1, progress=bars)
+    table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
+    if html is not None:
+        from probekit.presentation.report import write_lens_page
+
+        write_lens_page(trace, html)
+        remark(f"wrote {html}", quiet=quiet)
+    if as_json:
+        print_json({"schema": "probekit/lens/1", **table.to_json()})
+    else:
+        _print_lens(table)
+
+
+def _print_lens(table: Any) -> None:
+    """Layers from the last to the first, positions from left to right, folded to the window."""
+    cells = table.cells  # (layers, positions): token shown, probability
+    texts = [[table.inputs[place], *(row[place][0] for row in cells)] for place in range(len(cells[0]))]
+    widths = [max(4, min(12, max(columns(shown(text)) for text in column))) for column in texts]
+    first, margin = 0, 8
+    while first < len(widths):
+        last, used = first, margin
+        while last < len(widths) and (last == first or used + widths[last] + 1 <= out.width):
+            used += widths[last] + 1
+            last += 1
+        _print_lens_columns(table, range(first, last), widths)
+        first = last
+    out.print(
+        Text(
+            f"{table.lens} lens, {table.convention}. Columns: the token that is read; rows: layers. "
+            "Brighter is more probable; a dot marks agreement with the last layer; prompt columns are grey.",
+            style="dim",
+        )
+    )
+
+
+def _print_lens_columns(table: Any, places: range, widths: list[int]) -> None:
+    header = Text("   reads ", style="bold")
+    for place in places:
+        style = "bold" if table.generated[place] else "dim"
+        header.append(_filled(table.inputs[place], widths[place]) + " ", style=style)
+    out.print(header)
+    for layer in reversed(range(len(table.cells))):
+        line = Text(f"{'model' if layer == len(table.cells) - 1 else 'layer'} {layer:>2} ")
+        for place in places:
+            token, probability = table.cells[layer][place]
+            agrees = token == table.cells[-1][place][0]
+            line.append(_filled(token, widths[place]), style=_shade(probability, table.generated[place]))
+            line.append("·" if agrees else " ", style="green")
+        out.print(line)
+    out.print()
+
+
+def _filled(token: str, width: int) -> str:
+    """A token's visible text in exactly `width` columns."""
+    text = clipped(token, width)
+    return text + " " * (width - columns(text))
+
+
+def _shade(probability: float, generated: bool) -> str:
+    """Grey for the prompt; from dark to bright blue with the probability."""
+    if not generated:
+        return "dim"
+    return ("color(240)", "color(67)", "color(74)", "color(81)", "bold color(123)")[min(4, int(probability * 5))]
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Folders that `probekit trace` wrote.")],
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Tied, untied and early-exit-trained models side by side, on the same prompts."""
+    from probekit.tracing.traces import Trace
+    from probekit.tying.comparison import compare_traces
+
+    comparison = compare_traces([Trace.open(run) for run in runs])
+    if as_json:
+        print_json(comparison.to_json())
+        return
+    for table in comparison.tables():
+        print_table(table.title, table.columns, table.rows, table.footnote)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `probekit study` wrote.")],
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the HTML report of a study: one self-contained file."""
+    from probekit.presentation.report import write_report
+
+    page = write_report(folder)
+    if as_json:
+        print_json({"schema": "probekit/report/1", "report": str(page), "bytes": page.stat().st_size})
+    else:
+        out.print(str(page), markup=False)

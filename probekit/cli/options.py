@@ -1,0 +1,54 @@
+"""The options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probekit.errors import InputError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A bundled name, a Hugging Face id, a local folder or a GGUF file.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` wrote.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Budget of new tokens for each prompt.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set of this probability; 1 keeps all.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random draw.")]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help=".txt, .jsonl, .csv, .parquet or a dataset folder. [default: bundled]")
+]
+ExitLayers = Annotated[str | None, typer.Option("--exit-layers", help="As 2,4,8 or 1-11. [default: all]")]
+DraftLengths = Annotated[str | None, typer.Option("--draft-lengths", help="As 1,2,4 or 1-8. [default: 1-8]")]
+DraftModel = Annotated[
+    str | None, typer.Option("--draft-model", help="A second model with the same tokenizer, that drafts.")
+]
+
+
+def integers(text: str | None, name: str) -> list[int] | None:
+    """`2,4,8`, `1-8` or a mixture as a sorted list without repeats; None stays None (the default)."""
+    if text is None:
+        return None
+    numbers: set[int] = set()
+    try:
+        for piece in text.split(","):
+            first, dash, last = piece.strip().partition("-")
+            numbers.update(range(int(first), int(last) + 1) if dash else [int(first)])
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; expected whole numbers as 2,4,8 or 1-8.") from None
+    if not numbers:
+        raise InputError(f"{name} is {text!r}, which names no number.", "Write the smaller number first: 1-8.")
+    return sorted(numbers)
+
+
+def at_least_one(value: int, name: str) -> int:
+    if value < 1:
+        raise InputError(f"{name} is {value}; expected 1 or more.")
+    return value

@@ -1,0 +1,215 @@
+"""trace, decode, study: the commands that run a model for a while."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from probekit.cli import options
+from probekit.cli.terminal import err, out, print_json, print_table, progress_bars, remark
+
+if TYPE_CHECKING:
+    from probekit.decoding.results import Decoded
+
+
+def trace(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 96,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    given: Annotated[bool, typer.Option("--given", help="Score the given text instead of generating one.")] = False,
+    statistics: Annotated[str, typer.Option("--statistics", help="all, or agreement (several times faster).")] = "all",
+    keep_residuals: Annotated[
+        str | None, typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12.")
+    ] = None,
+    draft_model: options.DraftModel = None,
+    backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: from the memory at hand]")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Continue each prompt, read every layer of every token once, and keep the figures."""
+    from probekit.decoding.sampling import Sampling
+    from probekit.models.loading import load
+    from probekit.tracing.prompts import bundled_prompts_for, load_prompts
+    from probekit.tracing.tracer import trace as trace_prompts
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    layers = options.integers(keep_residuals, "--keep-residuals") or ()
+    given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
+    loaded = load(model, device=device, dtype=dtype)
+    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
+    with progress_bars(quiet or as_json) as bars:
+        result = trace_prompts(
+            loaded,
+            given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
+            output,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            given=given,
+            statistics=statistics,
+            keep_residuals=layers,
+            draft_model=drafter,
+            backend=backend,
+            resume=resume,
+            chat=chat,
+            batch_size=batch_size,
+            progress=bars,
+        )
+    manifest = result.manifest
+    if as_json:
+        print_json({"schema": "probekit/trace/1", "run": str(output), "manifest": manifest.to_json()})
+        return
+    remark(
+        f"traced {manifest.prompt_count} prompts of {manifest.model.name} into {output}. "
+        f"Next: probekit predict {output}",
+        quiet=quiet,
+    )
+
+
+def decode(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
+    method: Annotated[
+        str, typer.Option("--method", help="autoregressive, self-speculative, speculative or early-exit.")
+    ] = "autoregressive",
+    exit_layer: Annotated[int | None, typer.Option("--exit-layer", help="Layer that drafts, 1..L-1.")] = None,
+    draft_length: Annotated[int | None, typer.Option("--draft-length", help="Tokens drafted in a round.")] = None,
+    draft_model: options.DraftModel = None,
+    max_new_tokens: options.MaxNewTokens = 96,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; may be repeated.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Decode one prompt; accepted drafts are marked as they stream."""
+    from probekit.decoding.decode import decode as decode_prompt
+    from probekit.decoding.sampling import Sampling
+    from probekit.models.loading import load
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    loaded = load(model, device=device, dtype=dtype)
+    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
+    decoded = decode_prompt(
+        loaded,
+        prompt,
+        method=method,
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        draft_model=drafter,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=tuple(stop or ()),
+        on_accept=None if as_json else _stream,
+    )
+    if as_json:
+        print_json({"schema": "probekit/decode/1", **decoded.to_json()})
+        return
+    out.print()
+    remark(_figures(decoded), quiet=quiet)
+
+
+def _figures(decoded: Decoded) -> str:
+    """One line: how much, how fast, and how many drafts were accepted."""
+    seconds = decoded.seconds["total"] - decoded.seconds["prefill"]
+    line = f"{len(decoded.tokens)} tokens, ended by {decoded.ended}"
+    if decoded.emitted and seconds > 0:
+        line += f", {decoded.emitted / seconds:.1f} tokens/s after the prefill"
+    if sum(decoded.drafted):
+        line += (
+            f"; {decoded.rounds} rounds, {sum(decoded.accepted)} of {sum(decoded.drafted)} drafts accepted "
+            f"({decoded.acceptance_rate:.0%}), {decoded.tokens_per_round:.2f} tokens per round"
+        )
+    return line + ("" if decoded.lossless else "; LOSSY: nothing was verified")
+
+
+def _stream(text: str, how: str) -> None:
+    """Accepted drafts underlined, what verification adds plain."""
+    style = "underline" if how == "accepted" and out.is_terminal else ""
+    out.print(Text(text, style=style), end="", soft_wrap=True)
+
+
+def study(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL ...]", help="[default: the bundled models]")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the study.")] = Path("study"),
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 96,
+    draft_lengths: options.DraftLengths = None,
+    draft_model: options.DraftModel = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
+    from probekit.study import run_study
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    with progress_bars(quiet or as_json) as bars:
+        result = run_study(
+            models or None,
+            output,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
+            draft_model=draft_model,
+            chat=chat,
+            device=device,
+            dtype=dtype,
+            progress=bars,
+        )
+    if as_json:
+        print_json(result.summary)
+        return
+    _print_study(result.summary, output, quiet)
+
+
+def _print_study(summary: dict[str, Any], folder: Path, quiet: bool) -> None:
+    rows = []
+    for model in summary["models"]:
+        choice, chosen = model["choice"], model["chosen_validation"]
+        rows.append(
+            [
+                model["name"],
+                choice["exit_layer"],
+                choice["draft_length"],
+                choice["speedup"],
+                choice["interval"],
+                chosen["speedup_measured"] if chosen else None,
+                model["timings"]["generation_s"],
+                model["timings"]["agreement_trace_s"],
+            ]
+        )
+    print_table(
+        "which layer should draft, and how many tokens",
+        ["model", "exit layer", "draft length", "speedup predicted", "95 %", "measured", "text, s", "its trace, s"],
+        rows,
+        "chosen on the even prompts; measured on the odd ones. text: time to generate a few texts, one prompt at a "
+        "time; its trace: time to read them (agreement only) and to tabulate every exit and draft length.",
+    )
+    for model in summary["models"]:
+        out.print(Text(model["sentence"]))
+    if not quiet:
+        took = summary["seconds"]["total"]
+        err.print(f"\nreport: {folder / 'report.html'}   figures: {folder / 'figures'}   {took:.0f} s", markup=False)

@@ -1,0 +1,130 @@
+"""Standard output for results, standard error for everything else, progress only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 140  # columns where there is no window to fold to
+_CELL = 24  # columns that a cell may ask for before its heading folds
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDE)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON document; what is not a number in JSON (NaN, infinities) becomes null."""
+    json.dump(_finite(document), sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def remark(message: str, *, quiet: bool = False) -> None:
+    """A line for the person at the terminal; escaped, since it may quote prompts and tokens."""
+    if not quiet:
+        err.print(escape(message))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footnote: str = "") -> None:
+    """A table whose cells are data, never markup."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    shown = [[show(value) for value in row] for row in rows]
+    for index, column in enumerate(columns):
+        widest = max((len(row[index]) for row in shown), default=0)
+        table.add_column(
+            Text(column), justify="left" if index == 0 else "right", overflow="fold", min_width=min(widest, _CELL)
+        )
+    for row in shown:
+        table.add_row(*map(Text, row))
+    out.print(table)
+    if footnote:
+        out.print(Text(footnote, style="dim"))
+
+
+def show(value: Any) -> str:
+    """A figure as a person reads it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, float) for part in value):
+        return f"[{value[0]:.2f}, {value[1]:.2f}]"
+    if isinstance(value, (list, tuple)):
+        return " ".join(show(part) for part in value)
+    return str(value)
+
+
+class _Figures(ProgressColumn):
+    """What a phase reports of itself: tokens a second, a loss, a cell."""
+
+    def render(self, task: Task) -> Text:
+        figures = task.fields.get("figures", {})
+        return Text("  ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in figures.items()), "dim")
+
+
+class Bars:
+    """Progress as the library reports it: `bars(phase, done, total, **figures)`; one bar for each phase."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, phase: str, done: float, total: float | None, **figures: Any) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(escape(phase), total=total, figures={})
+        self._progress.update(self._tasks[phase], completed=done, total=total, figures=figures)
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Bars]:
+    """Bars with time left on a terminal; nothing elsewhere."""
+    columns = (
+        SpinnerColumn(finished_text="[green]✓[/green]"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        _Figures(),
+    )
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as progress:
+        yield Bars(progress)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, float) for part in value):
+        return f"[{value[0]:.2f}, {value[1]:.2f}]"
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # a NumPy scalar
+        return _finite(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Decoding: one interface, four methods; the lossless ones differ only in speed."""

@@ -1,0 +1,44 @@
+"""One token a pass: the model alone, and its truncation at an exit layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from probekit.decoding.caches import Places
+from probekit.decoding.engine import Drafts, Engine, Method, Session
+from probekit.models.loading import Loaded
+
+
+class Autoregressive(Method):
+    """The model's own decoding: what every lossless method must reproduce, and what speedups are measured against."""
+
+    name = "autoregressive"
+
+    def _run(self, session: Session) -> None:
+        engine = self._engine(session.plan)
+        prompt = session.prompt_tokens()
+        session.begin([engine], self._pass(engine, prompt, engine.places([0], prompt.shape[1])))
+        while session.rows:
+            states = self._pass(engine, session.last, engine.places(session.positions, 1))
+            session.verify(Drafts(session.last, None, [0] * len(session.rows)), engine.logits(states))
+
+    def _pass(self, engine: Engine, tokens: Tensor, places: Places) -> Tensor:
+        """Hidden states that the head reads, (rows, tokens, width)."""
+        return engine.full(tokens, places)
+
+
+class EarlyExit(Autoregressive):
+    """Layers 0..E-1, the final norm and the head, without verification: fast, and lossy.
+
+    Prompt and continuation both run through the early layers only.
+    """
+
+    name = "early-exit"
+    lossless = False
+
+    def __init__(self, loaded: Loaded, exit_layer: int) -> None:
+        super().__init__(loaded)
+        self.exit_layer: int = loaded.anatomy.check_exit(exit_layer)
+
+    def _pass(self, engine: Engine, tokens: Tensor, places: Places) -> Tensor:
+        return engine.parts.norm(engine.early(tokens, places, self.exit_layer))

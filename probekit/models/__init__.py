@@ -1,0 +1,1 @@
+"""Models: where their parts are, how they are loaded, the ones that ship, and synthetic ones."""

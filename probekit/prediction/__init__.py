@@ -1,0 +1,1 @@
+"""From a trace to rounds, from rounds and costs to a choice, and from the choice to its proof."""

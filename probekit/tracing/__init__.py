@@ -1,0 +1,1 @@
+"""Prompts -> the model's own text -> one teacher-forced pass -> a Trace."""

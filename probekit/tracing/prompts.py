@@ -1,0 +1,361 @@
+"""Prompts: from files, from chat messages, from the bundled sets; and how they become token ids. Needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from probekit.errors import InputError
+
+BUNDLED_SETS = ("tales", "general")
+_FIELDS = ("prompt", "messages", "response", "kind")
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.\w+")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, named everywhere by its index.
+
+    text: plain text; empty where `messages` are given.
+    kind: what sort of prompt it is, for tables; may be empty.
+    messages: chat messages, {"role", "content"}, which go through the tokenizer's chat template.
+    response: the text that is scored after the prompt when given text is traced.
+    ids, response_ids: token ids in place of texts, taken as they are; for models without a tokenizer, and for texts
+        whose tokens are known.
+    source: the file or the bundled set that it came from; empty for one from Python.
+    """
+
+    index: int
+    text: str = ""
+    kind: str = ""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    response: str | None = None
+    ids: tuple[int, ...] | None = None
+    response_ids: tuple[int, ...] | None = None
+    source: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the model will read it.
+
+    text: what was encoded. ids: token ids of the whole. context: how many of them are context (P, at least 1); the
+    ids behind them are the given text, if there is any.
+    """
+
+    prompt: Prompt
+    text: str
+    ids: tuple[int, ...]
+    context: int
+
+
+# --------------------------------------------------------------------------------------------------- loading
+def load_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: bool = False) -> list[Prompt]:
+    """Read prompts, in the order of the file.
+
+    Parameters
+    ----------
+    path: `.txt` (a prompt a line), `.jsonl` (objects with `prompt` or `messages`, and perhaps `kind` and
+        `response`), `.csv` or `.parquet` (a `prompt` column, and perhaps those), or a folder with a local dataset.
+    chat: make each plain prompt the message of a user.
+    given: a closing message of the assistant is the response; it and `response` are what is scored.
+
+    Raises InputError, which names the line, for anything that is not a prompt.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(
+            f"there is no prompts file {path}.", "Name a .txt, .jsonl, .csv or .parquet file, or a folder."
+        )
+    read = _read_folder if path.is_dir() else _READERS.get(path.suffix.lower())
+    if read is None:
+        raise InputError(
+            f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .csv or .parquet, or a dataset folder."
+        )
+    prompts = [
+        replace(_prompt(index, record, f"{path}, {where}", chat=chat, given=given), source=str(path))
+        for index, (where, record) in enumerate(read(path))
+    ]
+    if not prompts:
+        raise InputError(f"{path} holds no prompt: it is empty.", "Write at least one prompt into it.")
+    return prompts
+
+
+def bundled_prompts(name: str) -> list[Prompt]:
+    """A bundled set of 24: `tales` (openings from a book of fairy tales) or `general` (six kinds of four)."""
+    if name not in BUNDLED_SETS:
+        raise InputError(f"there is no bundled prompt set {name!r}; there are {', '.join(BUNDLED_SETS)}.")
+    lines = files("probekit.tracing").joinpath("bundled", f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    records = map(json.loads, lines)
+    return [
+        Prompt(index, record["prompt"], record["kind"], source=f"bundled: {name}")
+        for index, record in enumerate(records)
+    ]
+
+
+def bundled_prompts_for(model_name: str) -> list[Prompt]:
+    """The bundled set that suits a model: tales for the models that were trained on tales, general for others."""
+    return bundled_prompts("tales" if model_name.startswith("tales-") else "general")
+
+
+def as_prompts(
+    prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]], *, chat: bool = False, given: bool = False
+) -> list[Prompt]:
+    """Prompts from Python: texts, lists of token ids, records as in a `.jsonl` file, or Prompts (indices kept)."""
+    if isinstance(prompts, str | Mapping):
+        raise InputError("prompts are a list of texts, not one text.", 'Write ["..."].')
+    made = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, Prompt):
+            made.append(_again(prompt, chat=chat, given=given))
+        elif isinstance(prompt, str | Mapping):
+            record = {"prompt": prompt} if isinstance(prompt, str) else prompt
+            made.append(_prompt(index, record, f"prompt {index}", chat=chat, given=given))
+        else:
+            made.append(_again(Prompt(index, ids=tuple(map(int, prompt))), chat=chat, given=given))
+    if not made:
+        raise InputError("there is no prompt.", "Give at least one.")
+    if len({prompt.index for prompt in made}) < len(made):
+        raise InputError("two prompts have the same index.", "Number them apart.")
+    return made
+
+
+def _again(prompt: Prompt, *, chat: bool, given: bool) -> Prompt:
+    """A Prompt that was made elsewhere, checked like any other."""
+    where = f"prompt {prompt.index}"
+    if prompt.ids is not None:
+        if not prompt.ids:
+            raise InputError(f"{where} has no token ids.", "Give at least one.")
+        return prompt
+    words = {"prompt": prompt.text} if prompt.messages is None else {"messages": list(prompt.messages)}
+    record = {**words, "kind": prompt.kind, "response": prompt.response}
+    return replace(_prompt(prompt.index, record, where, chat=chat, given=given), source=prompt.source)
+
+
+def prompts_source(prompts: Iterable[Prompt]) -> str:
+    """Where the prompts came from: files, a bundled set, or Python."""
+    return ", ".join(sorted({prompt.source or "Python" for prompt in prompts}))
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """`sha256:hex` of the prompts: all that they hold, and their order, but not their source."""
+    document = json.dumps([asdict(replace(prompt, source="")) for prompt in prompts], sort_keys=True)
+    return "sha256:" + hashlib.sha256(document.encode()).hexdigest()
+
+
+def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> Prompt:
+    """Check one record and make it a prompt."""
+    if not isinstance(record, Mapping):
+        raise InputError(f"{where}: expected an object with `prompt` or `messages`, not {_short(record)}.")
+    text, messages = record.get("prompt"), record.get("messages")
+    response, kind = record.get("response"), record.get("kind") or ""
+    if text is None and messages is None:
+        raise InputError(f"{where}: there is no `prompt`; it has {', '.join(map(str, record)) or 'nothing'}.")
+    if messages is None:
+        if not isinstance(text, str):
+            raise InputError(f"{where}: `prompt` is {_short(text)}; expected a text.")
+        if not text.strip():
+            raise InputError(f"{where}: the prompt is empty.", "Write one, or delete the line.")
+        if chat:
+            text, messages = "", [{"role": "user", "content": text}]
+    else:
+        _check_messages(messages, where)
+        text = ""
+        if given and response is None and messages[-1]["role"] == "assistant":
+            *messages, last = messages
+            response = last["content"]
+    if response is not None and (not isinstance(response, str) or not response.strip()):
+        raise InputError(f"{where}: `response` is {_short(response)}; expected a text that is not empty.")
+    turns = None if messages is None else tuple(dict(message) for message in messages)
+    if turns is not None and not turns:
+        raise InputError(f"{where}: there is no message before the response.")
+    return Prompt(index, text, str(kind), turns, response)
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    whole = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
+    if not whole or not all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
+    ):
+        raise InputError(
+            f'{where}: `messages` is {_short(messages)}; expected a list of {{"role": .., "content": ..}}.'
+        )
+    if not messages[-1]["content"].strip():
+        raise InputError(f"{where}: the last message is empty.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --------------------------------------------------------------------------------------------------- readers
+_Records = Iterator[tuple[str, Any]]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path} is not UTF-8 (line {line}, byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Lines, without the empty ones that may close a file."""
+    text = _text_of(path).rstrip("\n")
+    return text.split("\n") if text else []
+
+
+def _read_txt(path: Path) -> _Records:
+    for number, line in enumerate(_lines_of(path), start=1):
+        yield f"line {number}", {"prompt": line}
+
+
+def _read_jsonl(path: Path) -> _Records:
+    for number, line in enumerate(_lines_of(path), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            what = "is empty" if not line.strip() else f"is not JSON: {error}"
+            raise InputError(f"{path}, line {number} {what}.", 'Each line is an object: {"prompt": ".."}') from None
+        yield f"line {number}", record
+
+
+def _read_csv(path: Path) -> _Records:
+    lines = _text_of(path).split("\n")
+    reader = csv.DictReader((line + "\n" for line in lines), strict=True)
+    _require_prompt_column(path, reader.fieldnames or (), empty=not any(lines))
+    try:
+        for record in reader:
+            yield (
+                f"line {reader.line_num}",
+                {name: record[name] or None for name in _FIELDS[2:] if name in record}
+                | {"prompt": record["prompt"] or ""},
+            )
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
+
+
+def _read_parquet(path: Path) -> _Records:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} is not a Parquet file: {error}") from None
+    yield from _rows(path, table)
+
+
+def _read_arrow(path: Path) -> _Records:
+    try:
+        with pa.OSFile(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} is not an Arrow file: {error}") from None
+    yield from _rows(path, table)
+
+
+def _rows(path: Path, table: pa.Table) -> _Records:
+    if "messages" not in table.column_names:
+        _require_prompt_column(path, table.column_names, empty=False)
+    wanted = table.select([name for name in _FIELDS if name in table.column_names])
+    number = 0
+    for batch in wanted.to_batches(max_chunksize=1024):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"row {number}", record
+
+
+def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -> None:
+    if "prompt" not in columns and not empty:
+        raise InputError(f"{path} has no `prompt` column; it has {', '.join(columns) or 'none'}.", "Rename one.")
+
+
+def _read_folder(folder: Path) -> _Records:
+    """A local dataset: data files of one kind in the folder or its `data`, or what `save_to_disk` wrote."""
+    readers = {suffix: read for suffix, read in _READERS.items() if suffix != ".txt"}
+    places = [folder, folder / "data"]
+    found = next(
+        (found for place in places if (found := sorted(p for p in place.glob("*") if p.suffix in readers))), []
+    )
+    suffixes = sorted({path.suffix for path in found})
+    splits = sorted({match["split"] for path in found if (match := _SHARD.fullmatch(path.name))})
+    if not found:
+        below = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(f.suffix in readers for f in p.glob("*")))
+        raise InputError(
+            f"the folder {folder} holds no {', '.join(readers)} file.",
+            f"Name one of its folders: {', '.join(below)}." if below else "Name a local dataset, or a prompts file.",
+        )
+    if len(suffixes) > 1 or len(splits) > 1:
+        raise InputError(
+            f"the folder {folder} holds several sets: {', '.join(suffixes if len(suffixes) > 1 else splits)}.",
+            "Name the file that is meant.",
+        )
+    for path in found:
+        for where, record in readers[path.suffix](path):
+            yield f"{path.name}, {where}", record
+
+
+_READERS: dict[str, Callable[[Path], _Records]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+# -------------------------------------------------------------------------------------------------- encoding
+def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False) -> Encoded:
+    """The token ids of a prompt: as `tokenizer(prompt)` makes them, or through the chat template for messages.
+
+    With `given`, prompt and response are encoded together, as one text, and what both encodings begin with is the
+    context: a token that spans the border is scored. Without a response, all of the text is scored but its first
+    token, which nothing precedes.
+    """
+    if prompt.ids is not None:
+        whole = prompt.ids + (prompt.response_ids or ()) if given else prompt.ids
+        context = 1 if given and prompt.response_ids is None else len(prompt.ids)
+        return Encoded(prompt, prompt.text, whole, context)
+    if tokenizer is None:
+        raise InputError("this model has no tokenizer, which prompts need.", "Load it from a folder that has one.")
+    if prompt.messages is None:
+        text, special = prompt.text, True
+    else:
+        text, special = _through_template(prompt, tokenizer), False
+    ids = _ids(tokenizer, text, special)
+    if not given:
+        return Encoded(prompt, text, ids, len(ids))
+    if prompt.response is None:
+        return Encoded(prompt, text, ids, 1)
+    whole = _ids(tokenizer, text + prompt.response, special)
+    shared = next((place for place, (one, two) in enumerate(zip(ids, whole, strict=False)) if one != two), len(ids))
+    return Encoded(prompt, text, whole, max(1, min(shared, len(whole))))
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _through_template(prompt: Prompt, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "this model's tokenizer has no chat template, which messages need.", "Give plain prompts, without --chat."
+        )
+    try:
+        return tokenizer.apply_chat_template(list(prompt.messages or ()), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a checkpoint's own template raises
+        raise InputError(f"prompt {prompt.index}: the chat template refuses these messages: {error}") from None

@@ -1,0 +1,724 @@
+"""`trace`: prompts -> their continuation -> one teacher-forced pass -> a Trace.
+
+First a plan, with every check that needs no forward pass; then the model is checked; then, batch by batch of the plan,
+the texts are generated, every layer of every row is read, and one part of the trace is written.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from einops import repeat
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+import probekit
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.engine import free_bytes
+from probekit.decoding.sampling import Sampling, warp
+from probekit.decoding.speculative import check_drafter
+from probekit.errors import InputError, ResourceError
+from probekit.lens.lens import KINDS, Lens
+from probekit.lens.statistics import StatisticsPlan, layer_statistics
+from probekit.lens.witness import Witnesses
+from probekit.models.loading import Loaded, load
+from probekit.tracing.backends import (
+    Backend,
+    HooksBackend,
+    Reading,
+    check_backend,
+    open_backend,
+    row_noise,
+    self_check,
+)
+from probekit.tracing.prompts import (
+    Encoded,
+    Prompt,
+    as_prompts,
+    bundled_prompts_for,
+    encode,
+    prompts_hash,
+    prompts_source,
+)
+from probekit.tracing.traces import Manifest, ModelRecord, Trace, TraceWriter, looped, spelled_bytes, visible
+
+# A batch of the plan: at most so many rows, and so many bytes of residuals, and so many prompts.
+MOST_ROWS = 4096
+MOST_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+MOST_PROMPTS = {"cpu": 8, "cuda": 64}
+TOP = 10  # places of the `top` table
+
+_DRAFTER_CHUNK_BYTES = 64 * 2**20
+
+Progress = Callable[..., None]
+
+
+def trace(
+    loaded: Loaded,
+    prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]] | None = None,
+    folder: str | Path | None = None,
+    *,
+    max_new_tokens: int = 96,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    given: bool = False,
+    statistics: str = "all",
+    keep_residuals: Iterable[int] = (),
+    draft_model: Loaded | str | Path | None = None,
+    backend: str = "hooks",
+    resume: bool = False,
+    chat: bool = False,
+    batch_size: int | None = None,
+    top_prompts: int = 1,
+    progress: Progress | None = None,
+) -> Trace:
+    """Continue each prompt with the model and read every layer of every token, once.
+
+    Parameters
+    ----------
+    prompts: Prompts, texts or lists of token ids; the bundled set that suits the model by default.
+    folder: of the run; None keeps the trace in memory.
+    max_new_tokens: the budget M of each text.
+    sampling: how the text is chosen; greedy by default.
+    given: score the text that comes with the prompts (`response`, or all of a prompt) instead of generating one.
+    statistics: "all", or "agreement" (final-norm lens only).
+    keep_residuals: sites 0..L whose residuals are written as safetensors shards, rows as in the `tokens` table.
+    draft_model: a drafter with the same tokenizer, read on the same text.
+    backend: "hooks" or "nnsight".
+    resume: go on with the run in `folder`, by its own batch plan.
+    chat: put plain prompts through the chat template, as a user's message.
+    batch_size: most prompts in a batch; by default from the memory at hand.
+    top_prompts: the first so many prompts get a table of their ten most probable tokens.
+    progress: called as `progress(phase, done, total, tokens_per_second=..)`; done and total count prompts.
+
+    Raises
+    ------
+    InputError: before any work and any file, for whatever cannot be used.
+    SelfCheckError: when the lens at layer L does not reproduce the model's own logits, or logits are not finite.
+    ResourceError: when not even one row fits into memory.
+    """
+    plan = plan_trace(
+        loaded, prompts, max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
+        keep_residuals=keep_residuals, draft_model=draft_model, backend=backend, chat=chat, batch_size=batch_size,
+        top_prompts=top_prompts,
+    )  # fmt: skip
+    writer = TraceWriter(folder, plan.manifest, resume=resume)
+    if writer.pending:
+        run = _Run(plan, writer, open_backend(backend, loaded), progress or _silent)
+        with torch.inference_mode():
+            run.check_model()
+            for part in writer.pending:
+                texts = run.continue_prompts(part)
+                run.read_layers(part, texts)
+    return writer.finish()
+
+
+# -------------------------------------------------------------------------------------------------- the plan
+@dataclass(frozen=True, eq=False)
+class TracePlan:
+    """A trace after all checks that need no forward pass.
+
+    encoded: each prompt's ids, by its index. sampling: of the text. warp: logits -> log-probabilities of the
+    decoder; None for greedy text. manifest: the run's settings and its batches; `segment_rows` is the row budget.
+    """
+
+    loaded: Loaded
+    drafter: Loaded | None
+    encoded: Mapping[int, Encoded]
+    sampling: Sampling
+    warp: Callable[[Tensor], Tensor] | None
+    manifest: Manifest
+
+    @property
+    def given(self) -> bool:
+        return self.manifest.text == "given"
+
+
+def plan_trace(
+    loaded: Loaded,
+    prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]] | None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    given: bool,
+    statistics: str,
+    keep_residuals: Iterable[int],
+    draft_model: Loaded | str | Path | None,
+    backend: str,
+    chat: bool,
+    batch_size: int | None,
+    top_prompts: int,
+) -> TracePlan:
+    """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
+    check_backend(backend)
+    _check_at_least_one("new tokens", max_new_tokens)
+    if batch_size is not None:
+        _check_at_least_one("prompts in a batch", batch_size)
+    if statistics not in ("all", "agreement"):
+        raise InputError(f"statistics are 'all' or 'agreement', not {statistics!r}.")
+    if given and not sampling.greedy:
+        raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
+    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in keep_residuals}))
+    chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
+    chosen = as_prompts(chosen, chat=chat, given=given)
+    drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
+    encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
+    budget = max(len(one.ids) - one.context for one in encoded.values()) if given else max_new_tokens
+    for one in encoded.values():
+        _check_encoded(one, loaded, drafter, budget, given)
+    if drafter is not None:
+        check_drafter(loaded, drafter)
+
+    rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
+    row_budget = _row_budget(loaded)
+    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if backend == "nnsight" else []))
+    text = "given" if given else "greedy" if sampling.greedy else "sampled"
+    decoding = Sampling(temperature=1.0) if given else sampling
+    manifest = Manifest(
+        model=_record(loaded),
+        drafter=None if drafter is None else _record(drafter),
+        prompts_hash=prompts_hash(chosen),
+        prompts_source=prompts_source(chosen),
+        batches=_batches(rows, row_budget, batch_size or MOST_PROMPTS[loaded.device.type]),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=loaded.device.type,
+        text=text,
+        decoding={"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p},
+        seed=sampling.seed,
+        max_new_tokens=budget,
+        statistics=statistics,
+        lenses=KINDS if statistics == "all" else KINDS[:1],
+        keep_residuals=sites,
+        top_prompts=max(0, top_prompts) if statistics == "all" else 0,
+        backend=backend,
+        segment_rows=row_budget,
+        ignored_processors=loaded.ignored_processors,
+        versions={"probekit": probekit.__version__, "threads": str(torch.get_num_threads())}
+        | {name: version(name) for name in libraries},
+    )
+    warping = None if text == "greedy" else partial(warp, sampling=decoding)
+    return TracePlan(loaded, drafter, encoded, sampling, warping, manifest)
+
+
+def _check_at_least_one(what: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise InputError(f"{what}: {number!r}; expected a whole number of at least 1.")
+
+
+def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
+    return load(reference, device=loaded.device, dtype=loaded.dtype)
+
+
+def _check_encoded(one: Encoded, loaded: Loaded, drafter: Loaded | None, budget: int, given: bool) -> None:
+    """Refuse what the models cannot read: nothing, foreign ids, too much."""
+    name, tokens = f"prompt {one.prompt.index}", len(one.ids)
+    if tokens == 0:
+        raise InputError(f"{name} encodes to no token.", "Write a longer one.")
+    if given and tokens == one.context:
+        raise InputError(f"{name} has no text to score: all of its {tokens} tokens are context.", "Give a response.")
+    if not 0 <= min(one.ids) <= max(one.ids) < loaded.anatomy.vocabulary:
+        raise InputError(f"{name} has token ids outside 0..{loaded.anatomy.vocabulary - 1} of {loaded.name}.")
+    for reader in (loaded, *([drafter] if drafter is not None else [])):
+        context = reader.anatomy.context
+        if tokens > context:
+            raise InputError(
+                f"{name} has {tokens} tokens: longer than the context of {context} tokens of {reader.name}.",
+                "Shorten it.",
+            )
+        if not given and tokens + budget > context:
+            raise InputError(
+                f"{name} has {tokens} tokens; with {budget} new ones it exceeds the context of {context} tokens of "
+                f"{reader.name}.",
+                f"Ask for at most {context - tokens} new tokens." if context > tokens else "Shorten it.",
+            )
+    if drafter is not None and one.prompt.ids is None and drafter.tokenizer is not None:
+        theirs = encode(one.prompt, drafter.tokenizer, given=given).ids if one.prompt.messages is None else one.ids
+        if theirs != one.ids:
+            raise InputError(
+                f"the draft model {drafter.name} encodes {name} otherwise than {loaded.name}.",
+                "Take a draft model with the same tokenizer.",
+            )
+
+
+def _row_budget(loaded: Loaded) -> int:
+    """Most rows whose residuals are held at once."""
+    parts = loaded.anatomy
+    most = MOST_BYTES[loaded.device.type]
+    free = free_bytes(loaded.device)
+    if free is not None:
+        most = min(most, free // 4)
+    row = (parts.depth + 1) * parts.width * torch.empty((), dtype=parts.dtype).element_size()
+    return max(1, min(MOST_ROWS, most // row))
+
+
+def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple[int, ...], ...]:
+    """Prompts of similar length together: longest row count x prompts within the budget, or one prompt alone."""
+    batches: list[list[int]] = []
+    for index in sorted(rows, key=lambda index: (rows[index], index)):
+        # lengths ascend, so this prompt would be the longest of its batch
+        if batches and len(batches[-1]) < most and rows[index] * (len(batches[-1]) + 1) <= row_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return tuple(map(tuple, batches))
+
+
+def _record(loaded: Loaded) -> ModelRecord:
+    parts = loaded.anatomy
+    return ModelRecord(
+        name=loaded.name,
+        reference=str(loaded.reference),
+        revision=loaded.revision,
+        weights_hash=loaded.weights_hash,
+        depth=parts.depth,
+        width=parts.width,
+        vocabulary=parts.vocabulary,
+        tied=parts.tied,
+        parameters=parts.parameters,
+        context=parts.context,
+        eos_ids=tuple(sorted(loaded.eos_ids)),
+    )
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+@dataclass(frozen=True)
+class _Text:
+    """A prompt with its continuation: the sequence, P, and why it ended."""
+
+    prompt: int
+    sequence: tuple[int, ...]
+    context: int
+    ended: str
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequence) - 1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.sequence[self.context :]
+
+
+@dataclass
+class _Piece:
+    """What some rows gave. keys: prompt, position, output, input_id, text_id, each (rows,)."""
+
+    keys: dict[str, np.ndarray]
+    statistics: dict[str, Tensor]
+    top: pd.DataFrame | None
+    drafter: dict[str, Tensor] | None
+    residuals: dict[str, Tensor]
+
+
+@dataclass
+class _Run:
+    """One run of a plan. The manifest's measurements grow with it."""
+
+    plan: TracePlan
+    writer: TraceWriter
+    source: Backend
+    progress: Progress
+    token_texts: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loaded = self.plan.loaded
+        self.parts = self.loaded.anatomy
+        self.drafter = self.plan.drafter
+        self.total = self.writer.manifest.prompt_count
+        self.rounded = None if self.loaded.dtype == torch.float32 else self.loaded.dtype
+        self.witnesses: Witnesses | None = None  # what agreement-only reading learned, from batch to batch
+        self.seconds = dict(self.writer.manifest.timings)
+
+    # -- the model
+    def check_model(self) -> None:
+        """The lens at layer L must give the model's own logits, and every layer finite ones. Once, on one prompt."""
+        first = self.plan.encoded[self.writer.manifest.batches[self.writer.pending[0]][0]]
+        ids = first.ids[: min(len(first.ids), self.writer.manifest.segment_rows or len(first.ids))]
+        inputs, rows = _padded([ids], self.loaded)
+        with self.source:
+            self_check(self.parts, self.source.read(inputs, rows))
+
+    # -- the text
+    def continue_prompts(self, part: int) -> list[_Text]:
+        """The texts of one batch: given, or continued by the model, together, each to its own end."""
+        batch = self.writer.manifest.batches[part]
+        encoded = [self.plan.encoded[index] for index in batch]
+        if self.plan.given:
+            return [_Text(one.prompt.index, one.ids, one.context, "given") for one in encoded]
+        began, texts = perf_counter(), []
+        for group in self._decoded(part, encoded):
+            texts += group
+            self._report("continuing prompts", part, len(texts), began, texts)
+        self.seconds["generation_s"] += perf_counter() - began
+        return texts
+
+    def _decoded(self, part: int, todo: Sequence[Encoded]) -> Iterator[list[_Text]]:
+        most = len(todo)
+        while todo:
+            group, failure = todo[:most], None
+            try:
+                decoded = Autoregressive(self.loaded).decode(
+                    [one.ids for one in group],
+                    max_new_tokens=self.writer.manifest.max_new_tokens,
+                    sampling=self.plan.sampling,
+                    indices=[one.prompt.index for one in group],
+                )
+            except (ResourceError, RuntimeError, MemoryError) as error:
+                failure = _out_of_memory(error)
+            if failure is not None:
+                if len(group) == 1:
+                    raise ResourceError(f"not even prompt {group[0].prompt.index} alone can be continued: {failure}")
+                most = len(group) // 2
+                self._back_off(part, "continue", len(group), most)
+                continue
+            yield [
+                _Text(one.prompt.index, (*one.ids, *text.tokens), len(one.ids), text.ended)
+                for one, text in zip(group, decoded, strict=True)
+            ]
+            todo = todo[most:]
+
+    # -- the layers
+    def read_layers(self, part: int, texts: Sequence[_Text]) -> None:
+        """Read every layer of one batch, and write the part."""
+        began, pieces, done = perf_counter(), [], 0
+        checks = self._measure_noise(texts)
+        with self.source:
+            for group, piece in self._read(part, texts):
+                pieces += piece
+                done += len(group)
+                self._report("reading layers", part, done, began, texts[:done])
+        frames = self._frames(texts, pieces)
+        residuals = self._shard(pieces)
+        self.seconds["trace_s"] += perf_counter() - began - checks
+        self.seconds["tokens"] += sum(len(text.tokens) for text in texts)
+        self.writer.update(timings=dict(self.seconds))
+        self.writer.write(part, frames, residuals=residuals)
+
+    def _measure_noise(self, texts: Sequence[_Text]) -> float:
+        """Measure the noise, unless the manifest has it. Returns the seconds that it took."""
+        began = perf_counter()
+        if self.writer.manifest.noise is None:
+            ids = texts[0].sequence[:-1]
+            self.writer.update(noise=row_noise(self.loaded, ids, self.parts.sites))
+            if self.drafter is not None:
+                self.writer.update(drafter_noise=row_noise(self.drafter, ids, [self.drafter.depth]))
+        return perf_counter() - began
+
+    def _read(self, part: int, texts: Sequence[_Text]) -> Iterator[tuple[Sequence[_Text], list[_Piece]]]:
+        """Groups that fit into the row budget; where memory runs out, groups of half the rows."""
+        limit = self._row_limit(part)
+        while texts:
+            group, failure = _that_fit(texts, limit), None
+            rows = len(group) * max(text.rows for text in group)
+            try:
+                pieces = list(self._read_group(group, limit))
+            except (RuntimeError, MemoryError) as error:
+                failure = _out_of_memory(error)
+            if failure is not None:
+                limit = min(limit, rows) // 2
+                if limit == 0:
+                    raise ResourceError(f"not even one row fits into memory: {failure}")
+                self._back_off(part, "read", rows, limit)
+                continue
+            yield group, pieces
+            texts = texts[len(group) :]
+
+    def _row_limit(self, part: int) -> int:
+        manifest = self.writer.manifest
+        earlier = [one["limit"] for one in manifest.backoffs if one["phase"] == "read" and one["batch"] <= part]
+        return min([manifest.segment_rows or MOST_ROWS, *earlier])
+
+    def _back_off(self, part: int, phase: str, size: int, limit: int) -> None:
+        if self.loaded.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        note = {"batch": part, "phase": phase, "size": size, "limit": limit}
+        self.writer.update(backoffs=(*self.writer.manifest.backoffs, note))
+
+    def _read_group(self, group: Sequence[_Text], limit: int) -> Iterator[_Piece]:
+        """One pass over left-padded texts; over one long text, as many segments as the limit asks for."""
+        manifest = self.writer.manifest
+        inputs, rows = _padded([text.sequence[:-1] for text in group], self.loaded)
+        keys = _keys(group)
+        drafting = None if self.drafter is None else HooksBackend(self.drafter)
+        length = rows.shape[1] if len(group) > 1 else min(limit, rows.shape[1])
+        caches = [_cache(reader, segmented=length < rows.shape[1]) for reader in (self.loaded, self.drafter)]
+        for start in range(0, rows.shape[1], length):
+            here = slice(start, start + length)
+            cut = {name: values[:, here] for name, values in inputs.items() if name != "attention_mask"}
+            if len(group) > 1:
+                cut["attention_mask"] = inputs["attention_mask"]
+            at = slice(start, start + length) if len(group) == 1 else slice(None)
+            piece = {name: values[at] for name, values in keys.items()}
+            reading = self.source.read({**cut, **caches[0]}, rows[:, here])
+            drafted = None
+            if drafting is not None:
+                drafted = self._drafter_statistics(drafting.read({**cut, **caches[1]}, rows[:, here]), reading, piece)
+            yield _Piece(
+                keys=piece,
+                statistics={name: values.cpu() for name, values in self._statistics(reading, piece).items()},
+                top=self._top(reading, piece),
+                drafter=drafted,
+                residuals={f"layer_{site}": reading.residuals[site].cpu() for site in manifest.keep_residuals},
+            )
+
+    def _statistics(self, reading: Reading, keys: Mapping[str, np.ndarray], top: int = 0) -> dict[str, Tensor]:
+        manifest = self.writer.manifest
+        plan = StatisticsPlan(
+            lenses=KINDS[: len(manifest.lenses)],
+            mode="agreement" if manifest.statistics == "agreement" else "all",
+            warp=self.plan.warp,
+            rounded_dtype=self.rounded,
+            noise=manifest.noise or 0.0,
+            top=top,
+        )
+        if plan.mode == "agreement" and self.witnesses is None:
+            self.witnesses = Witnesses(self.parts)
+        input_ids, text_ids = (_tensor(keys[name], self.loaded) for name in ("input_id", "text_id"))
+        return layer_statistics(self.parts, reading.residuals, input_ids, text_ids, plan, witnesses=self.witnesses)
+
+    def _top(self, reading: Reading, keys: Mapping[str, np.ndarray]) -> pd.DataFrame | None:
+        """The most probable tokens, for the first prompts only."""
+        manifest = self.writer.manifest
+        first = sorted(self.plan.encoded)[: manifest.top_prompts]
+        chosen = np.isin(keys["prompt"], first)
+        if not chosen.any():
+            return None
+        places = _tensor(np.flatnonzero(chosen), self.loaded)
+        some = Reading(reading.residuals[:, places], reading.logits)
+        mine = {name: values[chosen] for name, values in keys.items()}
+        size = min(TOP, self.parts.vocabulary)
+        found = self._statistics(some, mine, top=size)
+        ids, shares = (found[name].cpu().numpy() for name in ("top_ids", "top_probabilities"))
+        frame = _by_layer(mine, manifest.lenses, self.parts.depth, repeated=size)
+        frame["place"] = np.tile(np.arange(size, dtype=np.int8), len(frame) // size)
+        frame["token"] = ids.ravel()
+        frame["token_text"] = self._shown(ids.ravel())
+        frame["probability"] = shares.ravel()
+        return frame
+
+    def _drafter_statistics(
+        self, drafted: Reading, reading: Reading, keys: Mapping[str, np.ndarray]
+    ) -> dict[str, Tensor]:
+        """The draft model on the target's text: (rows,) each."""
+        assert self.drafter is not None
+        lens, own = Lens(self.drafter.anatomy), Lens(self.parts)
+        text_ids = _tensor(keys["text_id"], self.loaded)
+        step = max(1, _DRAFTER_CHUNK_BYTES // (16 * self.parts.vocabulary))
+        pieces = []
+        for start in range(0, len(text_ids), step):
+            here = slice(start, start + step)
+            q = lens(drafted.residuals[-1, here], self.drafter.depth)
+            # heads may be padded to different sizes: the decoder cuts or fills up the drafter's, too
+            q = functional.pad(q, (0, self.parts.vocabulary - q.shape[-1]), value=float("-inf"))
+            p = own(reading.residuals[-1, here], self.parts.depth)
+            noise = self.writer.manifest.drafter_noise or 0.0
+            pieces.append(drafter_statistics(q, p, text_ids[here], self.plan.warp, noise, self.rounded))
+        return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+
+    # -- tables
+    def _frames(self, texts: Sequence[_Text], pieces: Sequence[_Piece]) -> dict[str, pd.DataFrame]:
+        manifest = self.writer.manifest
+        tokens = pd.concat([pd.DataFrame(piece.keys) for piece in pieces], ignore_index=True)
+        tokens["generated"] = tokens["output"] >= 0
+        tokens["text"] = self._shown(tokens["text_id"].to_numpy())
+        layers = []
+        for piece in pieces:
+            frame = _by_layer(piece.keys, manifest.lenses, self.parts.depth)
+            for name, values in piece.statistics.items():
+                frame[name] = values.numpy().ravel()
+            layers.append(frame)
+        frames = {
+            "texts": pd.DataFrame([self._text_row(text) for text in texts]),
+            "tokens": tokens,
+            "layers": pd.concat(layers, ignore_index=True),
+        }
+        if self.drafter is not None:
+            frames["drafter"] = pd.concat(
+                [
+                    pd.DataFrame(
+                        {name: piece.keys[name] for name in ("prompt", "position", "output")}
+                        | {name: values.numpy() for name, values in (piece.drafter or {}).items()}
+                    )
+                    for piece in pieces
+                ],
+                ignore_index=True,
+            )
+        if manifest.top_prompts:
+            tops = [piece.top for piece in pieces if piece.top is not None]
+            empty = pd.DataFrame(columns=[*_by_layer_columns(), "place", "token", "token_text", "probability"])
+            frames["top"] = pd.concat(tops, ignore_index=True) if tops else empty
+        return frames
+
+    def _text_row(self, text: _Text) -> dict[str, Any]:
+        one = self.plan.encoded[text.prompt]
+        return {
+            "prompt": text.prompt,
+            "kind": one.prompt.kind,
+            "text": one.text or self._decoded_text(text.sequence[: text.context]),
+            "continuation": self._continuation(text),
+            "prompt_tokens": text.context,
+            "new_tokens": len(text.tokens),
+            "ended": text.ended,
+            "looped": looped(text.tokens),
+        }
+
+    def _continuation(self, text: _Text) -> str:
+        """The continuation as it reads after its prompt, special tokens left out."""
+        whole, prompt = self._decoded_text(text.sequence), self._decoded_text(text.sequence[: text.context])
+        return whole[len(prompt) :] if whole.startswith(prompt) else self._decoded_text(text.tokens)
+
+    def _decoded_text(self, ids: Sequence[int]) -> str:
+        tokenizer = self.loaded.tokenizer
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _shown(self, ids: np.ndarray) -> list[str]:
+        """Each token's own text, white space made visible; its bytes where it is no whole character."""
+        tokenizer = self.loaded.tokenizer
+        for token in set(ids.tolist()) - set(self.token_texts):
+            text = str(token)
+            if tokenizer is not None:
+                text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+                if not text or "\ufffd" in text:
+                    text = spelled_bytes(str(tokenizer.convert_ids_to_tokens([token])[0]))
+            self.token_texts[token] = visible(text)
+        return [self.token_texts[token] for token in ids.tolist()]
+
+    def _shard(self, pieces: Sequence[_Piece]) -> bytes | None:
+        """Kept residuals, (rows, width) each, with the prompt and position of every row beside them."""
+        if not self.writer.manifest.keep_residuals:
+            return None
+        tensors = {
+            name: torch.cat([piece.residuals[name] for piece in pieces]).contiguous() for name in pieces[0].residuals
+        }
+        for name in ("prompt", "position"):
+            tensors[name] = torch.from_numpy(np.concatenate([piece.keys[name] for piece in pieces]))
+        return safetensors.torch.save(tensors)
+
+    def _report(self, phase: str, part: int, done: int, began: float, texts: Sequence[_Text]) -> None:
+        before = sum(len(self.writer.manifest.batches[other]) for other in range(part))
+        tokens = sum(len(text.tokens) for text in texts)
+        rate = tokens / max(perf_counter() - began, 1e-9)
+        self.progress(phase, before + done, self.total, tokens_per_second=round(rate, 1))
+
+
+def _that_fit(texts: Sequence[_Text], limit: int) -> Sequence[_Text]:
+    """The first texts that together, padded, stay within the row limit; at least one."""
+    longest = 0
+    for count, text in enumerate(texts):
+        longest = max(longest, text.rows)
+        if count and longest * (count + 1) > limit:
+            return texts[:count]
+    return texts
+
+
+def _padded(sequences: Sequence[Sequence[int]], loaded: Loaded) -> tuple[dict[str, Tensor], Tensor]:
+    """Left-padded inputs with explicit positions and mask, and the places that are texts: (texts, longest) each."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    rows = torch.arange(longest) >= longest - lengths[:, None]
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    ids[rows] = torch.tensor([token for sequence in sequences for token in sequence])
+    positions = (rows.long().cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": rows.long(), "position_ids": positions}
+    return {name: values.to(loaded.device) for name, values in inputs.items()}, rows.to(loaded.device)
+
+
+def _cache(reader: Loaded | None, *, segmented: bool) -> dict[str, Any]:
+    if reader is None or not segmented:
+        return {"use_cache": False}
+    return {"use_cache": True, "past_key_values": DynamicCache(config=reader.model.config)}
+
+
+def _tensor(values: np.ndarray, loaded: Loaded) -> Tensor:
+    return torch.from_numpy(values).to(loaded.device).long()
+
+
+def _keys(group: Sequence[_Text]) -> dict[str, np.ndarray]:
+    """What each row is, text after text: (rows,) int32 each."""
+    position = [np.arange(text.rows) for text in group]
+    columns: dict[str, list[Any]] = {
+        "prompt": [np.full(text.rows, text.prompt) for text in group],
+        "position": position,
+        "output": [at - (text.context - 1) for at, text in zip(position, group, strict=True)],
+        "input_id": [text.sequence[:-1] for text in group],
+        "text_id": [text.sequence[1:] for text in group],
+    }
+    return {name: np.concatenate(values).astype(np.int32) for name, values in columns.items()}
+
+
+def _by_layer_columns() -> tuple[str, ...]:
+    return ("prompt", "position", "output", "lens", "layer")
+
+
+def _by_layer(keys: Mapping[str, np.ndarray], lenses: Sequence[str], depth: int, repeated: int = 1) -> pd.DataFrame:
+    """The keys of (lenses, layers, rows, repeated) figures, flattened."""
+    shape = {"lens": len(lenses), "layer": depth + 1, "row": len(keys["prompt"]), "again": repeated}
+    columns: dict[str, Any] = {
+        name: repeat(keys[name], "row -> (lens layer row again)", **shape) for name in ("prompt", "position", "output")
+    }
+    lens = repeat(np.arange(len(lenses)), "lens -> (lens layer row again)", **shape)
+    columns["lens"] = pd.Categorical.from_codes(lens, dtype=pd.CategoricalDtype(list(lenses)))
+    columns["layer"] = repeat(np.arange(depth + 1, dtype=np.int16), "layer -> (lens layer row again)", **shape)
+    return pd.DataFrame(columns)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """The first line of an out-of-memory error; any other error is raised again."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError | ResourceError)
+    if known or any(words in text.lower() for words in ("out of memory", "can't allocate memory", "not enough memory")):
+        return text
+    raise error
+
+
+def drafter_statistics(
+    q: Tensor,
+    p: Tensor,
+    text_ids: Tensor,
+    warping: Callable[[Tensor], Tensor] | None,
+    noise: float,
+    rounded_dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """A draft model's figures beside the model's: (rows,) each.
+
+    q, p: (rows, vocabulary) float32, logits of the draft model and of the model. text_ids: (rows,), the text's next
+    token. `overlap` is the sum of min(p, q) and `accept_probability` min(1, q / p) of that token, both after
+    `warping` (temperature 1 without it, and then without the latter).
+    """
+    argmax, model = q.argmax(-1), p.argmax(-1)
+    best = q.topk(2, dim=-1).values
+    mine = q.gather(-1, model[:, None])[:, 0]
+    others = q.scatter(-1, model[:, None], -torch.inf).amax(-1)
+    log_q, log_p = (x.log_softmax(-1) if warping is None else warping(x) for x in (q, p))
+    found = {
+        "argmax": argmax.int(),
+        "agrees": argmax == model,
+        "margin": best[:, 0] - best[:, 1],
+        "near_tie": (mine - others).abs() < noise,
+        "overlap": torch.minimum(log_q.exp(), log_p.exp()).sum(-1),
+    }
+    if warping is not None:
+        text_q, text_p = (x.gather(-1, text_ids[:, None])[:, 0] for x in (log_q, log_p))
+        found["accept_probability"] = torch.where(text_q.isneginf(), 0.0, (text_q - text_p).clamp(max=0).exp())
+    if rounded_dtype is not None:
+        found["argmax_rounded"] = q.to(rounded_dtype).argmax(-1).int()
+        found["agrees_rounded"] = q.to(rounded_dtype).argmax(-1) == p.to(rounded_dtype).argmax(-1)
+    return found

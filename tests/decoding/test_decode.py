@@ -1,0 +1,64 @@
+import pytest
+
+from probekit.decoding.decode import METHODS, decode
+from probekit.errors import InputError
+
+SETTINGS = {
+    "autoregressive": {},
+    "self-speculative": {"exit_layer": 2, "draft_length": 3},
+    "speculative": {"draft_length": 3},
+    "early-exit": {"exit_layer": 2},
+}
+
+
+@pytest.fixture
+def setting(tiny_draft):
+    def of(method):
+        return SETTINGS[method] | ({"draft_model": tiny_draft} if method == "speculative" else {})
+
+    return of
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_continues_a_text_and_streams_it(tiny, setting, method):
+    pieces = []
+    done = decode(
+        tiny,
+        "hello",
+        method=method,
+        max_new_tokens=15,
+        on_accept=lambda text, how: pieces.append((text, how)),
+        **setting(method),
+    )
+    assert done.method == method
+    assert done.prompt_ids == tiny.tokenizer("hello")["input_ids"]
+    assert "".join(text for text, _ in pieces) == done.text
+    assert pieces[0][1] == "prefill"
+    by_ids = decode(tiny, done.prompt_ids, method=method, max_new_tokens=15, **setting(method))
+    assert by_ids == done
+    if done.lossless:
+        assert done.tokens == decode(tiny, "hello", max_new_tokens=15).tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "magic"}, "no method is named 'magic'; there are autoregressive, self-speculative"),
+        ({"method": "self-speculative", "exit_layer": 2}, "self-speculative decoding needs draft_length"),
+        ({"method": "speculative", "draft_length": 2}, "speculative decoding needs draft_model"),
+        ({"method": "early-exit"}, "early-exit decoding needs exit_layer"),
+        ({"exit_layer": 2}, "autoregressive decoding has no exit_layer"),
+        ({"method": "early-exit", "exit_layer": 2, "draft_length": 3}, "early-exit decoding has no draft_length"),
+    ],
+)
+def test_settings_must_fit_the_method(tiny, given, message):
+    with pytest.raises(InputError, match=message):
+        decode(tiny, "hello", **given)
+
+
+def test_a_text_needs_a_tokenizer(tiny):
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="tiny has no tokenizer"):
+        decode(replace(tiny, tokenizer=None), "hello")
+    assert decode(replace(tiny, tokenizer=None), [1, 2], max_new_tokens=3).text == ""

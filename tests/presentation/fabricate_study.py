@@ -1,0 +1,185 @@
+"""A small study folder without a model: for tests of the report and of the paper's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tracing.fabricate import fabricate
+
+from probekit.prediction.acceptance import predict
+from probekit.prediction.choice import Choice, choose
+from probekit.prediction.costs import Costs
+from probekit.presentation import tables
+from probekit.tracing.traces import Trace, atomic_text
+
+MODELS = ("tales-untied", "tales-tied", "tales-layerskip")
+# How fast layers come to agree with the model: small is early.
+HALF_WAY = {"tales-untied": 0.75, "tales-tied": 0.6, "tales-layerskip": 0.25}
+
+# Token texts as a tracer writes them; some with no glyph in common fonts, some with none at all, some like markup.
+VOCABULARY = (
+    "</s>", "␣the", "␣king", "␣and", "␣a", "␣of", "␣wolf", "␣forest", ",", ".", "⏎", "␣she", "␣princess", "␣said",
+    "␣unbelievably", "ing", "␣$5", "<b>", "␣王", "␣القمر", "�", "\u200b", "␣ça", "😀", "␣to", "␣in", "␣he", "␣was",
+    "␣his", "␣her", "␣it", "␣had", "␣that", "␣with", "␣as", "␣on", "␣but", "␣not", "␣so", "␣for", "␣at", "␣which",
+    "␣old", "␣little", "␣went", "␣came", "␣then", "␣all", "!", "”",
+)  # fmt: skip
+
+
+def fabricate_study(
+    folder: Path,
+    models: Sequence[str] = MODELS,
+    *,
+    depth: int = 6,
+    prompts: int = 6,
+    tokens: int = 24,
+    draft_lengths: Sequence[int] = (1, 2, 3, 4),
+    text: str = "greedy",
+    drafter: bool = False,
+) -> Path:
+    """Write what `probekit study` leaves behind, but for the previews and the report. Returns the folder."""
+    entries = []
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for seed, name in enumerate(models):
+        trace = fabricate_trace(name, depth, prompts, tokens, seed=seed, text=text, drafter=drafter)
+        trace.save(folder / "traces" / name)
+        even = trace.select(trace.prompts[::2])
+        prediction = predict(even, draft_lengths=draft_lengths)
+        costs = fabricate_costs(depth, max(draft_lengths), drafter)
+        choice = choose(prediction, costs)
+        validation, rounds = fabricate_validation(trace.select(trace.prompts[1::2]), choice, name)
+        for table, frame in (
+            ("layers", tables.layers_table(trace, name)),
+            ("cells", tables.cells_table(prediction, choice, name)),
+            ("validation", tables.validation_table(validation, name, rounds)),
+            ("rounds", rounds),
+            ("run_lengths", tables.run_lengths_table(trace, model=name) if text == "greedy" else None),
+            ("costs", tables.costs_table(costs, name)),
+        ):
+            if frame is not None:
+                parts.setdefault(table, []).append(frame)
+        entries.append(_entry(name, trace, choice, validation))
+    (folder / "tables").mkdir()
+    for table, frames in parts.items():
+        atomic_text(folder / "tables" / f"{table}.csv", pd.concat(frames, ignore_index=True).to_csv(index=False))
+    summary = {
+        "schema": "probekit/study/1",
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": {"probekit": "0.1.0", "torch": "2.13.0"},
+        "machine": {"system": "Linux", "cores": 2},
+        "settings": {"models": list(models), "max_new_tokens": tokens, "draft_lengths": list(draft_lengths)},
+        "seconds": {"total": 120.0},
+        "models": entries,
+    }
+    atomic_text(folder / "summary.json", json.dumps(summary, ensure_ascii=False))
+    return folder
+
+
+def fabricate_trace(
+    name: str, depth: int = 6, prompts: int = 6, tokens: int = 24, *, seed: int = 0, text: str = "greedy",
+    drafter: bool = False,
+) -> Trace:  # fmt: skip
+    """`fabricate`, with agreement that rises at the model's own pace, and with words for tokens."""
+    pace = HALF_WAY.get(name, 0.5)
+    share = np.arange(depth) / depth
+    trace = fabricate(
+        depth, prompts, tokens, seed, agreement=0.97 / (1 + np.exp(-9 * (share - pace))), top=2, text=text,
+        drafter=drafter,
+    )  # fmt: skip
+    words = np.array(VOCABULARY, dtype=object)
+    spoken = trace.tokens.assign(text=words[trace.tokens["text_id"]])
+    top = trace.top
+    assert top is not None
+    texts = trace.texts.assign(
+        text=[" " + " ".join(f"w{token}" for token in trace.prompt_ids(prompt)) for prompt in trace.prompts]
+    )
+    manifest = replace(trace.manifest, model=replace(trace.manifest.model, name=name, tied=name.endswith("-tied")))
+    return Trace.from_frames(
+        manifest, texts, spoken, trace.layers, top=top.assign(token_text=words[top["token"]]), drafter=trace.drafter
+    )
+
+
+def fabricate_costs(depth: int, longest: int, drafter: bool = False) -> Costs:
+    """Every layer takes 1 ms a pass, whatever its rows; the head 0.5 ms."""
+    layer, head = 1e-3, 0.5e-3
+    rows = range(1, longest + 2)
+    return Costs(
+        source="measured",
+        device="a machine that does not exist",
+        dtype="float32",
+        context=128,
+        depth=depth,
+        autoregressive_s=depth * layer + head,
+        early_s={exit_layer: exit_layer * layer for exit_layer in range(1, depth)},
+        head_s=head,
+        verify_s={
+            (exit_layer, count): (depth - exit_layer) * layer + head + 1e-4 * count
+            for exit_layer in range(1, depth)
+            for count in rows
+        },
+        overhead_s=1e-4,
+        drafter="fabricated-drafter" if drafter else None,
+        drafter_step_s=2e-3 if drafter else None,
+        drafter_first_s=2.2e-3 if drafter else None,
+        verify_all_s={count: depth * layer + head + 1e-4 * count for count in rows} if drafter else None,
+    )
+
+
+def fabricate_validation(trace: Trace, choice: Choice, name: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The document of a validation that held, and its rounds: the prediction, measured to the token."""
+    chosen = choice.ranking[:3] + choice.ranking[4 :: max(1, len(choice.ranking) // 4)]
+    lengths = sorted({row.draft_length for row in choice.ranking})
+    prediction = predict(trace, draft_lengths=lengths, with_rounds=True)
+    cells, rounds = [], []
+    for place, row in enumerate(chosen):
+        counts = prediction.cell(*row.cell).counts()
+        measured = row.speedup * (0.9 + 0.02 * place)
+        cells.append(
+            {
+                "exit_layer": row.exit_layer,
+                "draft_length": row.draft_length,
+                "drafter": row.drafter or "self",
+                "prompts": len(trace),
+                "predicted": counts,
+                "measured": counts,
+                "rounds_equal": True,
+                "tokens_equal": True,
+                "ties": 0,
+                "speedup_predicted": row.speedup,
+                "speedup_measured": measured,
+                "speedup_measured_quantiles": [0.97 * measured, 1.03 * measured],
+            }
+        )
+    for each in prediction.rounds or ():
+        if (each.exit_layer, each.draft_length) in [row.cell for row in chosen]:
+            rounds += [
+                {"model": name, "prompt": each.prompt, "exit_layer": each.exit_layer,
+                 "draft_length": each.draft_length, "round": place, "drafted": drafted,
+                 "accepted_predicted": accepted, "accepted_measured": accepted}
+                for place, (drafted, accepted) in enumerate(zip(each.drafted, each.accepted, strict=True))
+            ]  # fmt: skip
+    return {"schema": "probekit/validate/1", "cells": cells}, pd.DataFrame(rounds)
+
+
+def _entry(name: str, trace: Trace, choice: Choice, validation: dict[str, Any]) -> dict[str, Any]:
+    model = trace.manifest.model
+    everything = np.concatenate([trace.agreement(prompt) for prompt in trace.prompts], axis=1)
+    return {
+        "name": name,
+        "label": name,
+        "reference": name,
+        "trace": f"traces/{name}",
+        "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
+                    "parameters": model.parameters},
+        "sentence": choice.sentence(),
+        "choice": choice.to_json(),
+        "validation": validation,
+        "agreement": everything.mean(axis=1).tolist(),
+        "looped": float(trace.texts["looped"].mean()),
+        "timings": {"prompts": 6, "tokens": 120, "generation_s": 2.0, "agreement_trace_s": 0.8},
+    }  # fmt: skip

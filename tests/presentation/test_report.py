@@ -1,0 +1,340 @@
+"""The report's parts that need no browser: what travels in the page, what stands in it, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from presentation.fabricate_study import fabricate_study, fabricate_trace
+from tracing.fabricate import fabricate
+
+from probekit.errors import InputError
+from probekit.presentation.packing import Source, pack_models, packed, safe_json, token_texts
+from probekit.presentation.report import joined_scripts, write_lens_page, write_report
+from probekit.tracing.traces import Trace, visible
+
+MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)><!-- &amp; \u2028"
+
+
+class Page(HTMLParser):
+    """Elements and visible text of a page; data and scripts apart."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict]] = []
+        self.inside: list[str] = []
+        self.text = ""
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in self.raw:
+            self.raw[tag].append("")
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
+
+    def handle_data(self, data):
+        if self.inside:
+            self.raw[self.inside[-1]][-1] += data
+        else:
+            self.text += data
+
+    def attributes(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def data(self) -> dict:
+        return json.loads(self.raw["script"][0])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    return fabricate_study(tmp_path_factory.mktemp("report") / "study", drafter=True)
+
+
+@pytest.fixture(scope="module")
+def page(study) -> Page:
+    return Page(write_report(study))
+
+
+def unpacked(piece: dict) -> np.ndarray:
+    """The inverse of `packed`, in numpy's own words."""
+    raw = base64.b64decode(piece["data"])
+    if piece["kind"] == "bits":
+        return np.unpackbits(np.frombuffer(raw, np.uint8), count=piece["length"]).astype(bool)
+    kinds = {"u16": "<u2", "u32": "<u4", "f16": "<f2", "f32": "<f4"}
+    return np.frombuffer(raw, kinds[piece["kind"]])
+
+
+# ------------------------------------------------------------------------------------------------ data in the page
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda each: st.lists(each)))
+def test_json_cannot_leave_its_element(document):
+    text = safe_json(document)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == document
+
+
+def test_json_refuses_what_is_no_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        safe_json(float("nan"))
+
+
+@given(arrays(bool, array_shapes(max_dims=2, max_side=20)))
+def test_bits_come_back(values):
+    assert unpacked(packed(values)).tolist() == values.ravel().tolist()
+
+
+@given(arrays(np.uint32, array_shapes(max_dims=2, max_side=20), elements=st.integers(0, 200_000)))
+def test_counts_come_back_in_the_narrowest_kind(values):
+    piece = packed(values)
+    assert piece["kind"] == ("u16" if values.max() < 65536 else "u32")
+    assert unpacked(piece).tolist() == values.ravel().tolist()
+
+
+def test_chances_come_back_exactly_and_figures_to_three_digits():
+    values = np.random.default_rng(0).random((3, 7)).astype(np.float32)
+    assert (unpacked(packed(values)) == values.ravel()).all()
+    assert unpacked(packed(values, "f16")) == pytest.approx(values.ravel(), rel=1e-3)
+
+
+def test_packed_signal_is_the_traces_own(study, page):
+    for model in page.data["models"]:
+        trace = Trace.open(study / "traces" / model["label"])
+        for prompt in model["prompts"]:
+            index = prompt["prompt"]
+            rows = [*trace.agreement(index)[1:-1], trace.drafter_agreement(index)]
+            assert unpacked(prompt["signal"]).tolist() == np.concatenate(rows).tolist()
+            ids = [*trace.prompt_ids(index), *trace.outputs(index)]
+            names = token_texts(trace)
+            shown = [model["tokens"][place] for place in unpacked(prompt["ids"])]
+            assert shown == [names.get(token, f"#{token}") for token in ids]
+
+
+def test_sampled_text_travels_as_chances(tmp_path):
+    trace = fabricate(text="sampled", top=1)
+    cells = pd.DataFrame({"exit_layer": [1], "draft_length": [2]})
+    (model,) = pack_models([Source("m", trace, cells)])
+    for prompt in model["prompts"]:
+        expected = trace.accept_probability(prompt["prompt"])[1:-1]
+        assert prompt["signal"]["kind"] == "f32"
+        assert (unpacked(prompt["signal"]) == expected.ravel()).all()
+
+
+def test_sixteen_bit_decoders_are_replayed_with_rounded_logits():
+    trace = fabricate(dtype="bfloat16", top=1)
+    flipped = trace.layers.assign(agrees_rounded=~trace.layers["agrees"])
+    trace = Trace.from_frames(trace.manifest, trace.texts, trace.tokens, flipped, top=trace.top)
+    (model,) = pack_models([Source("m", trace, pd.DataFrame({"exit_layer": [1], "draft_length": [2]}))])
+    assert unpacked(model["prompts"][0]["signal"]).tolist() == (~trace.agreement(0)[1:-1]).ravel().tolist()
+
+
+def test_the_page_fills_up_to_its_limit():
+    trace = fabricate_trace("m", prompts=6)
+    source = Source("m", trace, pd.DataFrame({"exit_layer": [1], "draft_length": [2]}))
+
+    def parts(limit: int) -> tuple[list[bool], list[bool]]:
+        (model,) = pack_models([source], limit)
+        whole = [[prompt[part] is not None for prompt in model["prompts"]] for part in ("lens", "drafts")]
+        assert all(prompt["signal"] for prompt in model["prompts"])
+        return whole[0], whole[1]
+
+    (everything,) = pack_models([source])
+    size = len(safe_json(everything))
+    assert parts(10 * size) == ([True] * 6, [True] * 6)
+    lens, _ = parts(size // 2)
+    assert lens[:1] == [True], "texts with a top ten come first"
+    assert not lens[-1]
+    assert parts(0) == ([False] * 6, [False] * 6)
+
+
+def test_token_texts_knows_the_first_token_of_a_prompt():
+    trace = fabricate(prompts=1, seed=3)
+    ids = trace.prompt_ids(0).tolist()
+    assert ids[0] not in ids[1:]
+    first = "<start>" + "".join(f" w{token}" for token in ids[1:])
+    kept = trace.tokens[trace.tokens["text_id"] != ids[0]]
+    assert len(kept) == len(trace.tokens)
+    trace = Trace.from_frames(trace.manifest, trace.texts.assign(text=first), trace.tokens, trace.layers)
+    assert token_texts(trace)[ids[0]] == visible("<start>")
+
+
+def test_a_trace_of_agreement_only_has_a_replay_and_no_lens_table(tmp_path):
+    trace = fabricate(statistics="agreement")
+    (model,) = pack_models([Source("m", trace, pd.DataFrame({"exit_layer": [1], "draft_length": [2]}))])
+    assert all(prompt["signal"] and not prompt["lens"] and not prompt["drafts"] for prompt in model["prompts"])
+    with pytest.raises(InputError, match="agreement only"):
+        write_lens_page(trace, tmp_path / "lens.html")
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def test_the_page_stands_alone(page):
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.source)
+    assert "url(" not in page.raw["style"][0]
+
+
+def test_only_the_pages_own_scripts_and_styles_may_run(page):
+    (policy,) = [each["content"] for each in page.attributes("meta") if each.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for text in (page.raw["script"][1], *page.raw["style"]):
+        assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
+    assert not [attributes for _, attributes in page.tags if "style" in attributes or "onclick" in attributes]
+
+
+def test_scripts_are_one_module():
+    script = joined_scripts()
+    assert not re.search(r"^(import|export)\b", script, flags=re.MULTILINE)
+    names = re.findall(r"^(?:const|let|function) (\w+)", script, flags=re.MULTILINE)
+    assert len(set(names)) == len(names), "two modules use one name"
+
+
+def test_the_recommendation_comes_first(page, study):
+    summary = json.loads((study / "summary.json").read_text())
+    assert [each.get("id") for each in page.attributes("section")][:2] == ["recommendation", "agreement"]
+    for model in summary["models"]:
+        sentence = model["sentence"].removeprefix(f"{model['label']}: ")
+        assert sentence[1:] in page.text
+        if model["choice"]["speculate"]:
+            low, high = model["choice"]["interval"]
+            assert f"{model['choice']['speedup']:.2f}×" in page.text
+            assert f"{low:.2f} to {high:.2f}" in page.text
+
+
+def test_a_measured_loss_is_said(study, tmp_path):
+    folder = _copy(study, tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    model = next(model for model in summary["models"] if model["choice"]["speculate"])
+    pair = model["choice"]["exit_layer"], model["choice"]["draft_length"]
+    for cell in model["validation"]["cells"]:
+        if (cell["exit_layer"], cell["draft_length"]) == pair:
+            cell["speedup_measured"] = 0.91
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "But measured, it is a loss: 0.91×" in Page(write_report(folder)).text
+
+
+def test_do_not_speculate_is_said(study, tmp_path):
+    folder = _copy(study, tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    choice = summary["models"][0]["choice"]
+    choice |= {"speculate": False, "exit_layer": None, "draft_length": None, "speedup": 1.0, "interval": [1.0, 1.0]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(folder))
+    assert "do not speculate" in page.text
+    assert page.data["models"][0]["chosen"] is None
+
+
+def test_markup_in_data_stays_data(tmp_path):
+    folder = fabricate_study(tmp_path / "study", models=("a", "b"), prompts=2)
+    summary = json.loads((folder / "summary.json").read_text())
+    for model in summary["models"]:
+        model |= {"label": f"{model['label']}{MARKUP}", "sentence": MARKUP, "reference": MARKUP}
+    summary |= {"settings": {"prompts": MARKUP}, "machine": {"system": MARKUP}, "versions": {"probekit": MARKUP}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    plain = Trace.open(folder / "traces" / "a")
+    manifest = replace(plain.manifest, prompts_source=MARKUP)
+    trace = Trace.from_frames(
+        manifest,
+        plain.texts.assign(text=MARKUP, kind=MARKUP),
+        plain.tokens.assign(text=MARKUP),
+        plain.layers,
+        top=plain.top.assign(token_text=MARKUP),
+    )
+    for path in (folder / "traces" / "a").iterdir():
+        path.unlink()
+    trace.save(folder / "traces" / "a")
+    page = Page(write_report(folder))
+    assert len(page.attributes("script")) == 2
+    assert not page.attributes("img")
+    assert "alert(1)" in page.text
+    assert page.data["models"][0]["prompts"][0]["text"] == MARKUP
+
+
+def test_a_study_of_default_size_stays_below_five_megabytes(tmp_path):
+    folder = fabricate_study(tmp_path / "study", depth=12, prompts=24, tokens=96, draft_lengths=(1, 4, 8))
+    page = write_report(folder)
+    assert page.stat().st_size <= 5_000_000
+    data = Page(page).data
+    assert all(prompt["lens"] and prompt["drafts"] for model in data["models"] for prompt in model["prompts"])
+
+
+def test_a_lens_page_of_one_trace(tmp_path):
+    page = Page(write_lens_page(fabricate_trace("tales-tied", prompts=1), tmp_path / "lens.html"))
+    assert [each["id"] for each in page.attributes("section")] == ["lens"]
+    (model,) = page.data["models"]
+    assert set(model["prompts"][0]["lens"]) == {"final-norm", "raw"}
+    assert model["prompts"][0]["signal"] is None
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+def _copy(study: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(study, tmp_path / "copy"))
+
+
+def _without(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+
+    return spoil
+
+
+def _empty(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text("")
+
+    return spoil
+
+
+def _column(folder: Path) -> None:
+    path = folder / "tables" / "cells.csv"
+    pd.read_csv(path).drop(columns="speedup").to_csv(path, index=False)
+
+
+def _summary(**changes):
+    def spoil(folder: Path) -> None:
+        path = folder / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("summary.json"), "not a finished study: it has no summary.json"),
+        (_empty("summary.json"), "cannot be read"),
+        (_summary(schema="other/1"), "has schema 'other/1'; expected 'probekit/study/1'"),
+        (_summary(models=[]), "names no model"),
+        (_summary(models=[{"name": "a"}]), "lacks label, sentence, trace of a model"),
+        (_without("tables/layers.csv"), "has no .*layers.csv"),
+        (_empty("tables/cells.csv"), "cells.csv cannot be read"),
+        (_column, "cells.csv has no column speedup"),
+        (_without("traces/tales-tied/manifest.json"), "it has no manifest.json"),
+        (_without("traces/tales-tied/layers-00000.parquet"), "is not finished"),
+    ],
+)
+def test_what_is_no_study_is_refused(study, tmp_path, spoil, message):
+    folder = _copy(study, tmp_path)
+    (folder / "report.html").unlink(missing_ok=True)
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        write_report(folder)
+    assert not (folder / "report.html").exists()

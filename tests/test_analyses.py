@@ -1,0 +1,181 @@
+"""The six analyses on a tiny model: each runs alone, and leaves one table and one figure. And what the docs claim."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+ANALYSES = ROOT / "analyses"
+NUMBERED = sorted(path.stem for path in ANALYSES.glob("0*_*.py"))
+KEPT = ROOT / "docs" / "results" / "science"
+FINDINGS = ROOT / "docs" / "findings.md"
+# <!-- table columns key=value key="a value" --> behind the numbers that it explains
+CLAIM = re.compile(r"<!-- (?P<table>[\w/]+) (?P<columns>[\w,]+)(?P<where>( \w+=(\"[^\"]*\"|[^\s\"]+))*) -->")
+WHERE = re.compile(r"(\w+)=(?:\"([^\"]*)\"|(\S+))")
+NUMBER = re.compile(r"[−-]?\d+(?:\.\d+)?")
+
+
+@pytest.fixture(scope="module")
+def command(monkeypatch_module):
+    """The typer command of an analysis, by name."""
+
+    def load(name: str) -> typer.Typer:
+        spec = importlib.util.spec_from_file_location(name, ANALYSES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        app = typer.Typer(add_completion=False)
+        app.command()(module.main)
+        return app
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """`workbench` is found beside the analyses, as it is when one of them is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ANALYSES))
+        yield patch
+    sys.modules.pop("workbench", None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("analyses")
+
+
+def test_there_are_six():
+    assert [name[:2] for name in NUMBERED] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_no_analysis_imports_another(name):
+    text = (ANALYSES / f"{name}.py").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(from|import) (analyses|_?0\d)", text, re.MULTILINE)
+    assert text.startswith('"""'), "the question stands at the top"
+    assert f"python analyses/{name}.py" in text
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_an_analysis_leaves_a_table_and_a_figure(name, command, tiny_folder, tiny_tied_folder, shared):
+    more = ["--costs", "roofline"] if name.startswith("06") else []
+    result = CliRunner().invoke(
+        command(name),
+        [str(tiny_folder), str(tiny_tied_folder), "-o", str(shared), "--traces", str(shared / "traces"),
+         "--prompts", "4", "--max-new-tokens", "10", "--device", "cpu", *more],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads((shared / f"{name}.json").read_text(encoding="utf-8"))
+    table = pd.read_csv(shared / f"{name}.csv")
+    assert record["schema"] == "probekit/analysis/1"
+    assert record["columns"] == list(table.columns)
+    assert len(record["rows"]) == len(table) > 0
+    assert {"model", "quantity", "value"} <= set(table.columns)
+    assert str(shared) not in json.dumps(record), "a kept table names no machine's folder"
+    for kind, head in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        assert (shared / f"{name}.{kind}").read_bytes().startswith(head)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_help_says_the_question(name, command):
+    result = CliRunner().invoke(command(name), ["--help"])
+    assert result.exit_code == 0
+    assert "--max-new-tokens" in result.output
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(command, shared):
+    result = CliRunner().invoke(command(NUMBERED[0]), [str(shared / "nothing"), "-o", str(shared)])
+    assert result.exit_code == 2
+    assert "error:" in result.output
+
+
+# ------------------------------------------------------------------------------------------------- the 2 x 2
+def test_two_by_two_keeps_tables_and_no_weights(tmp_path, monkeypatch_module, command, shared, tiny_folder):
+    """Four models of one seed, two steps each: the tables that analysis 03 reads."""
+    pytest.importorskip("tokenizers")
+    training = importlib.import_module("train_reference_models")
+    king = "Once upon a time there lived a king, who had seven sons and a bird of gold, and a queen of silver. "
+    plain = [f"{number} {king * 2}" for number in range(60)]
+    held_out = ["Long, long ago there stood in the midst of a country covered with lakes a moor. " + king * 6] * 8
+    corpus = tmp_path / "tales.txt"
+    corpus.write_text("\n".join([*plain, *held_out, "Dorothy lived in the midst of the prairies.", *plain]))
+    words = ["two-by-two", str(corpus), "-o", str(tmp_path / "tables"), "--work", str(tmp_path / "work"), "--seed", "5",
+             "--steps", "2", "--max-new-tokens", "4", "--device", "cpu"]  # fmt: skip
+    result = CliRunner().invoke(training.app, words)
+    assert result.exit_code == 0, result.output
+    kept = sorted(path.name for path in (tmp_path / "tables").iterdir())
+    assert kept == ["two_by_two.json", "two_by_two_exits.csv", "two_by_two_layers.csv"]
+    layers = pd.read_csv(tmp_path / "tables" / "two_by_two_layers.csv")
+    depth = json.loads((tmp_path / "tables" / "two_by_two.json").read_text())["shape"]["depth"]
+    assert len(layers) == 4 * 2 * (depth + 1)  # models, texts, layers
+    assert layers.groupby(["tied", "layerskip", "text"]).size().nunique() == 1
+    folder, traces = str(shared / "with 2 x 2"), str(shared / "traces")
+    result = CliRunner().invoke(
+        command("03_tied_or_untied"),
+        [str(tiny_folder), "-o", folder, "--traces", traces, "--prompts", "4", "--max-new-tokens", "10", "--no-heads",
+         "--two-by-two", str(tmp_path / "tables")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(Path(folder) / "03_tied_or_untied.csv")
+    effects = table[(table["part"] == "two by two") & (table["model"] == "effect")]
+    assert set(effects["factor"]) == {"tying", "training", "interaction"}
+
+
+# ------------------------------------------------------------------------------------------ what the docs claim
+def claims() -> list[tuple[str, re.Match[str]]]:
+    """(the text before a claim's comment, the comment), for every claim of docs/findings.md."""
+    text = FINDINGS.read_text(encoding="utf-8") if FINDINGS.is_file() else ""
+    return [(text[max(0, match.start() - 120) : match.start()], match) for match in CLAIM.finditer(text)]
+
+
+def recomputed(match: re.Match[str]) -> list[float]:
+    """What the kept table holds for a claim: one row, and its named columns."""
+    table = pd.read_csv(KEPT / f"{match['table']}.csv", dtype={"layers": str})
+    for key, quoted, word in WHERE.findall(match["where"]):
+        column = table[key]
+        wanted = quoted or word
+        if pd.api.types.is_bool_dtype(column):
+            table = table[column == (wanted == "True")]
+        elif pd.api.types.is_numeric_dtype(column):
+            table = table[column == float(wanted)]
+        else:
+            table = table[column == wanted]
+    assert len(table) == 1, f"{match[0]} names {len(table)} rows"
+    return [float(table[column].iloc[0]) for column in match["columns"].split(",")]
+
+
+@pytest.mark.parametrize(("before", "match"), claims(), ids=[match[0][5:-4] for _, match in claims()])
+def test_a_claim_is_what_its_table_holds(before, match):
+    """The last numbers before the comment, at their printed precision; with a % sign, in hundredths."""
+    values = recomputed(match)
+    percent = "%" in before[-8:]
+    written = NUMBER.findall(before.replace("−", "-"))[-len(values) :]
+    shown = []
+    for number, value in zip(written, values, strict=True):
+        places = len(number.partition(".")[2])
+        shown.append(f"{100 * value if percent else value:.{places}f}")
+    assert [text.replace("-0.0", "0.0") if float(text) == 0 else text for text in shown] == written
+
+
+def test_every_figure_in_the_findings_is_claimed():
+    """Outside of code and of comments, each decimal number or percentage stands right before its claim."""
+    text = re.sub(r"```.*?```", "", FINDINGS.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`", "", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    # what a claim covers: the numbers before it, with their brackets and units
+    covered = re.sub(r"[−\-\d.,\[\] %nats×layers]*<!-- .*? -->", "", text)
+    left = re.findall(r"\d+\.\d+|\d+ ?%", re.sub(r"\b(95|2) %", "", covered))
+    assert left == []
+    assert len(claims()) >= 40

@@ -1,0 +1,233 @@
+"""The paper's figures: from a study folder to files that are the same each time, or one clear line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import typer
+from presentation.fabricate_study import fabricate_study
+from typer.testing import CliRunner
+
+from figures import making, style
+from figures.__main__ import command
+from figures.artefacts import TABLES, open_study
+
+ROOT = Path(__file__).parent.parent
+NAMES = making.names()
+
+app = typer.Typer()
+app.command()(command)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("figures") / "study"
+    return fabricate_study(folder, ("tales-untied", "tales-layerskip"), depth=4, prompts=4, tokens=12,
+                           draft_lengths=(1, 3), drafter=True)  # fmt: skip
+
+
+@pytest.fixture
+def damaged(study, tmp_path) -> Path:
+    return Path(shutil.copytree(study, tmp_path / "study", ignore=shutil.ignore_patterns("paper")))
+
+
+def refused(result, *words: str) -> None:
+    """One clear line on standard error, exit status 2, nothing else."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    line = result.stderr.strip()
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+# -- what is made
+@pytest.fixture(scope="module")
+def made(study):
+    result = run("--study", study)
+    assert result.exit_code == 0, result.output
+    return study / "paper", result
+
+
+def test_there_are_nine():
+    assert [name[:5] for name in NAMES] == [f"fig{number:02}" for number in range(1, 10)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_comes_in_three_kinds(made, name):
+    paper, result = made
+    for kind, magic in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        path = paper / f"{name}.{kind}"
+        assert path.read_bytes().startswith(magic)
+        assert str(path) in result.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_fit_a_column_or_two(made, name):
+    svg = (made[0] / f"{name}.svg").read_text(encoding="utf-8")
+    width, height = (float(number) / 72 for number in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    assert width == pytest.approx(style.ONE_COLUMN) or width == pytest.approx(style.TWO_COLUMNS)
+    assert height <= style.PAGE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_carry_no_date_and_their_fonts(made, name):
+    pdf = (made[0] / f"{name}.pdf").read_bytes()
+    assert b"CreationDate" not in pdf
+    assert b"/FontFile2" in pdf  # TrueType, inside
+    assert b"/Type3" not in pdf
+    svg = (made[0] / f"{name}.svg").read_text(encoding="utf-8")
+    assert "<dc:date>" not in svg
+    assert "<text" not in svg  # letters are paths: nothing depends on the reader's fonts
+
+
+def test_the_same_study_gives_the_same_bytes(made, study, tmp_path):
+    for name in ("fig01", "fig02"):
+        assert run("--study", study, "--only", name, "-o", tmp_path).exit_code == 0
+    again = sorted(tmp_path.iterdir())
+    assert len(again) == 6
+    for path in again:
+        assert path.read_bytes() == (made[0] / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_comes_as_latex(made, table):
+    latex = (made[0] / "tables" / f"{table}.tex").read_text(encoding="utf-8")
+    assert r"\toprule" in latex
+    assert rf"\label{{tab:{table.replace('_', '-')}}}" in latex
+    assert "tales-untied" in latex
+
+
+def test_nothing_is_left_unfinished(made):
+    assert not list(made[0].rglob("*.unfinished"))
+
+
+def test_only_one(study, tmp_path):
+    result = run("--study", study, "--only", "fig02", "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"fig02_agreement.{kind}" for kind in ("pdf", "png", "svg")
+    ]
+
+
+def test_a_script_runs_by_itself_and_without_torch(study, tmp_path):
+    code = (
+        "import runpy, sys; sys.argv = ['fig02', '--study', sys.argv[1], '--output', sys.argv[2]]\n"
+        "try: runpy.run_module('figures.fig02_agreement', run_name='__main__')\n"
+        "except SystemExit as ended: assert not ended.code, ended.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, study, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fig02_agreement.pdf").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_has_a_reason_and_can_run_alone(name):
+    script = importlib.import_module(f"figures.{name}")
+    assert script.__doc__
+    assert "alone(__file__)" in Path(script.__file__).read_text(encoding="utf-8")
+
+
+def test_a_study_of_one_model(tmp_path):
+    folder = fabricate_study(tmp_path / "one", ("a_$model$",), depth=3, prompts=4, tokens=8, draft_lengths=(2,))
+    for name in ("fig02", "fig05", "fig06", "fig08", "fig09"):
+        result = run("--study", folder, "--only", name)
+        assert result.exit_code == 0, result.output
+
+
+def test_settings_of_matplotlib_come_back():
+    before = matplotlib.rcParams["font.size"]
+    with style.paper():
+        assert matplotlib.rcParams["font.size"] == 8.0
+    assert matplotlib.rcParams["font.size"] == before
+
+
+# -- what is refused
+def test_a_folder_that_is_not_there(tmp_path):
+    refused(run("--study", tmp_path / "none"), "none", "is not a folder")
+
+
+def test_an_empty_folder(tmp_path):
+    refused(run("--study", tmp_path), "is empty", "probekit study")
+
+
+def test_a_foreign_folder(tmp_path):
+    (tmp_path / "thesis.tex").write_text("hello")
+    refused(run("--study", tmp_path), "holds other files")
+
+
+def test_an_unfinished_study(damaged):
+    (damaged / "summary.json").rename(damaged / "study.json")
+    refused(run("--study", damaged), "is not finished")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "schema None"),
+        ('{"schema": "other/2"}', "'other/2'; expected 'probekit/study/1'"),
+        ('{"schema": "probekit/study/1", "models": []}', "names no model"),
+        ('{"schema": "probekit/study/1", "models": [{"name": "m"}]}', "has no trace, choice, timings for 'm'"),
+    ],
+)
+def test_a_foreign_summary(damaged, text, words):
+    (damaged / "summary.json").write_text(text)
+    refused(run("--study", damaged), words)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_missing_table_is_found_before_anything_is_written(damaged, table):
+    (damaged / "tables" / f"{table}.csv").unlink()
+    refused(run("--study", damaged), f"no tables/{table}.csv")
+    assert not (damaged / "paper").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "cannot be read"), ("a,b\n1,2\n", "has no column model"), ("{header}\n", "says nothing of tales-")],
+)
+def test_a_table_of_something_else(damaged, content, words):
+    path = damaged / "tables" / "layers.csv"
+    header = path.read_text().splitlines()[0]
+    path.write_text(content.replace("{header}", header))
+    refused(run("--study", damaged, "--only", "fig02"), words)
+    assert not (damaged / "paper").exists()
+
+
+def test_a_missing_trace(damaged):
+    shutil.rmtree(damaged / "traces" / "tales-untied")
+    refused(run("--study", damaged), "tales-untied")
+    assert not (damaged / "paper").exists()
+
+
+def test_only_needs_only_its_own(damaged):
+    (damaged / "tables" / "cells.csv").unlink()
+    assert run("--study", damaged, "--only", "fig02").exit_code == 0
+
+
+def test_an_unknown_figure(study):
+    refused(run("--study", study, "--only", "fig77"), "no figure 'fig77'", "fig01_lens_table")
+
+
+def test_labels_stand_for_names(damaged):
+    summary = json.loads((damaged / "summary.json").read_text())
+    summary["models"][0]["label"] = "untied"
+    (damaged / "summary.json").write_text(json.dumps(summary))
+    opened = open_study(damaged)
+    assert set(opened.table("layers")["model"]) == {"untied", "tales-layerskip"}
+    assert len(opened.of("cells", "tales-untied")) == 8
