@@ -119,8 +119,6 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, float) for part in value):
-        return f"[{value[0]:.2f}, {value[1]:.2f}]"
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # a NumPy scalar
