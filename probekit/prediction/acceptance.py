@@ -32,6 +32,9 @@ SELF = "self"
 FIRST_START = {"prefill": 1, "draft": 0}
 """Output index at which the first round starts: `prefill` is our decoder's convention, `draft` that of transformers."""
 
+CUT = "cut"
+"""What `ended` says of a text that an analysis cut short: it neither ended by itself nor filled the trace's budget."""
+
 RESAMPLES = 2000
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
 
@@ -139,10 +142,10 @@ class _Counts(NamedTuple):
     rejections: np.ndarray  # (drafters, lengths, prompts)
 
 
-def _walk(agrees: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budget: int, first: int) -> _Walk:
+def _walk(agrees: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budgets: np.ndarray | int, first: int) -> _Walk:
     """Jump from round to round in every text and cell at once.
 
-    agrees: (drafters, prompts, N) bool, False beyond the end of a text. tokens: (prompts,) N of each.
+    agrees: (drafters, prompts, N) bool, False beyond the end of a text. tokens, budgets: (prompts,) N and M of each.
     """
     drafters, prompts, width = agrees.shape
     place = np.arange(width, dtype=np.int32)
@@ -156,7 +159,7 @@ def _walk(agrees: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budget: i
     start = np.full((drafters, len(lengths), prompts), first, dtype=np.int32)
     steps: list[tuple[np.ndarray, ...]] = []
     while (going := start < tokens).any():
-        drafted = np.minimum(lengths, budget - 1 - start)
+        drafted = np.minimum(lengths, np.asarray(budgets, dtype=np.int32) - 1 - start)
         left = tokens - start
         run = flat[np.where(going, base + start, 0)] - start
         accepted = np.minimum(np.minimum(run, drafted), left)
@@ -186,11 +189,12 @@ def _tally(walk: _Walk, longest: int) -> _Counts:
 
 
 def _expect(
-    w: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budget: int, first: int
+    w: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budgets: np.ndarray | int, first: int
 ) -> tuple[_Counts, np.ndarray]:
     """The recursion over the chance that a round starts at i, in every text and cell at once.
 
-    w: (drafters, prompts, N) float64. Returns the expected counts, and the chances (drafters, lengths, prompts, N).
+    w: (drafters, prompts, N) float64. tokens, budgets: (prompts,) N and M of each. Returns the expected counts, and the
+    chances (drafters, lengths, prompts, N).
     """
     drafters, prompts, width = w.shape
     longest = int(lengths.max())
@@ -202,12 +206,13 @@ def _expect(
     by_drafted = np.zeros((longest + 1, *shape))
     rejections = np.zeros(shape)
     chances = np.ascontiguousarray(np.moveaxis(w, -1, 0))[:, :, None, :]
-    which = np.arange(len(lengths))
+    which, whose = np.arange(len(lengths))[:, None], np.arange(prompts)
     for i in range(first, width):
         live = starts[i] = starts[i] * (i < tokens)
-        drafted = np.minimum(lengths, budget - i - 1)
-        by_drafted[drafted, :, which] += np.moveaxis(live, 1, 0)
-        reach = np.minimum(drafted[:, None], tokens - i)  # (lengths, prompts): the most that can be accepted
+        # (lengths, prompts): what a round would draft, and the most that can be accepted; no round starts past a text
+        drafted = np.clip(np.broadcast_to(budgets, tokens.shape) - i - 1, 0, lengths[:, None])
+        by_drafted[drafted, :, which, whose] += np.moveaxis(live, 0, -1)
+        reach = np.minimum(drafted, tokens - i)
         for j in range(max(0, int(reach.max())) + 1):
             done = j >= reach
             if done.any():  # everything was accepted: the bonus token comes at i + j, or the text ended before it
@@ -553,17 +558,20 @@ def predict(
 
     counted: list[_Counts] = []
     rounds: list[PromptRounds] = []
-    tokens = trace.texts.set_index("prompt")["new_tokens"].loc[trace.prompts].to_numpy()
+    texts = trace.texts.set_index("prompt").loc[trace.prompts]
+    tokens = texts["new_tokens"].to_numpy()
+    # A text that was cut short is taken for one whose budget ended there: its last round drafts no further.
+    budgets = np.where(texts["ended"] == CUT, tokens, budget)
     for chunk in _chunks(tokens, len(drafters) * len(lengths)):
         prompts = trace.prompts[chunk]
         signal = _signal(trace, prompts, tokens[chunk], drafters, agreement)
         if greedy:
-            walk = _walk(signal, tokens[chunk], lengths, budget, first)
+            walk = _walk(signal, tokens[chunk], lengths, budgets[chunk], first)
             counted.append(_tally(walk, int(lengths.max())))
             if with_rounds:
                 rounds += _rounds_of_walk(walk, prompts, drafters, lengths)
         else:
-            counted.append(_expect(signal, tokens[chunk], lengths, budget, first)[0])
+            counted.append(_expect(signal, tokens[chunk], lengths, budgets[chunk], first)[0])
             if with_rounds:
                 rounds += _probabilities(signal, prompts, tokens[chunk], drafters, lengths)
 

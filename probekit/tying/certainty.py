@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.prediction.acceptance import Prediction, closed_form_tokens_per_round, expected_rounds, predict
+from probekit.prediction.acceptance import CUT, Prediction, closed_form_tokens_per_round, expected_rounds, predict
 from probekit.prediction.choice import decoding_seconds
-from probekit.tying.pooling import Share, draws, spread
+from probekit.tying.pooling import Estimate, Share, draws, spread
 
 if TYPE_CHECKING:
     from probekit.prediction.costs import Costs
@@ -30,8 +30,7 @@ NONE = "none"
 def run_lengths(agrees: np.ndarray) -> np.ndarray:
     """Lengths of the runs of agreement that a disagreement ended, 0 included: (disagreements,).
 
-    The run that the end of the text cuts is left out; so a text of independent agreements with chance p has runs of
-    length r with probability (1 - p) p^r.
+    The run that the end of the text cuts is left out.
     """
     ends = np.flatnonzero(~np.asarray(agrees, dtype=bool))
     return np.diff(ends, prepend=-1) - 1
@@ -41,51 +40,85 @@ def run_lengths(agrees: np.ndarray) -> np.ndarray:
 class RunLengths:
     """Runs of agreement of one exit layer, over all texts.
 
-    counts: (longest + 1,) runs of length 0, 1, ..; chance: agreements / (agreements + disagreements) in those runs,
-    which is what a geometric law of the same mean has; variance_ratio: variance of the lengths / that of the law
-    (1: as independent acceptances have; above 1: longer runs and longer gaps).
+    counts: (longest + 1,) runs of length 0, 1, ..; chance: a, the share of positions that agree. geometric: (longest +
+    1,) the runs that independent agreements with chance a leave in texts of these lengths: a geometric law, less what
+    the ends of texts cut off. variance: of the lengths / of that law's, with its interval (1: as independent
+    acceptances have; above 1: longer runs and longer gaps).
     """
 
     exit_layer: int
     counts: np.ndarray
     chance: float
-    variance_ratio: float
-
-    @property
-    def geometric(self) -> np.ndarray:
-        """(longest + 1,): runs of each length that the geometric law expects."""
-        lengths = np.arange(len(self.counts))
-        return self.counts.sum() * (1 - self.chance) * self.chance**lengths
+    geometric: np.ndarray
+    variance: Estimate
 
 
 def runs_against_geometric(trace: Trace, exit_layer: int) -> RunLengths:
-    """Run lengths of a greedy trace at one exit, against the geometric law of the same mean."""
+    """Run lengths of a greedy trace at one exit, against the geometric law that independent agreements follow.
+
+    In a text of N > r tokens the law expects a^r (1 - a) (1 + (N - 1 - r) (1 - a)) runs of length r: one may start at
+    the text's beginning and after each disagreement, and its end must still be inside the text.
+    """
     _require_greedy(trace)
-    lengths = np.concatenate([run_lengths(trace.agreement(prompt)[exit_layer]) for prompt in trace.prompts])
-    if not len(lengths):
-        return RunLengths(exit_layer, np.zeros(1), 1.0, np.nan)
-    chance = lengths.sum() / (lengths.sum() + len(lengths))
-    expected = chance / (1 - chance) ** 2
-    ratio = float(lengths.var() / expected) if expected > 0 else np.nan
-    return RunLengths(exit_layer, np.bincount(lengths).astype(float), float(chance), ratio)
+    agrees = [trace.agreement(prompt)[exit_layer] for prompt in trace.prompts]
+    tokens = np.array([len(each) for each in agrees], dtype=np.float64)
+    agreed = np.array([each.sum() for each in agrees], dtype=np.float64)
+    r = np.arange(int(tokens.max()))
+    counts = np.stack([np.bincount(run_lengths(each), minlength=len(r)) for each in agrees])  # (prompts, r)
+    places = tokens[:, None] - 1 - r  # starts that leave room for a run and its end, but for the text's beginning
+
+    def law(times: np.ndarray) -> np.ndarray:
+        a = ((times @ agreed) / (times @ tokens))[:, None]
+        return a**r * (1 - a) * (times @ (places >= 0) + (1 - a) * (times @ np.maximum(places, 0.0)))
+
+    def ratio(times: np.ndarray) -> np.ndarray:
+        observed, expected = _variance(times @ counts, r), _variance(law(times), r)
+        return np.where(expected > 0, observed / np.where(expected > 0, expected, 1.0), np.nan)
+
+    whole = np.ones((1, len(agrees)))
+    low, high = spread(ratio(draws(len(agrees)))) if len(agrees) > 1 else (np.nan, np.nan)
+    longest = max(np.flatnonzero(counts.sum(axis=0)), default=0)
+    return RunLengths(
+        exit_layer,
+        counts.sum(axis=0)[: longest + 1],
+        float(agreed.sum() / tokens.sum()),
+        law(whole)[0, : longest + 1],
+        Estimate(float(ratio(whole)[0]), float(low), float(high)),
+    )
+
+
+def _variance(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(draws,): variance of values, (n,), that are weighted, (draws, n); NaN without weight."""
+    total = weights.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = weights @ values / total
+        return weights @ values**2 / total - mean**2
 
 
 def autocorrelation(trace: Trace, exit_layer: int, lags: Iterable[int] = range(1, 9), *, within: bool = False) -> Share:
-    """(lags,): correlation of agreement at one exit with itself some positions later.
+    """(lags,): correlation of agreement at one exit with itself some positions later; 0 for independent agreements.
 
-    within: take each text's own mean away first, so that easy and hard texts do not count as dependence; a text's own
-    mean makes this slightly too small, by about 1 / its length.
+    within: take each text's own mean away first, so that easy and hard texts do not count as dependence. Of n
+    independent values less their own mean, two have the covariance -variance / n: that much is put back, or short
+    texts would look as if agreements avoided each other.
     """
     _require_greedy(trace)
     series = [trace.agreement(prompt)[exit_layer].astype(np.float64) for prompt in trace.prompts]
     mean = np.concatenate(series).mean()
-    centred = [values - (values.mean() if within else mean) for values in series]
-    variance = np.concatenate(centred).var()
     above, below = [], []
     for lag in lags:
-        pairs = [(values[:-lag], values[lag:]) for values in centred]
-        above.append([float(one @ other) for one, other in pairs])
-        below.append([len(one) * variance for one, _ in pairs])
+        sums = []
+        for values in series:
+            n, pairs = len(values), max(0, len(values) - lag)
+            if within and n < 2:
+                sums.append((0.0, 0.0))
+                continue
+            centred = values - (values.mean() if within else mean)
+            variance = centred @ centred / (n - 1 if within else n)
+            product = centred[:pairs] @ centred[n - pairs :]
+            sums.append((product + (pairs * variance / n if within else 0.0), pairs * variance))
+        above.append([product for product, _ in sums])
+        below.append([variance for _, variance in sums])
     return Share(np.array(above), np.array(below), tuple(trace.prompts))
 
 
@@ -101,7 +134,9 @@ def closed_form_error(
     """
     rows = []
     budget = trace.manifest.max_new_tokens
-    tokens = trace.texts["new_tokens"].tolist()
+    texts = trace.texts.set_index("prompt").loc[trace.prompts]
+    lengths = texts["new_tokens"].tolist()
+    budgets = np.where(texts["ended"] == CUT, lengths, np.maximum(budget, lengths)).tolist()
     prediction = predict(trace, exit_layers, draft_lengths, drafter=False)
     times = draws(len(trace))
     greedy = trace.manifest.text == "greedy"
@@ -109,7 +144,10 @@ def closed_form_error(
         assert cell.exit_layer is not None
         read = trace.agreement if greedy else trace.accept_probability
         chance = float(np.concatenate([read(prompt)[cell.exit_layer] for prompt in trace.prompts]).mean())
-        alone = [expected_rounds(np.full(n, chance), cell.draft_length, max(budget, n)) for n in tokens]
+        alone = [
+            expected_rounds(np.full(n, chance), cell.draft_length, most)
+            for n, most in zip(lengths, budgets, strict=True)
+        ]
         independent = sum(one.tokens for one in alone) / max(sum(one.rounds for one in alone), 1e-12)
         error, drawn = np.nan, np.full(len(times), np.nan)
         if cell.tokens_per_round is not None and cell.alpha is not None:

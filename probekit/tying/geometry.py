@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
+from probekit.tying.pooling import Estimate
 
 if TYPE_CHECKING:
     from probekit.tracing.traces import Trace
@@ -56,8 +57,20 @@ def principal_cosines(one: Tensor, other: Tensor, dimensions: int) -> Tensor:
 
 
 def alignment(one: Tensor, other: Tensor, dimensions: int) -> float:
-    """Mean squared cosine of the principal angles, 0..1; random subspaces have `dimensions` / width on average."""
+    """Mean squared cosine of the principal angles, 0..1: how far the two subspaces overlap."""
     return float(principal_cosines(one, other, dimensions).square().mean())
+
+
+def alignment_by_chance(dimensions: int, width: int) -> Estimate:
+    """The alignment of two random subspaces: its mean, and the 95 % that a normal law about it holds.
+
+    With P, Q the projections, it is tr(P Q) / d, of mean d / D and variance 2 (D - d)^2 / (D^2 (D - 1) (D + 2)): the
+    second moments of a uniformly random rotation (Collins and Sniady, arXiv math-ph/0402073). For lines, d = 1, it is a
+    squared coordinate of a random unit vector, which follows a beta law.
+    """
+    mean = dimensions / width
+    half = 1.96 * (width - dimensions) / width * math.sqrt(2 / ((width - 1) * (width + 2)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 @torch.no_grad()
@@ -95,9 +108,9 @@ def geometry_table(parts: Anatomy, name: str, counts: np.ndarray, seed: int = 0)
     """Geometry of one model, a row for each group of tokens by frequency.
 
     Columns: model, tied, tokens (group), count, cosine (mean cosine of a token's embedding and its head row as it
-    reads), cosine_low, cosine_high (its 10 % and 90 % quantiles over tokens), cosine_of_others (the same for another
-    token's row: the baseline), echo (share of the tokens whose embedding alone says them), dimensions, alignment (mean
-    squared cosine of principal angles) and alignment_by_chance (dimensions / width).
+    reads), cosine_lowest_tenth, cosine_highest_tenth (its 10 % and 90 % quantiles over tokens), cosine_of_others (the
+    same for another token's row: the baseline), echo (share of the tokens whose embedding alone says them), dimensions,
+    alignment (mean squared cosine of principal angles), and alignment_by_chance with _low and _high.
     """
     embedding, head = parts.embedding.weight.detach().float().cpu(), reading_rows(parts).cpu()
     if len(counts) != len(embedding):
@@ -110,6 +123,7 @@ def geometry_table(parts: Anatomy, name: str, counts: np.ndarray, seed: int = 0)
         chosen = torch.from_numpy(np.ascontiguousarray(ids))
         low, high = np.quantile(cosines[ids], [0.1, 0.9])
         dimensions = min(math.ceil(parts.width / 8), len(ids) // 2)
+        chance = alignment_by_chance(dimensions, parts.width)
         sampled = ids if len(ids) <= ECHO_TOKENS else random.choice(ids, ECHO_TOKENS, replace=False)
         rows.append(
             {
@@ -118,13 +132,15 @@ def geometry_table(parts: Anatomy, name: str, counts: np.ndarray, seed: int = 0)
                 "tokens": group,
                 "count": len(ids),
                 "cosine": cosines[ids].mean(),
-                "cosine_low": low,
-                "cosine_high": high,
+                "cosine_lowest_tenth": low,
+                "cosine_highest_tenth": high,
                 "cosine_of_others": others[ids].mean(),
                 "echo": float(echo_of_embedding(parts, torch.from_numpy(np.ascontiguousarray(sampled))).float().mean()),
                 "dimensions": dimensions,
                 "alignment": alignment(embedding[chosen], head[chosen], dimensions) if dimensions else np.nan,
-                "alignment_by_chance": dimensions / parts.width,
+                "alignment_by_chance": chance.value,
+                "alignment_by_chance_low": chance.low,
+                "alignment_by_chance_high": chance.high,
             }
         )
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ Every (layer, position) belongs to one class, the first that fits:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -112,8 +112,9 @@ def norm_or_raw(trace: Trace) -> pd.DataFrame:
     """How much of the raw lens's gibberish is the missing norm: a row a layer 0..L-1, and one for the early half.
 
     gibberish_raw, gibberish_norm: shares; agreement_raw, agreement_norm: likewise. missing_norm: the share of the raw
-    lens's gibberish that is gone with the norm, 1 - gibberish_norm / gibberish_raw; with its interval. agreement_gain:
-    agreement_norm - agreement_raw, paired. `layers` names the row: a layer, or "1..h" for the early half.
+    lens's gibberish that is gone with the norm, 1 - gibberish_norm / gibberish_raw. agreement_gain: agreement_norm -
+    agreement_raw, paired. Each with its interval, `_low` and `_high`. `layers` names the row: a layer, or "1..h" for
+    the early half.
 
     Layer L is left out: its raw row is the model's own.
     """
@@ -132,25 +133,26 @@ def norm_or_raw(trace: Trace) -> pd.DataFrame:
         gone = Share(
             summed["raw"].numerators[3] - summed["norm"].numerators[3], summed["raw"].numerators[3], norm.prompts
         )
-        low, high = gone.interval()
         gain = difference(summed["norm"].at(0), summed["raw"].at(0))
-        rows.append(
-            {
-                "model": trace.manifest.model.name,
-                "layers": name,
-                "gibberish_raw": summed["raw"].values[3],
-                "gibberish_norm": summed["norm"].values[3],
-                "missing_norm": float(gone.values),
-                "missing_norm_low": float(low),
-                "missing_norm_high": float(high),
-                "agreement_raw": summed["raw"].values[0],
-                "agreement_norm": summed["norm"].values[0],
-                "agreement_gain": float(gain.values),
-                "agreement_gain_low": float(gain.low),
-                "agreement_gain_high": float(gain.high),
-            }
-        )
+        figures = {
+            "gibberish_raw": _figure(summed["raw"].at(3)),
+            "gibberish_norm": _figure(summed["norm"].at(3)),
+            "missing_norm": _figure(gone),
+            "agreement_raw": _figure(summed["raw"].at(0)),
+            "agreement_norm": _figure(summed["norm"].at(0)),
+            "agreement_gain": Estimate(float(gain.values), float(gain.low), float(gain.high)),
+        }
+        row: dict[str, Any] = {"model": trace.manifest.model.name, "layers": name}
+        for quantity, (value, low, high) in figures.items():
+            row |= {quantity: value, f"{quantity}_low": low, f"{quantity}_high": high}
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _figure(share: Share) -> Estimate:
+    """A single share, with its interval."""
+    low, high = share.interval()
+    return Estimate(float(share.values), float(low), float(high))
 
 
 def require_all(trace: Trace) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from probekit.prediction.acceptance import predict
+from probekit.prediction.acceptance import CUT, predict
 from probekit.tracing.traces import LOOP_TOKENS, Trace
 from probekit.tying.pooling import Share
 
@@ -38,13 +38,16 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
 
 
 def before_loops(trace: Trace) -> Trace:
-    """The same texts, each cut where its first loop begins: what was said before is the model's text all the same."""
+    """The same texts, each cut where its first loop begins: what was said before is the model's text all the same.
+
+    Rounds of a text that was cut are those of a decoder whose budget ended there. Shorter texts hold more rounds that
+    the budget cuts short, so of the rounds' figures the acceptance rate and alpha compare better than tokens per round.
+    """
     cut = {prompt: loop_start(trace.outputs(prompt).tolist()) for prompt in trace.prompts}
     texts = trace.texts.copy()
     ends = texts["prompt"].map(cut)
-    shorter = ends < texts["new_tokens"]
+    texts.loc[ends < texts["new_tokens"], "ended"] = CUT
     texts["new_tokens"], texts["looped"] = ends, 0.0
-    texts.loc[shorter & (texts["ended"] == "eos"), "ended"] = "budget"
 
     def kept(frame: pd.DataFrame) -> pd.DataFrame:
         return frame[frame["output"] < frame["prompt"].map(cut)]

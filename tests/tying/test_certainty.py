@@ -21,6 +21,7 @@ from probekit.tying.certainty import (
     timed,
     transfer,
 )
+from probekit.tying.text_kinds import before_loops
 
 
 class Steps:
@@ -50,14 +51,42 @@ def test_runs_against_the_geometric_law():
     found = runs_against_geometric(toy([[[1, 1, 0, 0, 1, 0]]] * 2), 0)  # runs 2, 0, 1, twice
     assert found.counts.tolist() == [2, 2, 2]
     assert found.chance == pytest.approx(1 / 2)
-    assert found.geometric == pytest.approx([3, 1.5, 0.75])
-    assert found.variance_ratio == pytest.approx((2 / 3) / 2)  # variance of 0, 1, 2; of the law p / (1 - p)^2
+    # of length 0 in 6 tokens: (1 - a) (1 + 5 (1 - a)) = 7/4; then 3/4, 5/16, 1/8, 3/64, 1/64; twice
+    assert found.geometric == pytest.approx([7 / 2, 3 / 2, 5 / 8])
+    law = np.array([112, 48, 20, 8, 3, 1]) / 64  # 3 runs a text, as many as disagreements are expected
+    mean = law @ np.arange(6) / 3
+    expected = law @ np.arange(6) ** 2 / 3 - mean**2
+    assert found.variance.value == pytest.approx((2 / 3) / expected)  # 2/3: the variance of 0, 1, 2
+    assert (found.variance.low, found.variance.high) == pytest.approx(
+        (found.variance.value,) * 2
+    )  # the texts are alike
 
 
-def test_independent_runs_are_geometric():
-    found = runs_against_geometric(fabricate(2, prompts=60, tokens=200, agreement=[0.7] * 2), 1)
-    assert found.chance == pytest.approx(0.7, abs=0.02)
-    assert found.variance_ratio == pytest.approx(1, abs=0.15)
+@given(st.floats(0.05, 0.95), st.integers(1, 12))
+def test_the_law_expects_as_many_runs_as_disagreements(a, n):
+    """Each text of n independent positions has n (1 - a) disagreements on average, and each of them ends a run."""
+    r = np.arange(n)
+    assert (a**r * (1 - a) * (1 + (n - 1 - r) * (1 - a))).sum() == pytest.approx(n * (1 - a))
+
+
+@pytest.mark.parametrize(("chance", "tokens"), [(0.7, 200), (0.9, 30)])
+def test_independent_runs_are_geometric(chance, tokens):
+    """Also where the ends of short texts cut most of the long runs."""
+    found = runs_against_geometric(fabricate(2, prompts=120, tokens=tokens, agreement=[chance] * 2), 1)
+    assert found.chance == pytest.approx(chance, abs=0.02)
+    assert found.variance.value == pytest.approx(1, abs=0.15)
+    assert found.variance.low < 1 < found.variance.high
+
+
+def test_runs_that_come_together_vary_more():
+    found = runs_against_geometric(toy([[[1] * 8 + [0] * 8]] * 3), 0)
+    assert found.variance.value > 2
+
+
+def test_no_run_where_everything_agrees():
+    found = runs_against_geometric(toy([[[1, 1, 1]]] * 2), 0)
+    assert found.counts.tolist() == [0]
+    assert np.isnan(found.variance.value)
 
 
 def test_autocorrelation():
@@ -68,6 +97,33 @@ def test_autocorrelation():
     assert np.isnan(autocorrelation(apart, 0, [1], within=True).values).all()  # nothing is left within a text
     with pytest.raises(InputError, match="sampled text"):
         autocorrelation(fabricate(text="sampled"), 1)
+
+
+def test_autocorrelation_of_one_text_by_hand():
+    """1 1 0 0 less its mean: 1/2 1/2 -1/2 -1/2, products 1/4, -1/4, 1/4; variance 1/3, and 3 x 1/3 / 4 put back."""
+    found = autocorrelation(toy([[[1, 1, 0, 0]]]), 0, [1], within=True)
+    assert found.numerators[0, 0] == pytest.approx(1 / 4 + 1 / 4)
+    assert found.denominators[0, 0] == pytest.approx(3 * 1 / 3)
+    assert autocorrelation(toy([[[1, 1, 0, 0]]]), 0, [1]).values == pytest.approx([(1 / 4) / (3 * 1 / 4)])
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_short_texts_do_not_look_as_if_agreements_avoided_each_other(lag):
+    """All 16 texts of 4 fair coins: the numerators add up to nothing, as they must for independent positions."""
+    every = [[[int(bit) for bit in f"{number:04b}"]] for number in range(16)]
+    found = autocorrelation(toy(every), 0, [lag], within=True)
+    assert found.numerators.sum() == pytest.approx(0, abs=1e-12)
+    assert found.denominators.sum() == pytest.approx(16 * (4 - lag) / 4)  # the variance of a fair coin
+
+
+def test_the_end_of_a_text_that_was_cut_is_no_dependence():
+    """Everything agrees, so rounds never fail; a text that is cut at its loop is one whose budget ended there."""
+    loop = [1, 2, 3, 4, 5, 6, 7, 8] * 3
+    cut = before_loops(toy([[[1] * 24, [1] * 24]] * 2, outputs=[loop, loop]))
+    table = closed_form_error(cut, [1], [2])
+    # of 8 tokens, from index 1: drafts 2, emits 3; drafts 2, emits 3; drafts none, emits the last
+    assert table["exact"][0] == table["independent"][0] == pytest.approx(7 / 3)
+    assert table["dependence"][0] == pytest.approx(0)
 
 
 def test_the_closed_form_overestimates_what_comes_in_runs():

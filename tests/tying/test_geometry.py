@@ -10,6 +10,7 @@ from tracing.fabricate import fabricate
 from probekit.errors import InputError
 from probekit.tying.geometry import (
     alignment,
+    alignment_by_chance,
     echo_of_embedding,
     frequency_groups,
     geometry_table,
@@ -58,6 +59,24 @@ def test_random_subspaces_are_aligned_by_chance():
         for _ in range(20)
     ]
     assert np.mean(found) == pytest.approx(8 / 32, abs=0.03)
+
+
+def test_alignment_by_chance_of_lines_and_of_everything():
+    """A line in 6 dimensions: a squared coordinate of a random unit vector, beta(1/2, 5/2), of variance 5 / 144."""
+    found = alignment_by_chance(1, 6)
+    assert found.value == pytest.approx(1 / 6)
+    assert found.high - found.value == found.value - found.low == pytest.approx(1.96 * (5 / 144) ** 0.5)
+    assert alignment_by_chance(6, 6) == (1, 1, 1)
+
+
+def test_random_subspaces_fall_into_the_interval_of_chance():
+    low, high = alignment_by_chance(8, 32)[1:]
+    generator = torch.Generator().manual_seed(1)
+    found = np.array([
+        alignment(torch.randn(200, 32, generator=generator), torch.randn(200, 32, generator=generator), 8)
+        for _ in range(300)
+    ])  # fmt: skip
+    assert 0.92 <= ((low <= found) & (found <= high)).mean() <= 0.98
 
 
 def test_too_many_dimensions():

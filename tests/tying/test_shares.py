@@ -109,6 +109,8 @@ def test_the_missing_norm():
     assert table["missing_norm"].to_dict() == pytest.approx({"0": 0, "1": 1 / 2, "2": 3 / 4, "3": 1, "1..2": 5 / 8})
     assert table.loc["1..2", "agreement_gain"] == pytest.approx(5 / 8)
     assert table.loc["3", "agreement_raw"] == pytest.approx(1 / 2)
+    ends = table[["gibberish_norm_low", "gibberish_norm", "gibberish_norm_high"]].loc["1"]
+    assert ends.tolist() == pytest.approx([1 / 2] * 3)  # both prompts are alike
 
 
 def test_agreement_alone_does_not_do():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tracing.fabricate import fabricate
 from tying.toys import toy
 
-from probekit.tracing.traces import looped
+from probekit.prediction.acceptance import expected_rounds, predict, rounds_of
+from probekit.tracing.traces import Trace, looped
 from probekit.tying.text_kinds import (
     acceptance_by_kind,
     before_loops,
@@ -46,6 +47,44 @@ def test_texts_are_cut_where_they_begin_to_loop():
     assert cut.agreement(0)[0].tolist() == [False] * 4
     assert looped_share(cut) == 0
     assert len(trace.outputs(0)) == 12
+
+
+@pytest.mark.parametrize("accept", [None, [[[1.0] * 12] * 2] * 2])
+def test_rounds_of_a_text_that_was_cut_end_with_it(accept):
+    """From index 1 of 4: two drafts, which agree, and the last token; not a third draft, which nothing could accept."""
+    cut = before_loops(toy([[[1] * 12, [1] * 12]] * 2, outputs=[LOOP, LOOP], accept=accept))
+    assert cut.texts["new_tokens"].tolist() == [4, 4]
+    assert set(cut.texts["ended"]) == {"cut"}
+    cell = predict(cut, [1], [4]).cells[0]
+    assert cell.drafted_of_prompt.tolist() == [2, 2]
+    assert cell.accepted_of_prompt.tolist() == [2, 2]
+    assert cell.tokens_of_prompt.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("text", ["greedy", "sampled"])
+def test_every_cut_text_has_a_budget_of_its_own(text):
+    """One prediction of texts that were cut at different places is the predictions of each by itself."""
+    trace = fabricate(2, prompts=5, tokens=20, text=text)
+    cuts = np.array([7, 99, 11, 3, 99])
+    whole = trace.texts["new_tokens"].to_numpy()
+    texts = trace.texts.assign(new_tokens=np.minimum(whole, cuts), ended=np.where(cuts < 99, "cut", "budget"))
+    short = dict(zip(texts["prompt"], texts["new_tokens"], strict=True))
+    tokens, layers = (frame[frame["output"] < frame["prompt"].map(short)] for frame in (trace.tokens, trace.layers))
+    cells = predict(Trace.from_frames(trace.manifest, texts, tokens, layers), [1], [1, 3]).cells
+    for cell in cells:
+        for place, prompt in enumerate(trace.prompts):
+            n = short[prompt]
+            most = n if cuts[place] < 99 else 20
+            if text == "greedy":
+                alone = rounds_of(trace.agreement(prompt)[1, :n], cell.draft_length, most)
+                assert cell.drafted_of_prompt[place] == alone.drafted.sum()
+                assert cell.accepted_of_prompt[place] == alone.accepted.sum()
+                assert cell.rounds_of_prompt[place] == len(alone.start)
+            else:
+                alone = expected_rounds(trace.accept_probability(prompt)[1, :n], cell.draft_length, most)
+                assert cell.drafted_of_prompt[place] == pytest.approx(alone.drafted)
+                assert cell.accepted_of_prompt[place] == pytest.approx(alone.accepted)
+                assert cell.rejections_of_prompt[place] == pytest.approx(alone.rejections)
 
 
 def test_a_selection_can_be_cut():
