@@ -86,13 +86,12 @@ def choose(
         raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
     options.at_least_one(context, "--context")
     trace = Trace.open(run)
+    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     prediction = predict_rounds(
-        trace,
-        exit_layers=options.integers(exit_layers, "--exit-layers"),
-        draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
+        trace, exit_layers=options.integers(exit_layers, "--exit-layers"), draft_lengths=lengths
     )
     with progress_bars(quiet or as_json) as bars:
-        timed = _costs_of(trace, costs, context, device, dtype, bars)
+        timed = _costs_of(trace, costs, context, lengths, device, dtype, bars)
     choice = choose_pair(prediction, timed)
     if export is not None:
         export_choice(choice, export)
@@ -172,12 +171,16 @@ def _models_of(trace, device, dtype):
     return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.dtype)
 
 
-def _costs_of(trace, source, context, device, dtype, bars):
+def _costs_of(trace, source, context, lengths, device, dtype, bars):
+    """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.prediction.costs import roofline_costs
 
-        return roofline_costs(trace, context=context, device=device, dtype=dtype)
+        return roofline_costs(
+            trace, context=context, device=device, dtype=dtype, longest_draft=max(lengths),
+            drafter=trace.manifest.drafter,
+        )  # fmt: skip
     from probekit.prediction.costs import measure_costs
 
     loaded, drafter = _models_of(trace, device, dtype)
-    return measure_costs(loaded, context=context, drafter=drafter, progress=bars)
+    return measure_costs(loaded, context=context, draft_lengths=lengths, drafter=drafter, progress=bars)

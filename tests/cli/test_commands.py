@@ -80,6 +80,19 @@ def test_choose(capsys, run_folder, tmp_path):
     assert roofline["costs"]["source"] == "roofline"
 
 
+@pytest.mark.parametrize("costs", ["measured", "roofline"])
+def test_choose_ranks_long_drafts_and_the_draft_model(capsys, tiny_folder, tiny_draft, prompts, tmp_path, costs):
+    drafter = tmp_path / "drafter"
+    tiny_draft.model.save_pretrained(drafter)
+    tiny_draft.tokenizer.save_pretrained(drafter)
+    folder = tmp_path / "two models"
+    assert run(["trace", str(tiny_folder), "--prompts", str(prompts), "-o", str(folder), "--max-new-tokens", "16",
+                "--draft-model", str(drafter), "--device", "cpu", "--quiet"]) == 0  # fmt: skip
+    found = document(capsys, "choose", folder, "--costs", costs, "--context", 16, "--draft-lengths", "11")
+    assert {method["method"] for method in found["methods"]} == {"autoregressive", "self-speculative", "speculative"}
+    assert {method["draft_length"] for method in found["methods"] if method["method"] != "autoregressive"} == {11}
+
+
 def test_validate(capsys, run_folder):
     found = document(capsys, "validate", run_folder, "--exit-layers", "1,3", "--draft-lengths", "2,4", "--limit", 2)
     assert found["schema"] == "probekit/validate/1"
