@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network that it does not name
 os.environ.setdefault("MPLBACKEND", "Agg")
+if shutil.which("nvidia-smi") is None:  # no GPU: kernels run in Triton's interpreter; to be said before its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "probekit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

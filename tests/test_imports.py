@@ -21,7 +21,7 @@ ROOMS = (
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
     "models": ("anatomy", "loading", "synthetic"),
-    "lens": ("lens", "heads", "recipe", "reductions", "witness", "statistics"),
+    "lens": ("lens", "heads", "recipe", "reductions", "witness", "kernel", "statistics"),
     "decoding": (
         "sampling", "caches", "policies", "results", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "decode",

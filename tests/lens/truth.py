@@ -40,8 +40,8 @@ def row_statistics(
         "log_probability": log_q.gather(-1, text_ids[:, None])[:, 0],
         "rank": rank(logits, text_ids),
         "model_rank": rank(model, argmax),
-        "entropy": -(log_q.exp() * log_q).sum(-1),
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "entropy": torch.special.entr(log_q.exp()).sum(-1),  # 0 log 0 is 0
+        "kl": torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum(-1),
         "overlap": torch.minimum(log_q.exp(), log_p.exp()).sum(-1),
         "echo": argmax == input_ids,
         "near_tie": (own - others).abs() < plan.noise,
