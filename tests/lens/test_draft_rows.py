@@ -1,0 +1,120 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from probekit.lens import draft_rows
+from probekit.lens.draft_rows import DraftRows, whole_order
+from probekit.lens.lens import Lens
+
+DEPTH, VOCABULARY, WIDTH = 5, 97, 36
+
+
+def whole_numbers(tiny, seed, rows):
+    """A model without a norm whose logits are small whole numbers, so that ties are exact and frequent; residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randint(-1, 2, head.weight.shape, generator=generator))
+    parts = replace(tiny.anatomy, norm=nn.Identity(), head=head)
+    return parts, torch.randint(-1, 2, (DEPTH + 1, rows, WIDTH), generator=generator).float()
+
+
+def agreement(logits, model, kept):
+    """Whether a head of the kept tokens says the model's token: (layers, rows) bool. Equal logits: the lowest id."""
+    ids = torch.tensor(sorted(kept))
+    best = logits[..., ids].amax(-1, keepdim=True)
+    return ids[(logits[..., ids] == best).int().argmax(-1)] == model
+
+
+def lowest_argmax(logits):
+    return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of few rows, so that a small vocabulary has several."""
+    monkeypatch.setattr(draft_rows, "FIRST_BLOCK", 3)
+    monkeypatch.setattr(draft_rows, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(draft_rows, "BLOCK_BYTES", {"cpu": 4 * 5 * 20, "else": 400})
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), noise=st.sampled_from([0.0, 1.0, 2.5]), data=st.data())
+def test_every_size_of_head_by_brute_force(tiny, blocks, seed, rows, noise, data):
+    parts, residuals = whole_numbers(tiny, seed, rows)
+    order = data.draw(st.lists(st.integers(0, VOCABULARY - 1), unique=True, max_size=VOCABULARY))
+    reader = DraftRows(parts, order)
+    found = reader.read(residuals, noise)
+    logits = residuals @ parts.head.weight.T
+    model = lowest_argmax(logits[-1])
+    rank = reader.ranks[model]
+    whole = reader.order.tolist()
+    assert whole == order + sorted(set(range(VOCABULARY)) - set(order))
+    up_to, surely, perhaps = (found[name] for name in ("agrees_up_to", "surely_up_to", "perhaps_up_to"))
+    assert ((surely <= up_to) & (up_to <= perhaps)).all()
+    assert (torch.stack([up_to, surely, perhaps])[:, -1] == VOCABULARY).all()
+    own = logits.gather(-1, model.expand(DEPTH + 1, -1)[..., None])
+    others = logits.scatter(-1, model.expand(DEPTH + 1, -1)[..., None], -torch.inf)
+    for size in range(1, VOCABULARY + 1):
+        kept = whole[:size]
+        inside = rank < size
+        expected = agreement(logits[:-1], model, kept)
+        assert torch.equal((inside & (size <= up_to))[:-1], expected & inside)
+        assert not (expected & ~inside).any()
+        near = (own[..., 0] - others[..., kept].amax(-1)).abs() < noise
+        assert torch.equal(((surely < size) & (size <= perhaps))[:-1], near[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_that_rounds_its_logits(tiny, blocks, dtype):
+    generator = torch.Generator().manual_seed(0)
+    residuals = torch.randn(DEPTH + 1, 30, WIDTH, generator=generator)
+    residuals[:-1] = residuals[-1] + 0.3 * residuals[:-1]  # layers that often agree
+    order = torch.randperm(VOCABULARY, generator=generator).tolist()
+    reader = DraftRows(tiny.anatomy, order, dtype)
+    found = reader.read(residuals, noise=0.1)["agrees_up_to_rounded"]
+    lens = Lens(tiny.anatomy)
+    logits = torch.stack([lens(residual, layer) for layer, residual in enumerate(residuals)]).to(dtype).float()
+    model = lowest_argmax(logits[-1])
+    assert 0.3 < (lowest_argmax(logits[:-1]) == model).float().mean() < 0.9
+    for size in range(1, VOCABULARY + 1):
+        inside = reader.ranks[model] < size
+        assert torch.equal((inside & (size <= found))[:-1], agreement(logits[:-1], model, order[:size]))
+
+
+def test_a_head_of_all_rows_agrees_where_the_lens_does(any_tiny):
+    parts = any_tiny.anatomy
+    ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(3))
+    hidden = any_tiny.model(ids, output_hidden_states=True).hidden_states
+    residuals = torch.cat([*hidden[:-1], torch.zeros_like(hidden[-1])])
+    residuals[-1] = parts.layers[-1](hidden[-2], position_embeddings=parts.rotary(hidden[0], torch.arange(40)[None]))[0]
+    lens = Lens(parts)
+    logits = torch.stack([lens(residual, layer) for layer, residual in enumerate(residuals)])
+    found = DraftRows(parts, [5, 3]).read(residuals)["agrees_up_to"]
+    assert torch.equal(found == parts.vocabulary, logits.argmax(-1) == logits[-1].argmax(-1))
+
+
+def test_tokens_that_the_order_leaves_out_follow_by_id():
+    assert whole_order([3, 0], 6).tolist() == [3, 0, 1, 2, 4, 5]
+    assert whole_order([], 3).tolist() == [0, 1, 2]
+
+
+def test_few_rows_of_the_head_settle_a_layer_that_disagrees(tiny, monkeypatch):
+    """A layer that a frequent token beats never sees the other rows of the head."""
+    parts, residuals = whole_numbers(tiny, 1, 6)
+    beaten = (residuals @ parts.head.weight.T)[:-1].sum((0, 1)).topk(40).indices.tolist()
+    tried = []
+    original = DraftRows._first
+
+    def watched(self, states, targets, places, noise):
+        tried.append((places.start, len(states)))
+        return original(self, states, targets, places, noise)
+
+    monkeypatch.setattr(DraftRows, "_first", watched)
+    monkeypatch.setattr(draft_rows, "FIRST_BLOCK", 10)
+    DraftRows(parts, beaten).read(residuals)
+    assert tried[0] == (0, 6 * DEPTH)
+    assert [start for start, _ in tried] == [0, 10, 50][: len(tried)]
+    assert tried[1][1] < tried[0][1]
