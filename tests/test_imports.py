@@ -21,12 +21,12 @@ ROOMS = (
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
     "models": ("anatomy", "loading", "synthetic"),
-    "lens": ("lens", "heads", "recipe", "reductions", "witness", "kernel", "statistics"),
+    "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "witness", "kernel", "statistics"),
     "decoding": (
         "sampling", "caches", "policies", "results", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "decode",
     ),
-    "tracing": ("prompts", "traces", "backends", "tracer", "inner_look"),
+    "tracing": ("prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),
     "prediction": ("acceptance", "costs", "choice", "validation"),
     "tying": (
         "pooling", "shares", "text_kinds", "certainty", "factorial", "geometry", "interventions", "comparison",
