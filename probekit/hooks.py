@@ -59,7 +59,7 @@ class _Hooked:
                 read(args[0] if args else kwargs["hidden_states"])
 
             handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-            before.ends_pass = isinstance(self, Stop)  # type: ignore[attr-defined]
+            self._mark(before)
             _stops_last(layers[0]._forward_pre_hooks)
         else:
 
@@ -67,9 +67,14 @@ class _Hooked:
                 read(_residual(output))
 
             handle = layers[site - 1].register_forward_hook(after)
-            after.ends_pass = isinstance(self, Stop)  # type: ignore[attr-defined]
+            self._mark(after)
             _stops_last(layers[site - 1]._forward_hooks)
         undo.callback(handle.remove)
+
+    def _mark(self, hook: Any) -> None:
+        """Say on a hook what others need to know of it."""
+        hook.ends_pass = isinstance(self, Stop)
+        hook.replays = isinstance(self, Capture) and self._into is not None
 
 
 class Capture(_Hooked):
@@ -308,10 +313,22 @@ def open_hooks(model: torch.nn.Module) -> list[str]:
 
     The hooks that transformers leaves on its own layers after `output_hidden_states=True` are not counted.
     """
+    return [name for name, module in model.named_modules() if _foreign_hooks(module) or "forward" in module.__dict__]
 
-    def carries(module: nn.Module) -> bool:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        foreign = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
-        return bool(foreign) or "forward" in module.__dict__
 
-    return [name for name, module in model.named_modules() if carries(module)]
+def unreplayable_hooks(model: torch.nn.Module) -> list[str]:
+    """Names of the modules of `model` whose hooks would fire while a graph is recorded and not when it is replayed.
+
+    Those of a Capture into a buffer do device work only, which replays.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__ or not all(getattr(hook, "replays", False) for hook in _foreign_hooks(module))
+    ]
+
+
+def _foreign_hooks(module: nn.Module) -> list[Callable]:
+    """A module's forward hooks, less those that transformers leaves on its own layers."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]

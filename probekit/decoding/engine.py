@@ -69,6 +69,9 @@ class Engine:
             positions = torch.tensor(starts, device=self.parts.device)[:, None] + self._positions[:, :tokens]
             rotary = (self._cos[0][positions], self._sin[0][positions])
             needs_mask = True
+        return self._places(positions, visible, rotary, needs_mask)
+
+    def _places(self, positions: Tensor, visible: int, rotary: tuple[Tensor, Tensor], needs_mask: bool) -> Places:
         mask = lower_right_mask(positions, visible, self.parts.dtype) if needs_mask else None
         inputs = {
             "attention_mask": mask,
@@ -209,7 +212,7 @@ class Session:
         for row, first in zip(self.rows, token.tolist(), strict=True):
             row.first(first)
         self.tick("prefill")
-        self._let_go()
+        self.let_go()
 
     def draft(
         self,
@@ -252,7 +255,7 @@ class Session:
         for row, limit, (length, after, *tokens) in zip(self.rows, drafts.limits, told, strict=True):
             row.round(tokens, limit, length, after)
         self.tick("verify")
-        self._let_go()
+        self.let_go()
 
     def tick(self, phase: str) -> None:
         """Count the time since the last tick to a phase."""
@@ -260,7 +263,7 @@ class Session:
         self.seconds[phase] += now - self._ticked
         self._ticked = now
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """Finish the rows that ended; the last rows move into their places."""
         going = [place for place, row in enumerate(self.rows) if row.ended is None]
         if len(going) == len(self.rows):

@@ -141,6 +141,8 @@ def _check(
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
+# mypy: disable-error-code="no-untyped-def"
+# Triton would read annotations as its own types.
 @triton.jit
 def _model_rows(
     model, stride, own, tops, tokens, vocabulary, inverse,
