@@ -80,7 +80,8 @@ class DraftHead:
         self._norm = parts.norm
         self._head: Callable[[Tensor], Tensor] = parts.head
         self._exit_head = exit_head
-        self.ids = None if ids is None else check_draft_vocabulary(ids, parts.vocabulary).to(parts.device)
+        # by id, so that equal logits fall to the lowest one, as with the whole head
+        self.ids = None if ids is None else check_draft_vocabulary(ids, parts.vocabulary).sort().values.to(parts.device)
         if self.ids is not None:
             rows = parts.head.weight[self.ids]  # copied once: gathered rows would cost as much as the whole head
             bias = None if parts.head.bias is None else parts.head.bias[self.ids]

@@ -15,11 +15,10 @@ the layers that agree with the model need the whole product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from probekit.errors import InputError
 from probekit.lens.lens import Lens, head_logits
 from probekit.lens.reductions import block_maxima, leaders, rounded_argmax
 from probekit.models.anatomy import Anatomy
@@ -34,16 +33,15 @@ class DraftRows:
 
     Parameters
     ----------
-    order: distinct token ids, the first to keep first; tokens that are not in it follow by id.
+    order: (vocabulary,), every token id once, the first to keep first.
     rounded_dtype: the decoder's dtype where it is smaller than float32.
     """
 
-    def __init__(self, parts: Anatomy, order: Sequence[int], rounded_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, parts: Anatomy, order: Tensor, rounded_dtype: torch.dtype | None = None) -> None:
+        if not torch.equal(order.sort().values.cpu(), torch.arange(parts.vocabulary)):
+            raise InputError(f"the order of a draft head names each token of 0..{parts.vocabulary - 1} once.")
         self.parts = parts
-        self.order = whole_order(order, parts.vocabulary).to(parts.device)
-        self.ranks = torch.empty_like(self.order).scatter_(
-            0, self.order, torch.arange(parts.vocabulary, device=parts.device)
-        )
+        self.order = order.to(parts.device)
         self._rounded = rounded_dtype
         self._lens = Lens(parts)
 
@@ -116,11 +114,3 @@ class DraftRows:
                 note(beats | (ahead > -noise))
                 note(beats & (ahead >= noise))
         return torch.stack(found)
-
-
-def whole_order(order: Sequence[int], vocabulary: int) -> Tensor:
-    """Every token once, (vocabulary,) int64: those of the order, then the others by id."""
-    first = torch.tensor(list(order), dtype=torch.long)
-    others = torch.ones(vocabulary, dtype=torch.bool)
-    others[first] = False
-    return torch.cat([first, others.nonzero()[:, 0]])

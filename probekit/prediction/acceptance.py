@@ -465,6 +465,7 @@ class Prediction:
 
     text: "greedy", "sampled" or "given". exact: False for given text, which is taken for a sample of the model.
     decoding: the run's temperature, top_k, top_p. budget: M. prompts: their indices. rounds: only when asked for.
+    draft_rows: F, the rows of the head that exit layers draft with; None: all of them.
     """
 
     model: str
@@ -476,6 +477,7 @@ class Prediction:
     prompts: tuple[int, ...]
     cells: tuple[Cell, ...]
     rounds: tuple[PromptRounds, ...] | None = None
+    draft_rows: int | None = None
 
     def cell(self, exit_layer: int | None, draft_length: int) -> Cell:
         """The cell of an exit layer (None: the draft model) and a draft length."""
@@ -492,6 +494,7 @@ class Prediction:
             "decoding": dict(self.decoding),
             "first_round": self.first_round,
             "budget": self.budget,
+            "draft_rows": self.draft_rows,
             "exact": self.exact,
             "cells": [cell.to_json() for cell in self.cells],
         }
@@ -531,6 +534,7 @@ def predict(
     with_rounds: bool = False,
     *,
     drafter: bool | None = None,
+    draft_rows: int | None = None,
     agreement: Callable[[int], np.ndarray] | None = None,
 ) -> Prediction:
     """Predict the rounds of every exit layer and draft length, and of the draft model where the trace has one.
@@ -541,13 +545,19 @@ def predict(
     first_round: "prefill" (our decoder: the prefill emits the first token) or "draft" (transformers: it is drafted).
     with_rounds: keep every round of every prompt, too.
     drafter: predict the trace's draft model, too; by default where it has one and no exit layers were named.
+    draft_rows: F, for exit layers that draft with the head's rows of the F most frequent tokens only, in the order of
+        the trace's draft vocabulary; by default with the whole head.
     agreement: in place of the trace's own; given a prompt's index it answers, for layers 0..L and output positions,
         (L+1, N), with bool for greedy text and with acceptance probabilities otherwise. For another head or lens.
 
     Raises
     ------
-    InputError: for an exit layer, a draft length or a convention that does not exist.
+    InputError: for an exit layer, a draft length or a convention that does not exist, and for a draft head that the
+        trace does not know.
     """
+    if draft_rows is not None:
+        draft_rows = len(trace.draft_head_ids(draft_rows))
+        agreement = agreement or _draft_head_agreement(trace, draft_rows)
     exits = _exits(trace, exit_layers)
     budget = max(trace.manifest.max_new_tokens, int(trace.texts["new_tokens"].max()))
     lengths, first = _checked(draft_lengths, budget, first_round, int(trace.texts["new_tokens"].min()))
@@ -591,11 +601,12 @@ def predict(
                 emitted,
                 drafters,
                 lengths,
-                near_ties=_near_ties(trace, drafters) if greedy else None,
+                near_ties=_near_ties(trace, drafters, draft_rows) if greedy else None,
                 overlaps=None if greedy or agreement is not None else _overlaps(trace, drafters),
             )
         ),
         rounds=tuple(sorted(rounds, key=lambda row: row.prompt)) if with_rounds else None,
+        draft_rows=draft_rows,
     )
 
 
@@ -612,6 +623,10 @@ def _drafter_name(trace: Trace) -> str:
     if trace.manifest.drafter is None:
         raise InputError("this trace has no draft model.", "Trace again with --draft-model.")
     return trace.manifest.drafter.name
+
+
+def _draft_head_agreement(trace: Trace, rows: int) -> Callable[[int], np.ndarray]:
+    return lambda prompt: trace.draft_head_agreement(prompt, rows, rounded=True)
 
 
 def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
@@ -675,14 +690,15 @@ def _probabilities(
                 yield PromptRounds(prompt, exit_layer, length, name, accept_probability=w)
 
 
-def _near_ties(trace: Trace, drafters: Sequence[tuple[int | None, str]]) -> list[int]:
+def _near_ties(trace: Trace, drafters: Sequence[tuple[int | None, str]], draft_rows: int | None) -> list[int]:
     """Output positions of each drafter where it or the model is near a tie."""
     totals = [0] * len(drafters)
     for prompt in trace.prompts:
-        layers = trace.near_ties(prompt)
+        model = trace.near_ties(prompt)[-1]
+        layers = trace.near_ties(prompt) if draft_rows is None else trace.draft_head_near_ties(prompt, draft_rows)
         for row, (exit_layer, _) in enumerate(drafters):
             own = trace.drafter_values(prompt, "near_tie") if exit_layer is None else layers[exit_layer]
-            totals[row] += int((own | layers[-1]).sum())
+            totals[row] += int((own | model).sum())
     return totals
 
 

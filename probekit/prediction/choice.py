@@ -82,6 +82,11 @@ class Choice:
     prompts: int
 
     @property
+    def draft_rows(self) -> int | None:
+        """Rows of the head that exit layers draft with; None: all of them."""
+        return self.costs.draft_rows
+
+    @property
     def best(self) -> Candidate:
         """The fastest way of all: NO_DRAFTS where nothing exceeds 1."""
         return self.ranking[0] if self.ranking[0].speedup > 1 else NO_DRAFTS
@@ -145,6 +150,8 @@ class Choice:
         )
         if best.interval is not None and best.interval[0] <= 1:
             sentence += " The interval reaches down to 1: on other prompts it may gain nothing."
+        if self.draft_rows is not None and best.exit_layer is not None:
+            sentence += f" Drafts are chosen among the {self.draft_rows:,} most frequent tokens only."
         if self.text == "given":
             sentence += " Estimated from given text, which is taken for the model's own."
         return sentence
@@ -158,6 +165,7 @@ class Choice:
             "exit_layer": self.exit_layer,
             "draft_length": self.draft_length,
             "drafter": self.drafter,
+            "draft_rows": self.draft_rows,
             "speedup": self.speedup,
             "interval": None if self.interval is None else list(self.interval),
             "speculate": self.speculate,
@@ -204,8 +212,9 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
 
     Cells that the costs do not know, and cells without a round, are left out.
 
-    Raises InputError when no cell is left, or the costs are of a model of another depth.
+    Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
     """
+    check_draft_head(prediction.draft_rows, costs)
     exits = [cell.exit_layer for cell in prediction.cells if cell.exit_layer is not None]
     unknown = sorted({exit_layer for exit_layer in exits if exit_layer not in costs.early_s})
     if unknown:
@@ -244,6 +253,19 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
     ]
     ranking = tuple(sorted(candidates, key=lambda each: -each.speedup))
     return Choice(prediction.model, prediction.text, ranking, costs, len(prediction.prompts))
+
+
+def check_draft_head(draft_rows: int | None, costs: Costs) -> None:
+    """Raise InputError for costs of another draft head than the one that is predicted."""
+
+    def head(rows: int | None) -> str:
+        return "drafts with the whole head" if rows is None else f"a draft head of {rows:,} rows"
+
+    if draft_rows != costs.draft_rows:
+        raise InputError(
+            f"the prediction is for {head(draft_rows)}, and these costs are of {head(costs.draft_rows)}.",
+            "Make the costs with the same draft head.",
+        )
 
 
 def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:
@@ -299,6 +321,12 @@ def transformers_settings(choice: Choice) -> dict[str, dict[str, Any]]:
     return {"generate": call, "generation_config": drafts}
 
 
+def _in_transformers(choice: Choice) -> str:
+    if choice.draft_rows is None or choice.exit_layer is None:
+        return "The accepted drafts are the same in transformers:"
+    return "transformers drafts with the whole head, so it accepts more drafts there, each of which costs more:"
+
+
 def _readme(choice: Choice) -> str:
     if not choice.speculate:
         return f"# {choice.model}\n\n{choice.sentence()}\n\nGenerate without an assistant.\n"
@@ -310,7 +338,7 @@ def _readme(choice: Choice) -> str:
     load = f'assistant = AutoModelForCausalLM.from_pretrained("...")  # {choice.drafter}\n' if two_models else ""
     return (
         f"# {choice.model}\n\n{choice.sentence()}\n\n"
-        "That speed is of probekit's own decoder. The accepted drafts are the same in transformers:\n\n"
+        f"That speed is of probekit's own decoder. {_in_transformers(choice)}\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("...")  # {choice.model}\n'

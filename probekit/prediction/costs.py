@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.tracing.draft_vocabulary import check_draft_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ class Costs:
     verify_s: {(E, rows): layers E..L-1, norm and head over `rows` rows}.
     overhead_s: what each round costs beside its steps.
     cold_s: {E: what the first pass and head of a round take longer than the next: the late layers were in the caches}.
+    draft_rows: rows of the head that drafts are chosen with; None: all of them. It is in `head_s` and `heads_s`.
     drafter: the draft model's name; the next three are None without one.
     drafter_step_s, drafter_first_s: a step of the drafter, and the first of a round, over two rows.
     verify_all_s: {rows: the whole model over `rows` rows}.
@@ -73,6 +75,7 @@ class Costs:
     overhead_s: float = 0.0
     heads_s: Mapping[int, float] = field(default_factory=dict)
     cold_s: Mapping[int, float] = field(default_factory=dict)
+    draft_rows: int | None = None
     drafter: str | None = None
     drafter_step_s: float | None = None
     drafter_first_s: float | None = None
@@ -137,6 +140,7 @@ class Costs:
                 {"exit_layer": exit_layer, "rows": rows, "seconds": each}
                 for (exit_layer, rows), each in self.verify_s.items()
             ],
+            "draft_rows": self.draft_rows,
             "drafter": self.drafter,
             "drafter_step_s": self.drafter_step_s,
             "drafter_first_s": self.drafter_first_s,
@@ -188,6 +192,7 @@ def measure_costs(
     exit_layers: Iterable[int] | None = None,
     draft_lengths: Iterable[int] = range(1, 9),
     drafter: Loaded | None = None,
+    draft_vocabulary: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     repeats: int | None = None,
     progress: Progress | None = None,
@@ -201,6 +206,7 @@ def measure_costs(
         The others are read off.
     draft_lengths: the longest decides how wide a verification pass can be.
     drafter: a draft model, to be timed too.
+    draft_vocabulary: the tokens whose rows of the head exit layers draft with (`Trace.draft_head_ids`); all by default.
     sampling: how tokens are chosen; greedy by default.
     repeats: sweeps over all steps; by default as many as take a few seconds.
     progress: called as `progress(phase, done, total)`.
@@ -231,7 +237,7 @@ def measure_costs(
     order = random.Random(0)
     times: dict[str, list[float]] = defaultdict(list)
     with torch.inference_mode():
-        bench = _Bench(loaded, drafter, context, longest, sampling or Sampling())
+        bench = _Bench(loaded, drafter, context, longest, sampling or Sampling(), draft_vocabulary)
         jobs: list[int | None] = [*exits, None] if drafter is not None else [*exits]
         for job in jobs:  # to warm up
             deque(bench.measure(job, rows[-2:]), maxlen=0)
@@ -257,6 +263,7 @@ def measure_costs(
         early_s={},
         head_s=1.0,
         verify_s={},
+        draft_rows=None if draft_vocabulary is None else len(draft_vocabulary),
         drafter=None if drafter is None else drafter.name,
         seconds=time.perf_counter() - started,
         sweeps=sweeps,
@@ -286,7 +293,15 @@ class _Bench:
     what numbers cost; and every pass is told to stand at the same position, so that the context stays what it is.
     """
 
-    def __init__(self, loaded: Loaded, drafter: Loaded | None, context: int, longest: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        drafter: Loaded | None,
+        context: int,
+        longest: int,
+        sampling: Sampling,
+        draft_vocabulary: Sequence[int] | None,
+    ) -> None:
         import torch
 
         from probekit.decoding.engine import Engine, Plan, Session
@@ -296,7 +311,8 @@ class _Bench:
         self.context = context
         self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
         self.helper = None if drafter is None else Engine(drafter.anatomy, 1, context + longest + 1)
-        self.head = DraftHead(loaded.anatomy)
+        ids = None if draft_vocabulary is None else torch.as_tensor(draft_vocabulary)
+        self.head = DraftHead(loaded.anatomy, ids=ids)
         prompt = [0] * context
         plan = Plan([prompt], [0], _ENDLESS, sampling, (), None)
         self.session = Session(plan, loaded, {})
@@ -343,7 +359,7 @@ class _Bench:
             return logits
 
         started = self.clock()
-        drafts = self._draft(min(rows - 1, DRAFTS), step)
+        drafts = self._draft(min(rows - 1, DRAFTS), step, self.head.ids)
         booking = self.clock() - started - sum(passes) - sum(heads)
         early(drafts.written[:, -1:], drafts.tokens.shape[1])
         yield f"early first {exit_layer}", passes[0]  # it finds the late layers in the processor's caches
@@ -387,10 +403,10 @@ class _Bench:
         self._verify(written, drawn_from, self.engine.full(written, self.engine.places([self.context], rows)))
         yield f"verify all {rows}", self.clock() - started
 
-    def _draft(self, length: int, step: Callable[[Tensor, int], Tensor]) -> Drafts:
+    def _draft(self, length: int, step: Callable[[Tensor, int], Tensor], ids: Tensor | None = None) -> Drafts:
         from probekit.decoding.policies import FixedLength
 
-        return self.session.draft(length, FixedLength(), step)
+        return self.session.draft(length, FixedLength(), step, ids)
 
     def _verify(self, written: Tensor, drawn_from: Tensor | None, states: Tensor) -> None:
         from probekit.decoding.engine import Drafts
@@ -472,6 +488,7 @@ class Dimensions:
     """What a roofline needs to know of a model.
 
     layer_parameters, head_parameters: weights of one layer (its norms with it), and of the head.
+    vocabulary: rows of the head.
     key_value_width: numbers of one key (or value) of one token in one layer; None where nobody said.
     """
 
@@ -479,6 +496,7 @@ class Dimensions:
     depth: int
     layer_parameters: int
     head_parameters: int
+    vocabulary: int
     key_value_width: int | None = None
 
     @classmethod
@@ -495,16 +513,16 @@ class Dimensions:
             shape = SHAPES[source]
             queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
             layer = 2 * shape.width * (queries + keys) + 3 * shape.width * shape.inner + 2 * shape.width
-            return cls(source, shape.layers, layer, shape.vocabulary * shape.width, keys)
+            return cls(source, shape.layers, layer, shape.vocabulary * shape.width, shape.vocabulary, keys)
         if hasattr(source, "anatomy"):
             parts = source.anatomy
             layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
             keys = parts.layers[0].self_attn.k_proj.out_features
-            return cls(source.name, parts.depth, layer, parts.head.weight.numel(), keys)
+            return cls(source.name, parts.depth, layer, parts.head.weight.numel(), parts.vocabulary, keys)
         record = source.manifest.model if hasattr(source, "manifest") else source
         table = record.vocabulary * record.width
         layers = record.parameters - table * (1 if record.tied else 2) - record.width
-        return cls(record.name, record.depth, layers // record.depth, table)
+        return cls(record.name, record.depth, layers // record.depth, table, record.vocabulary)
 
 
 def roofline_costs(
@@ -517,6 +535,7 @@ def roofline_costs(
     context: int = 128,
     longest_draft: int = 32,
     drafter: Any = None,
+    draft_rows: int | None = None,
 ) -> Costs:
     """The least that each step can take: the larger of its bytes over bandwidth and its products over speed.
 
@@ -528,6 +547,7 @@ def roofline_costs(
     source, drafter: what Dimensions.of takes.
     device: a name in DEVICES, or "cpu", whose bandwidth and speed are measured here, in a moment. By default the
         trace's, or the CPU.
+    draft_rows: rows of the head that exit layers draft with; all by default.
     bandwidth, flops: bytes and operations a second, instead of a device's.
     dtype: of the weights; by default the trace's or the model's, or bfloat16.
     """
@@ -545,8 +565,9 @@ def roofline_costs(
         raise InputError(f"a device moves and computes something: {bandwidth} bytes and {flops} operations a second.")
     if context < 0 or longest_draft < 1:
         raise InputError(f"a context of {context} and drafts of {longest_draft} tokens make no round.")
+    share = 1.0 if draft_rows is None else check_draft_rows(draft_rows, model.vocabulary) / model.vocabulary
 
-    def seconds(of: Dimensions, layers: int, heads: int, rows: int) -> float:
+    def seconds(of: Dimensions, layers: int, heads: float, rows: int) -> float:
         weights = layers * of.layer_parameters + heads * of.head_parameters
         cached = layers * 2 * (of.key_value_width or 0) * context
         return max((weights + cached) * _BYTES[dtype] / bandwidth, 2 * weights * rows / flops)
@@ -561,10 +582,11 @@ def roofline_costs(
         depth=L,
         autoregressive_s=seconds(model, L, 1, 1),
         early_s={exit_layer: seconds(model, exit_layer, 0, 1) for exit_layer in exits},
-        head_s=seconds(model, 0, 1, 1),
+        head_s=seconds(model, 0, share, 1),
         verify_s={
             (exit_layer, rows): seconds(model, L - exit_layer, 1, rows) for exit_layer in exits for rows in widths
         },
+        draft_rows=draft_rows,
         drafter=None if helper is None else helper.name,
         drafter_step_s=None if helper is None else seconds(helper, helper.depth, 1, 1),
         drafter_first_s=None if helper is None else seconds(helper, helper.depth, 1, 2),

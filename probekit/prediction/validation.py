@@ -27,7 +27,7 @@ from probekit.decoding.speculative import Speculative
 from probekit.errors import InputError
 from probekit.models.loading import Loaded
 from probekit.prediction.acceptance import Cell, bootstrap_ratio, predict, rounds_of
-from probekit.prediction.choice import speedups
+from probekit.prediction.choice import check_draft_head, speedups
 from probekit.prediction.costs import FEWEST, Costs, measure_costs
 from probekit.tracing.traces import Trace
 
@@ -137,6 +137,7 @@ class Validation:
     model: str
     text: str
     cells: tuple[CellValidation, ...]
+    draft_rows: int | None = None
 
     @property
     def holds(self) -> bool:
@@ -161,6 +162,7 @@ class Validation:
             "schema": SCHEMA,
             "model": self.model,
             "text": self.text,
+            "draft_rows": self.draft_rows,
             "cells": [cell.to_json() for cell in self.cells],
         }
 
@@ -192,6 +194,7 @@ def validate(
     draft_lengths: Iterable[int] | None = None,
     limit: int | None = None,
     drafter: Loaded | None = None,
+    draft_rows: int | None = None,
     costs: Costs | None = None,
     repeats: int = 1,
     progress: Progress | None = None,
@@ -204,6 +207,7 @@ def validate(
     cells: (exit layer, draft length) pairs; exit layer None is the draft model. By default every exit layer of
         `exit_layers` with every one of `draft_lengths` (all exits, 1..8), and the draft model where no exits are named.
     limit: only the first prompts of the trace.
+    draft_rows: F, to draft at exit layers with the first F tokens of the trace's draft vocabulary only.
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
     progress: called as `progress("validate", done, total)`.
@@ -218,14 +222,16 @@ def validate(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
     chosen = trace.select(trace.prompts[:limit])
-    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter)
+    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows)
+    ids = None if draft_rows is None else torch.from_numpy(trace.draft_head_ids(draft_rows))
     methods: list[Method] = [
-        SelfSpeculative(loaded, cell.exit_layer, cell.draft_length)
+        SelfSpeculative(loaded, cell.exit_layer, cell.draft_length, draft_vocabulary=ids)
         if cell.exit_layer is not None
         else Speculative(loaded, drafter, cell.draft_length)  # type: ignore[arg-type]
         for cell in predicted
     ]
-    costs = costs or _quick_costs(loaded, chosen, predicted, drafter)
+    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids)
+    check_draft_head(draft_rows, costs)
     plain, *runs = _decode(chosen, [Autoregressive(loaded), *methods], repeats, progress)
     compare = _greedy if trace.manifest.text == "greedy" else _sampled
     return Validation(
@@ -240,10 +246,11 @@ def validate(
                 predicted=cell.counts(),
                 speedup_predicted=speedup,
                 **_speedups_measured(plain, own),
-                **compare(loaded, chosen, cell, own, plain),
+                **compare(loaded, chosen, cell, own, plain, draft_rows),
             )
             for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
         ),
+        draft_rows,
     )
 
 
@@ -276,11 +283,13 @@ def _predicted(
     exit_layers: Iterable[int] | None,
     draft_lengths: Iterable[int] | None,
     drafter: Loaded | None,
+    draft_rows: int | None,
 ) -> list[Cell]:
     """The predicted cells of these prompts, in the order asked for."""
     if cells is None:
         lengths = range(1, 9) if draft_lengths is None else draft_lengths
-        return list(predict(trace, exit_layers, lengths, drafter=drafter is not None and exit_layers is None).cells)
+        two_models = drafter is not None and exit_layers is None
+        return list(predict(trace, exit_layers, lengths, drafter=two_models, draft_rows=draft_rows).cells)
     named = list(dict.fromkeys(cells))
     if not named:
         raise InputError("there is no cell to validate.", "Name (exit layer, draft length) pairs.")
@@ -288,17 +297,27 @@ def _predicted(
     if two_models and drafter is None:
         raise InputError("a cell of the draft model needs the draft model.", "Give `drafter`.")
     exits = dict.fromkeys(exit_layer for exit_layer, _ in named if exit_layer is not None)
-    table = predict(trace, exits, dict.fromkeys(length for _, length in named), drafter=two_models)
+    lengths = dict.fromkeys(length for _, length in named)
+    table = predict(trace, exits, lengths, drafter=two_models, draft_rows=draft_rows)
     return [table.cell(*name) for name in named]
 
 
-def _quick_costs(loaded: Loaded, trace: Trace, cells: Sequence[Cell], drafter: Loaded | None) -> Costs:
+def _quick_costs(
+    loaded: Loaded, trace: Trace, cells: Sequence[Cell], drafter: Loaded | None, ids: Tensor | None
+) -> Costs:
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
     longest = max(cell.draft_length for cell in cells)
     used = drafter if any(cell.exit_layer is None for cell in cells) else None
     most = min(model.anatomy.context for model in (loaded, used) if model is not None) - max(2, longest) - 1
-    return measure_costs(loaded, max(1, min(middle, most)), draft_lengths=[longest], drafter=used, repeats=FEWEST)
+    return measure_costs(
+        loaded,
+        max(1, min(middle, most)),
+        draft_lengths=[longest],
+        drafter=used,
+        draft_vocabulary=None if ids is None else ids.tolist(),
+        repeats=FEWEST,
+    )
 
 
 def _decode(
@@ -370,14 +389,19 @@ def _seconds(run: Decoded, prefill: bool) -> float:
 
 # ------------------------------------------------------------------------------------------------ greedy text
 def _greedy(
-    loaded: Loaded, trace: Trace, cell: Cell, own: Sequence[Sequence[Decoded]], plain: Sequence[Sequence[Decoded]]
+    loaded: Loaded,
+    trace: Trace,
+    cell: Cell,
+    own: Sequence[Sequence[Decoded]],
+    plain: Sequence[Sequence[Decoded]],
+    draft_rows: int | None,
 ) -> dict[str, Any]:
     """The fields of CellValidation that say whether rounds and tokens are the same."""
     differences: list[Difference] = []
     rows: list[tuple[int, int, int, int | None, int | None]] = []
     rounds_equal = tokens_equal = True
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
-        text = _Text.of(trace, prompt, cell)
+        text = _Text.of(trace, prompt, cell, draft_rows)
         run, reference = runs[0], alone[0].tokens
         rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.max_new_tokens)
         drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
@@ -409,12 +433,15 @@ class _Text(NamedTuple):
     model_ties: np.ndarray
 
     @classmethod
-    def of(cls, trace: Trace, prompt: int, cell: Cell) -> _Text:
+    def of(cls, trace: Trace, prompt: int, cell: Cell, draft_rows: int | None) -> _Text:
         rounded = trace.manifest.dtype != "float32" and trace.manifest.statistics == "all"
         ties = trace.near_ties(prompt)
         if cell.exit_layer is None:
             agrees = trace.drafter_agreement(prompt, rounded=rounded)
             own = trace.drafter_values(prompt, "near_tie")
+        elif draft_rows is not None:
+            agrees = trace.draft_head_agreement(prompt, draft_rows, rounded=True)[cell.exit_layer]
+            own = trace.draft_head_near_ties(prompt, draft_rows)[cell.exit_layer]
         else:
             agrees, own = trace.agreement(prompt, rounded=rounded)[cell.exit_layer], ties[cell.exit_layer]
         return cls(prompt, trace.outputs(prompt).tolist(), agrees, own, ties[-1])
@@ -505,7 +532,12 @@ _COMPARED = ("rounds", "drafted", "accepted")
 
 
 def _sampled(
-    loaded: Loaded, trace: Trace, cell: Cell, own: Sequence[Sequence[Decoded]], plain: Sequence[Sequence[Decoded]]
+    loaded: Loaded,
+    trace: Trace,
+    cell: Cell,
+    own: Sequence[Sequence[Decoded]],
+    plain: Sequence[Sequence[Decoded]],
+    draft_rows: int | None,
 ) -> dict[str, Any]:
     """The fields of CellValidation that say whether counts agree: measured - predicted, prompt by prompt.
 

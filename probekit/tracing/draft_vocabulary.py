@@ -66,5 +66,7 @@ class DraftVocabulary:
 def check_draft_rows(rows: int, vocabulary: int) -> int:
     """Return F, or raise InputError."""
     if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or not 1 <= rows <= vocabulary:
-        raise InputError(f"a draft head of {rows!r} rows is out of range: this model has tokens 1..{vocabulary}.")
+        raise InputError(
+            f"a draft head of {rows!r} rows is out of range: expected 1..{vocabulary}, the model's tokens."
+        )
     return int(rows)

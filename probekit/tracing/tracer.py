@@ -30,6 +30,7 @@ from probekit.decoding.engine import free_bytes
 from probekit.decoding.sampling import Sampling, warp
 from probekit.decoding.speculative import check_drafter
 from probekit.errors import InputError, ResourceError
+from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import KINDS, Lens
 from probekit.lens.statistics import StatisticsPlan, layer_statistics
 from probekit.lens.witness import Witnesses
@@ -43,6 +44,7 @@ from probekit.tracing.backends import (
     row_noise,
     self_check,
 )
+from probekit.tracing.draft_vocabulary import DraftVocabulary
 from probekit.tracing.prompts import (
     Encoded,
     Prompt,
@@ -76,6 +78,7 @@ def trace(
     statistics: str = "all",
     keep_residuals: Iterable[int] = (),
     draft_model: Loaded | str | Path | None = None,
+    draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None = None,
     backend: str = "hooks",
     resume: bool = False,
     chat: bool = False,
@@ -95,6 +98,8 @@ def trace(
     statistics: "all", or "agreement" (final-norm lens only).
     keep_residuals: sites 0..L whose residuals are written as safetensors shards, rows as in the `tokens` table.
     draft_model: a drafter with the same tokenizer, read on the same text.
+    draft_vocabulary: a trace (or its folder), whose most frequent tokens a draft head would keep first, or token ids in
+        that order: `predict` then answers for heads of any number of rows. Greedy text only.
     backend: "hooks" or "nnsight".
     resume: go on with the run in `folder`, by its own batch plan.
     chat: put plain prompts through the chat template, as a user's message.
@@ -110,8 +115,8 @@ def trace(
     """
     plan = plan_trace(
         loaded, prompts, max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
-        keep_residuals=keep_residuals, draft_model=draft_model, backend=backend, chat=chat, batch_size=batch_size,
-        top_prompts=top_prompts,
+        keep_residuals=keep_residuals, draft_model=draft_model, draft_vocabulary=draft_vocabulary, backend=backend,
+        chat=chat, batch_size=batch_size, top_prompts=top_prompts,
     )  # fmt: skip
     writer = TraceWriter(folder, plan.manifest, resume=resume)
     if writer.pending:
@@ -155,6 +160,7 @@ def plan_trace(
     statistics: str,
     keep_residuals: Iterable[int],
     draft_model: Loaded | str | Path | None,
+    draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None,
     backend: str,
     chat: bool,
     batch_size: int | None,
@@ -169,6 +175,11 @@ def plan_trace(
         raise InputError(f"statistics are 'all' or 'agreement', not {statistics!r}.")
     if given and not sampling.greedy:
         raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
+    if draft_vocabulary is not None and (given or not sampling.greedy):
+        raise InputError(
+            "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
+        )
+    order = _draft_vocabulary(draft_vocabulary, loaded)
     sites = tuple(sorted({loaded.anatomy.check_site(site) for site in keep_residuals}))
     chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
     chosen = as_prompts(chosen, chat=chat, given=given)
@@ -188,6 +199,7 @@ def plan_trace(
     manifest = Manifest(
         model=_record(loaded),
         drafter=None if drafter is None else _record(drafter),
+        draft_vocabulary=order,
         prompts_hash=prompts_hash(chosen),
         prompts_source=prompts_source(chosen),
         batches=_batches(rows, row_budget, batch_size or MOST_PROMPTS[loaded.device.type]),
@@ -214,6 +226,20 @@ def plan_trace(
 def _check_at_least_one(what: str, number: Any) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise InputError(f"{what}: {number!r}; expected a whole number of at least 1.")
+
+
+def _draft_vocabulary(
+    given: DraftVocabulary | Trace | str | Path | Iterable[int] | None, loaded: Loaded
+) -> DraftVocabulary | None:
+    if given is None:
+        return None
+    if isinstance(given, (str, Path)):
+        given = Trace.open(given)
+    if isinstance(given, Trace):
+        given = given.frequent_tokens()
+    if not isinstance(given, DraftVocabulary):
+        given = DraftVocabulary("given", tuple(int(token) for token in given))
+    return given.fit(loaded.anatomy.vocabulary)
 
 
 def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
@@ -316,12 +342,16 @@ class _Text:
 
 @dataclass
 class _Piece:
-    """What some rows gave. keys: prompt, position, output, input_id, text_id, each (rows,)."""
+    """What some rows gave. keys: prompt, position, output, input_id, text_id, each (rows,).
+
+    draft_head: of the generated rows only, (layers + 1, generated rows) each.
+    """
 
     keys: dict[str, np.ndarray]
     statistics: dict[str, Tensor]
     top: pd.DataFrame | None
     drafter: dict[str, Tensor] | None
+    draft_head: dict[str, Tensor] | None
     residuals: dict[str, Tensor]
 
 
@@ -341,6 +371,9 @@ class _Run:
         self.drafter = self.plan.drafter
         self.total = self.writer.manifest.prompt_count
         self.rounded = None if self.loaded.dtype == torch.float32 else self.loaded.dtype
+        order = self.writer.manifest.draft_vocabulary
+        whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
+        self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded)
         self.witnesses: Witnesses | None = None  # what agreement-only reading learned, from batch to batch
         self.seconds = dict(self.writer.manifest.timings)
 
@@ -474,6 +507,7 @@ class _Run:
                 statistics={name: values.cpu() for name, values in self._statistics(reading, piece).items()},
                 top=self._top(reading, piece),
                 drafter=drafted,
+                draft_head=self._draft_head(reading, piece),
                 residuals={f"layer_{site}": reading.residuals[site].cpu() for site in manifest.keep_residuals},
             )
 
@@ -531,6 +565,14 @@ class _Run:
             pieces.append(drafter_statistics(q, p, text_ids[here], self.plan.warp, noise, self.rounded))
         return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
 
+    def _draft_head(self, reading: Reading, keys: Mapping[str, np.ndarray]) -> dict[str, Tensor] | None:
+        """The sizes of a draft head at which each layer agrees, in the generated rows."""
+        if self.draft_rows is None:
+            return None
+        generated = _tensor(np.flatnonzero(keys["output"] >= 0), self.loaded)
+        found = self.draft_rows.read(reading.residuals[:, generated], self.writer.manifest.noise or 0.0)
+        return {name: values.cpu() for name, values in found.items()}
+
     # -- tables
     def _frames(self, texts: Sequence[_Text], pieces: Sequence[_Piece]) -> dict[str, pd.DataFrame]:
         manifest = self.writer.manifest
@@ -558,6 +600,10 @@ class _Run:
                     for piece in pieces
                 ],
                 ignore_index=True,
+            )
+        if self.draft_rows is not None:
+            frames["draft_head"] = pd.concat(
+                [_draft_head_frame(piece, self.parts.depth) for piece in pieces], ignore_index=True
             )
         if manifest.top_prompts:
             tops = [piece.top for piece in pieces if piece.top is not None]
@@ -678,6 +724,13 @@ def _by_layer(keys: Mapping[str, np.ndarray], lenses: Sequence[str], depth: int,
     columns["lens"] = pd.Categorical.from_codes(lens, dtype=pd.CategoricalDtype(list(lenses)))
     columns["layer"] = repeat(np.arange(depth + 1, dtype=np.int16), "layer -> (lens layer row again)", **shape)
     return pd.DataFrame(columns)
+
+
+def _draft_head_frame(piece: _Piece, depth: int) -> pd.DataFrame:
+    generated = piece.keys["output"] >= 0
+    keys = {name: values[generated] for name, values in piece.keys.items()}
+    figures = {name: values.numpy().ravel() for name, values in (piece.draft_head or {}).items()}
+    return _by_layer(keys, KINDS[:1], depth).drop(columns="lens").assign(**figures)
 
 
 def _out_of_memory(error: BaseException) -> str:

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from probekit.errors import InputError
+from probekit.tracing.draft_vocabulary import DraftVocabulary, check_draft_rows
 
 SCHEMA = "probekit/trace/1"
 LENSES = ("final-norm", "raw")
@@ -102,6 +103,17 @@ COLUMNS: dict[str, dict[str, str]] = {
         "argmax_rounded": "int32",
         "agrees_rounded": "bool",
     },
+    # Generated rows only. agrees_up_to: the most rows of a draft head with which the layer says the model's token.
+    "draft_head": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "layer": "int16",
+        "agrees_up_to": "int32",
+        "surely_up_to": "int32",
+        "perhaps_up_to": "int32",
+        "agrees_up_to_rounded": "int32",
+    },
 }
 _REQUIRED = {
     "texts": tuple(COLUMNS["texts"]),
@@ -109,6 +121,7 @@ _REQUIRED = {
     "layers": ("prompt", "position", "output", "lens", "layer", "agrees", "near_tie"),
     "top": tuple(COLUMNS["top"]),
     "drafter": ("prompt", "position", "output", "argmax", "agrees", "margin", "near_tie"),
+    "draft_head": tuple(name for name in COLUMNS["draft_head"] if not name.endswith("_rounded")),
 }
 
 
@@ -141,6 +154,7 @@ class Manifest:
     text: "greedy" and "sampled" text is the model's own; "given" text came with the prompts.
     decoding: {"temperature", "top_k", "top_p"}; temperature 0 is greedy.
     max_new_tokens: the budget M.
+    draft_vocabulary: the order in which a draft head keeps rows, where the trace answers for such heads.
     batches: the plan: prompt indices, one list for each part.
     segment_rows: the most rows of one prompt that one forward pass reads; None: all of them.
     noise: largest difference, in logits, between a row computed alone and the same row among others, measured on
@@ -154,6 +168,7 @@ class Manifest:
     prompts_source: str
     batches: tuple[tuple[int, ...], ...]
     drafter: ModelRecord | None = None
+    draft_vocabulary: DraftVocabulary | None = None
     dtype: str = "float32"
     device: str = "cpu"
     text: str = "greedy"
@@ -198,9 +213,10 @@ class Manifest:
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:
         known = {name.name for name in fields(cls)}
         values = {name: value for name, value in document.items() if name in known}
-        drafter = values.get("drafter")
+        drafter, order = values.get("drafter"), values.get("draft_vocabulary")
         values["model"] = ModelRecord.from_json(values["model"])
         values["drafter"] = None if drafter is None else ModelRecord.from_json(drafter)
+        values["draft_vocabulary"] = None if order is None else DraftVocabulary.from_json(order)
         values["batches"] = tuple(tuple(batch) for batch in values["batches"])
         for name in ("lenses", "keep_residuals", "ignored_processors", "backoffs"):
             values[name] = tuple(values[name])
@@ -219,6 +235,8 @@ class Manifest:
                 "keep_residuals", "top_prompts", "backend", "prompts_hash",
             )
         ]  # fmt: skip
+        mine, theirs = (one and one.fingerprint for one in (self.draft_vocabulary, other.draft_vocabulary))
+        pairs.append(("draft_vocabulary", mine, theirs))
         for role in ("model", "drafter"):
             mine, theirs = getattr(self, role), getattr(other, role)
             if mine is None or theirs is None:
@@ -286,9 +304,9 @@ class _Source(Protocol):
 class Trace:
     """What every layer of a model said about every token of some texts.
 
-    `texts`, `tokens`, `layers`, `top` and `drafter` are tidy DataFrames, read on first use (`top` and `drafter` are
-    None where they were not asked for). The methods that take a prompt's index answer with arrays over layers 0..L
-    and output positions 0..N-1; each table is pivoted once.
+    `texts`, `tokens`, `layers`, `top`, `drafter` and `draft_head` are tidy DataFrames, read on first use (the last
+    three are None where they were not asked for). The methods that take a prompt's index answer with arrays over layers
+    0..L and output positions 0..N-1; each table is pivoted once.
     """
 
     def __init__(
@@ -317,9 +335,11 @@ class Trace:
         *,
         top: pd.DataFrame | None = None,
         drafter: pd.DataFrame | None = None,
+        draft_head: pd.DataFrame | None = None,
     ) -> Trace:
         """A trace in memory. Columns are those of `COLUMNS`; their order and types are put right here."""
-        given = {"texts": texts, "tokens": tokens, "layers": layers, "top": top, "drafter": drafter}
+        given = {"texts": texts, "tokens": tokens, "layers": layers, "top": top, "drafter": drafter,
+                 "draft_head": draft_head}  # fmt: skip
         return cls(
             manifest, _Frames({name: conform(name, frame) for name, frame in given.items() if frame is not None})
         )
@@ -357,6 +377,10 @@ class Trace:
     @property
     def drafter(self) -> pd.DataFrame | None:
         return self._view("drafter")
+
+    @property
+    def draft_head(self) -> pd.DataFrame | None:
+        return self._view("draft_head")
 
     # -- what there is
     @property
@@ -423,6 +447,44 @@ class Trace:
             )
         self._check(prompt)
         return self._pivot("drafter", column, "")[prompt][0]
+
+    def draft_head_agreement(self, prompt: int, rows: int, *, rounded: bool = False) -> np.ndarray:
+        """(L+1, N) bool: the layer, with a draft head of the order's first `rows` tokens, has the model's token."""
+        column = "agrees_up_to_rounded" if rounded and self.manifest.dtype != "float32" else "agrees_up_to"
+        return self._kept(prompt, rows) & (rows <= self._draft_head_values(prompt, column))
+
+    def draft_head_near_ties(self, prompt: int, rows: int) -> np.ndarray:
+        """(L+1, N) bool: whether it has the model's token may fall either way within the measured noise of a row."""
+        surely, perhaps = (self._draft_head_values(prompt, f"{name}_up_to") for name in ("surely", "perhaps"))
+        return self._kept(prompt, rows) & (surely < rows) & (rows <= perhaps)
+
+    def draft_head_ids(self, rows: int) -> np.ndarray:
+        """(rows,) int64: the tokens that a draft head of so many rows keeps."""
+        order = self._draft_vocabulary()
+        return order.order(self.manifest.model.vocabulary)[: check_draft_rows(rows, self.manifest.model.vocabulary)]
+
+    def _kept(self, prompt: int, rows: int) -> np.ndarray:
+        """(N,) bool: the draft head has the token of each output position."""
+        return np.isin(self.outputs(prompt), self.draft_head_ids(rows))
+
+    def _draft_head_values(self, prompt: int, column: str) -> np.ndarray:
+        self._draft_vocabulary()
+        self._check(prompt)
+        return self._pivot("draft_head", column, "")[prompt]
+
+    def _draft_vocabulary(self) -> DraftVocabulary:
+        if self.manifest.draft_vocabulary is None:
+            raise InputError(
+                "this trace knows nothing of draft heads with fewer rows.",
+                "Trace again with `draft_vocabulary=...` (--draft-vocabulary on the command line).",
+            )
+        return self.manifest.draft_vocabulary
+
+    def frequent_tokens(self) -> DraftVocabulary:
+        """The tokens of the continuations by falling frequency: the order in which a draft head would keep rows."""
+        manifest = self.manifest
+        source = f"{len(self)} {manifest.text} texts of {manifest.model.name}, {manifest.prompts_source}"
+        return DraftVocabulary.counted((self.outputs(prompt) for prompt in self.prompts), source)
 
     def outputs(self, prompt: int) -> np.ndarray:
         """(N,) int32: y, the continuation's token ids, its end-of-sequence token with it."""
@@ -534,22 +596,22 @@ class Trace:
             )
 
     def _pivot(self, table: str, column: str, lens: str) -> dict[int, np.ndarray]:
-        """{prompt: (L+1, N)} for `layers`, {prompt: (1, N)} for the other tables; generated positions only."""
+        """{prompt: (L+1, N)} for tables with layers, {prompt: (1, N)} for the others; generated positions only."""
         key = (table, column, lens)
         if key not in self._pivots:
             self._pivots[key] = self._scatter(table, column, lens)
         return self._pivots[key]
 
     def _scatter(self, table: str, column: str, lens: str) -> dict[int, np.ndarray]:
-        layered = table == "layers"
-        if layered and lens not in self.manifest.lenses:
+        layered, lensed = "layer" in COLUMNS[table], "lens" in COLUMNS[table]
+        if lensed and lens not in self.manifest.lenses:
             raise InputError(f"this trace has no {lens!r} lens: it has {', '.join(self.manifest.lenses)}.")
         if column not in COLUMNS[table]:
             raise InputError(f"{table!r} has no column {column!r}: it may have {', '.join(COLUMNS[table])}.")
-        wanted = ["prompt", "output", column] + (["lens", "layer"] if layered else [])
+        wanted = ["prompt", "output", column] + ["layer"] * layered + ["lens"] * lensed
         frame = self._read(table, list(dict.fromkeys(wanted)))
         keep = frame["output"].to_numpy() >= 0
-        if layered:
+        if lensed:
             keep &= (frame["lens"] == lens).to_numpy()
         prompt, output, values = (frame[name].to_numpy()[keep] for name in ("prompt", "output", column))
         layer = frame["layer"].to_numpy()[keep].astype(np.int64) if layered else 0
@@ -658,7 +720,11 @@ def _require_columns(table: str, present: Iterable[str], wanted: Iterable[str]) 
 # ------------------------------------------------------------------------------------------------ the folder
 def _tables(manifest: Manifest) -> list[str]:
     """Tables of a run, in the order in which a part's files are written."""
-    optional = [("top", manifest.top_prompts > 0), ("drafter", manifest.drafter is not None)]
+    optional = [
+        ("top", manifest.top_prompts > 0),
+        ("drafter", manifest.drafter is not None),
+        ("draft_head", manifest.draft_vocabulary is not None),
+    ]
     return ["texts", "tokens", *(name for name, there in optional if there), "layers"]
 
 
