@@ -23,6 +23,7 @@ def predict(
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     first_round: FirstRound = "prefill",
+    draft_rows: options.DraftRows = None,
     rounds: Annotated[bool, typer.Option("--rounds", help="Every round of every prompt, too.")] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -39,12 +40,14 @@ def predict(
         draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
         first_round=first_round,
         with_rounds=rounds,
+        draft_rows=draft_rows,
     )
     if as_json:
         print_json(prediction.to_json())
         return
     print_table(
-        f"{prediction.model}: predicted from {prediction.text} text, first round by {prediction.first_round}",
+        f"{prediction.model}: predicted from {prediction.text} text, first round by {prediction.first_round}"
+        + ("" if draft_rows is None else f", draft head of {draft_rows:,} rows"),
         ["drafts at", "length", "acceptance rate", "95 %", "alpha", "tokens per round", "95 %", "rounds"],
         [
             [
@@ -71,6 +74,7 @@ def choose(
     export: Annotated[Path | None, typer.Option("--export", help="Write the choice for use in transformers.")] = None,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
+    draft_rows: options.DraftRows = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -87,11 +91,10 @@ def choose(
     options.at_least_one(context, "--context")
     trace = Trace.open(run)
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
-    prediction = predict_rounds(
-        trace, exit_layers=options.integers(exit_layers, "--exit-layers"), draft_lengths=lengths
-    )
+    exits = options.integers(exit_layers, "--exit-layers")
+    prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows)
     with progress_bars(quiet or as_json) as bars:
-        timed = _costs_of(trace, costs, context, lengths, device, dtype, bars)
+        timed = _costs_of(trace, costs, context, lengths, draft_rows, device, dtype, bars)
     choice = choose_pair(prediction, timed)
     if export is not None:
         export_choice(choice, export)
@@ -111,6 +114,7 @@ def validate(
     run: options.Run,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
+    draft_rows: options.DraftRows = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -131,6 +135,7 @@ def validate(
             draft_lengths=options.integers(draft_lengths, "--draft-lengths"),
             limit=limit,
             drafter=drafter,
+            draft_rows=draft_rows,
             progress=bars,
         )
     if as_json:
@@ -171,16 +176,19 @@ def _models_of(trace, device, dtype):
     return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.dtype)
 
 
-def _costs_of(trace, source, context, lengths, device, dtype, bars):
+def _costs_of(trace, source, context, lengths, draft_rows, device, dtype, bars):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.prediction.costs import roofline_costs
 
         return roofline_costs(
             trace, context=context, device=device, dtype=dtype, longest_draft=max(lengths),
-            drafter=trace.manifest.drafter,
+            drafter=trace.manifest.drafter, draft_rows=draft_rows,
         )  # fmt: skip
     from probekit.prediction.costs import measure_costs
 
     loaded, drafter = _models_of(trace, device, dtype)
-    return measure_costs(loaded, context=context, draft_lengths=lengths, drafter=drafter, progress=bars)
+    kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
+    return measure_costs(
+        loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept, progress=bars
+    )  # fmt: skip

@@ -31,6 +31,15 @@ DraftModel = Annotated[
     str | None, typer.Option("--draft-model", help="A second model with the same tokenizer, that drafts.")
 ]
 
+DraftVocabulary = Annotated[
+    Path | None,
+    typer.Option("--draft-vocabulary", metavar="RUN", help="Draft heads keep this run's most frequent tokens first."),
+]
+DraftRows = Annotated[
+    int | None,
+    typer.Option("--draft-rows", help="Exit layers draft with the head's rows of so many tokens. [default: all]"),
+]
+
 
 def integers(text: str | None, name: str) -> list[int] | None:
     """`2,4,8`, `1-8` or a mixture as a sorted list without repeats; None stays None (the default)."""

@@ -10,9 +10,11 @@ from rich.text import Text
 
 from probekit.cli import options
 from probekit.cli.terminal import err, out, print_json, print_table, progress_bars, remark
+from probekit.errors import InputError
 
 if TYPE_CHECKING:
     from probekit.decoding.results import Decoded
+    from probekit.models.loading import Loaded
 
 
 def trace(
@@ -30,6 +32,7 @@ def trace(
         str | None, typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12.")
     ] = None,
     draft_model: options.DraftModel = None,
+    draft_vocabulary: options.DraftVocabulary = None,
     backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
@@ -62,6 +65,7 @@ def trace(
             statistics=statistics,
             keep_residuals=layers,
             draft_model=drafter,
+            draft_vocabulary=draft_vocabulary,
             backend=backend,
             resume=resume,
             chat=chat,
@@ -88,6 +92,8 @@ def decode(
     exit_layer: Annotated[int | None, typer.Option("--exit-layer", help="Layer that drafts, 1..L-1.")] = None,
     draft_length: Annotated[int | None, typer.Option("--draft-length", help="Tokens drafted in a round.")] = None,
     draft_model: options.DraftModel = None,
+    draft_vocabulary: options.DraftVocabulary = None,
+    draft_rows: options.DraftRows = None,
     max_new_tokens: options.MaxNewTokens = 96,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -106,6 +112,8 @@ def decode(
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if (draft_vocabulary is None) != (draft_rows is None):
+        raise InputError("--draft-vocabulary and --draft-rows belong together: an order of tokens, and how many.")
     loaded = load(model, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
     decoded = decode_prompt(
@@ -115,6 +123,7 @@ def decode(
         exit_layer=exit_layer,
         draft_length=draft_length,
         draft_model=drafter,
+        draft_vocabulary=None if draft_rows is None else _kept(draft_vocabulary, draft_rows, loaded),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=tuple(stop or ()),
@@ -125,6 +134,16 @@ def decode(
         return
     out.print()
     remark(_figures(decoded), quiet=quiet)
+
+
+def _kept(run: Path | None, rows: int, loaded: Loaded) -> list[int]:
+    """The most frequent tokens of a run: those that a draft head of so many rows keeps."""
+    from probekit.tracing.draft_vocabulary import check_draft_rows
+    from probekit.tracing.traces import Trace
+
+    assert run is not None
+    order = Trace.open(run).frequent_tokens().fit(loaded.anatomy.vocabulary).order(loaded.anatomy.vocabulary)
+    return order[: check_draft_rows(rows, len(order))].tolist()
 
 
 def _figures(decoded: Decoded) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.engine import Method
 from probekit.decoding.results import Decoded, Piece
@@ -24,6 +26,7 @@ def decode(
     exit_layer: int | None = None,
     draft_length: int | None = None,
     draft_model: Loaded | None = None,
+    draft_vocabulary: Sequence[int] | None = None,
     max_new_tokens: int = 96,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     stop: str | Sequence[str] = (),
@@ -36,6 +39,7 @@ def decode(
     prompt: a text, encoded as `tokenizer(prompt)` does by default, or token ids.
     method: one of METHODS. "self-speculative" needs exit_layer and draft_length, "speculative" draft_model and
         draft_length, "early-exit" exit_layer; a setting that the method has no use for is refused.
+    draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
     stop: strings that end the text.
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
 
@@ -43,7 +47,7 @@ def decode(
     ------
     InputError, ResourceError: before any work.
     """
-    run = _method(loaded, method, exit_layer, draft_length, draft_model)
+    run = _method(loaded, method, exit_layer, draft_length, draft_model, draft_vocabulary)
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
@@ -65,7 +69,12 @@ def decode(
 
 
 def _method(
-    loaded: Loaded, method: str, exit_layer: int | None, draft_length: int | None, draft_model: Loaded | None
+    loaded: Loaded,
+    method: str,
+    exit_layer: int | None,
+    draft_length: int | None,
+    draft_model: Loaded | None,
+    draft_vocabulary: Sequence[int] | None,
 ) -> Method:
     needs = {
         "autoregressive": (),
@@ -82,7 +91,10 @@ def _method(
         if name not in needs[method] and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
     if method == "self-speculative":
-        return SelfSpeculative(loaded, exit_layer, draft_length)  # type: ignore[arg-type]
+        ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
+        return SelfSpeculative(loaded, exit_layer, draft_length, draft_vocabulary=ids)  # type: ignore[arg-type]
+    if draft_vocabulary is not None:
+        raise InputError(f"{method} decoding has no draft_vocabulary.", "Leave it out, or choose another method.")
     if method == "speculative":
         return Speculative(loaded, draft_model, draft_length)  # type: ignore[arg-type]
     return EarlyExit(loaded, exit_layer) if method == "early-exit" else Autoregressive(loaded)  # type: ignore[arg-type]
