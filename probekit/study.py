@@ -19,8 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -31,7 +29,8 @@ from probekit.prediction.acceptance import Prediction, predict
 from probekit.prediction.choice import Choice, choose
 from probekit.prediction.costs import Costs, measure_costs
 from probekit.prediction.validation import validate
-from probekit.presentation import plots, tables
+from probekit.presentation import tables
+from probekit.presentation.previews import draw_previews
 from probekit.presentation.report import write_report
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 from probekit.tracing.traces import Trace, atomic_text
@@ -43,6 +42,7 @@ SCHEMA = "probekit/study/1"
 TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
+MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 Progress = Callable[..., None]
 
@@ -93,6 +93,12 @@ class ModelStudy:
     def model(self) -> Loaded:
         assert self.loaded is not None
         return self.loaded
+
+    @property
+    def pair(self) -> tuple[int | None, int] | None:
+        """The chosen (exit layer, draft length), the exit layer None for a draft model; None: do not speculate."""
+        choice = self.choice
+        return choice.best.cell if choice is not None and choice.speculate else None
 
     @property
     def even(self) -> Trace:
@@ -354,19 +360,9 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
 def draw_figures(folder: Path, studies: Sequence[ModelStudy]) -> None:
     """Previews; `python -m figures --study DIR` draws a paper's."""
     read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
-    with matplotlib.rc_context(plots.STYLE):
-        figure, ax = plt.subplots(figsize=(6, 3.6))
-        plots.agreement_by_layer(ax, read["layers"])
-        _save(figure, folder / "figures" / "agreement")
-        figure, axes = plt.subplots(1, len(studies), figsize=(1.2 + 4.2 * len(studies), 3.6), squeeze=False)
-        for ax, study in zip(axes[0], studies, strict=True):
-            plots.acceptance_grid(ax, read["cells"].query("model == @study.name"))
-            ax.set_title(study.name)
-        _save(figure, folder / "figures" / "acceptance")
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
-        for ax, quantity in zip(axes, ("rounds", "acceptance_rate", "speedup"), strict=True):
-            plots.predicted_against_measured(ax, read["validation"], quantity)
-        _save(figure, folder / "figures" / "predicted_against_measured")
+    traces = {study.name: study.trace for study in studies if study.trace is not None}
+    chosen = {study.name: study.pair for study in studies}
+    draw_previews(folder / "figures", read, traces, chosen)
 
 
 def write_summary(plan: StudyPlan, studies: Sequence[ModelStudy], writing_s: float, total_s: float) -> dict[str, Any]:
@@ -405,7 +401,7 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "trace": f"traces/{study.name}",
         "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
                     "parameters": model.parameters},
-        "sentence": choice.sentence(),
+        "sentence": recommendation(choice, chosen),
         "choice": document,
         "chosen_validation": chosen,
         "validation": {"schema": "probekit/validate/1", "cells": cells},
@@ -414,6 +410,26 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "timings": study.timings,
         "seconds": study.seconds,
     }  # fmt: skip
+
+
+def recommendation(choice: Choice, chosen: dict[str, Any] | None) -> str:
+    """The choice in a sentence or two, with what the decoder then did on prompts that had no part in it.
+
+    chosen: the validation of the chosen pair, as in `validate --json`; None where nothing was chosen.
+    """
+    measured = None if chosen is None else chosen["speedup_measured"]
+    if measured is None:
+        return choice.sentence()
+    said = f"{choice.sentence()} Measured on the other prompts: {measured:.2f}x."
+    if measured <= 1:
+        return said + " That is no gain: do not speculate here, or study again while the machine does nothing else."
+    foreseen = chosen["speedup_predicted"] if chosen else None
+    if foreseen is not None and abs(foreseen / measured - 1) > MISSED:
+        said += (
+            f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that something "
+            "else ran while steps were timed."
+        )
+    return said
 
 
 # Small help. ---------------------------------------------------------------------------------------------------------
@@ -459,10 +475,3 @@ def _elapsed() -> Iterator[_Elapsed]:
         yield elapsed
     finally:
         elapsed.seconds = time.perf_counter() - began
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    for kind in ("pdf", "svg", "png"):
-        figure.savefig(path.with_suffix(f".{kind}"), bbox_inches="tight", dpi=160)
-    plt.close(figure)
