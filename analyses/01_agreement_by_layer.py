@@ -12,14 +12,15 @@ from __future__ import annotations
 import pandas as pd
 import seaborn as sns
 import typer
+import workbench
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench, figure
+from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.presentation.plots import plain
+from probekit.presentation.plots import PALETTE, plain
 from probekit.tracing.traces import Trace
 from probekit.tying.pooling import Estimate, Share
 from probekit.tying.shares import CLASSES, class_shares, half_agreement, layer_means, valley
-from probekit.tying.text_kinds import before_loops, looped_share
+from probekit.tying.text_kinds import looped_tokens
 
 NAME = "01_agreement_by_layer"
 
@@ -32,8 +33,7 @@ def main(
     with bench(models, output, traces, prompts, max_new_tokens, device) as work:
         parts = []
         for loaded in work.loaded():
-            trace = work.trace(loaded)
-            parts += [rows_of(trace, "with"), rows_of(before_loops(trace), "without")]
+            parts += [rows_of(trace, loops) for loops, trace in workbench.with_and_without_loops(work.trace(loaded))]
         table = pd.concat(parts, ignore_index=True)
         work.write(NAME, main.__doc__ or "", table, draw(table))
 
@@ -48,14 +48,14 @@ def rows_of(trace: Trace, loops: str) -> pd.DataFrame:
         "kl": layer_means(trace, "kl"),
     }
     parts = [curve_rows(name, share) for name, share in curves.items()]
-    half, shape = half_agreement(trace), valley(trace)
+    half, shape, looped = half_agreement(trace), valley(trace), looped_tokens(trace)
     figures = {
         "half agreement": half,
         "half agreement, share of depth": Estimate(*(figure / trace.depth for figure in half)),
         "valley floor": shape.floor,
         "valley layer": shape.layer,
         "valley drop": shape.drop,
-        "looped tokens": Estimate(looped_share(trace), float("nan"), float("nan")),
+        "looped tokens": Estimate(float(looped.values), *map(float, looped.interval())),
     }
     parts.append(pd.DataFrame([{"quantity": name, **found._asdict()} for name, found in figures.items()]))
     frame = pd.concat(parts, ignore_index=True)
@@ -71,24 +71,26 @@ def curve_rows(name: str, share: Share) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Stacked shares by layer, one panel for each model; the depth of half agreement with its interval above."""
+    """Shares of the four classes by layer, one panel for each model; the depth of half agreement with its interval."""
     names = list(dict.fromkeys(table["model"]))
-    drawn, axes = figure(len(names))
-    colours = sns.color_palette("mako_r", len(CLASSES))
+    drawn, axes = workbench.figure(len(names), beside=1.2)
+    colours = dict(zip(CLASSES, sns.color_palette(PALETTE), strict=False))
     for ax, name in zip(axes[0], names, strict=True):
-        rows = table[(table["model"] == name) & (table["loops"] == "with")]
-        shares = rows[rows["quantity"].isin(CLASSES)].pivot(index="layer", columns="quantity", values="value")
-        ax.stackplot(
-            shares.index.to_numpy(int), shares[list(CLASSES)].T.to_numpy(float), labels=CLASSES, colors=colours[::-1]
-        )
-        half = rows[rows["quantity"] == "half agreement"].iloc[0]
-        ax.errorbar(
-            half["value"], 0.5, xerr=[[half["value"] - half["low"]], [half["high"] - half["value"]]], fmt="o",
-            color="white", ecolor="white", markersize=3, capsize=2, elinewidth=1,
-        )  # fmt: skip
-        ax.set(title=plain(name), xlabel="layer (0: embedding, last: model)", ylim=(0, 1), xlim=(0, shares.index.max()))
+        rows = table[table["model"] == name].astype({"layer": float})
+        for kind in CLASSES:
+            of_kind = rows[rows["quantity"] == kind]
+            workbench.curve(ax, of_kind[of_kind["loops"] == "with"], "layer", colours[kind], kind)
+            cut = of_kind[of_kind["loops"] == "without"]
+            ax.plot(cut["layer"], cut["value"], ":", color=colours[kind], linewidth=0.8)
+        half = rows[(rows["quantity"] == "half agreement") & (rows["loops"] == "with")].iloc[0]
+        ends = [[half["value"] - half["low"]], [half["high"] - half["value"]]]
+        ax.errorbar(half["value"], 0.5, xerr=ends, fmt="o", color="black", capsize=2, elinewidth=1, zorder=3,
+                    label="half agreement")  # fmt: skip
+        ax.plot([], [], ":", color="grey", linewidth=0.8, label="without loops")
+        ax.set(title=plain(name), xlabel="layer (0: embedding)", ylim=(-0.02, 1.02))
+        workbench.whole_numbers(ax)
     axes[0][0].set_ylabel("share of generated tokens")
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    workbench.legend_beside(axes[0][-1], title="the lens")
     return drawn
 
 

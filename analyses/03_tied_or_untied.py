@@ -3,7 +3,7 @@
     python analyses/03_tied_or_untied.py [MODEL ...] -o build/analyses
 
 Four looks, one table (column `part`):
-    comparison    paired differences between the models, and the factor that explains each
+    comparison    paired differences between the models, and the factor that explains each; with and without loops
     heads         one and the same model with its head rotated, swapped, or replaced by the embedding: echo, agreement,
                   KL and acceptance when the lens alone is changed, and when the model speaks with that head too
     geometry      cosine of a token's two vectors and alignment of their principal subspaces, by frequency of the token
@@ -12,27 +12,39 @@ Four looks, one table (column `part`):
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import seaborn as sns
 import typer
+import workbench
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench, figure, say
+from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
 from probekit.presentation.plots import PALETTE, plain
 from probekit.tying.comparison import compare_traces
 from probekit.tying.factorial import factorial_effects
 from probekit.tying.geometry import geometry_table, token_counts
 from probekit.tying.interventions import head_effects, standard_heads, weights_digest
+from probekit.tying.text_kinds import before_loops
 
 NAME = "03_tied_or_untied"
 HEAD_PROMPTS = 8
 DRAFT_LENGTH = 4
 LAYER_FIGURES = ("agrees", "echo", "gibberish", "kl", "held_out_loss")
 EXIT_FIGURES = ("acceptance_rate", "tokens_per_round")
-KEYS = ["part", "model", "other", "text", "head", "changed", "tokens", "layer", "quantity"]
+KEYS = ["part", "model", "other", "text", "loops", "head", "changed", "tokens", "layer", "quantity"]
+SHOWN_DIFFERENCES = {
+    "depth of half agreement, share of the depth": "depth of half agreement",
+    "agreement at half of the depth": "agreement at L/2",
+    "echo after 0 layers": "echo at the embedding",
+    "gibberish in the first half of the layers": "gibberish, layers 1..L/2",
+    "acceptance rate at half of the depth": f"acceptance rate at L/2, K = {DRAFT_LENGTH}",
+}
+COLUMNS = 3  # panels beside each other
 
 
 def main(
@@ -49,15 +61,16 @@ def main(
             traced.append(trace)
             parts.append(geometry_rows(geometry_table(loaded.anatomy, loaded.name, token_counts(trace))))
             if heads:
-                say(f"{loaded.name}: changing its head")
+                workbench.say(f"{loaded.name}: changing its head")
                 before = weights_digest(loaded.model)
-                few = trace.select(trace.prompts[:HEAD_PROMPTS])
-                parts += head_rows(
-                    *head_effects(loaded, few, standard_heads(loaded.anatomy), draft_length=DRAFT_LENGTH)
-                )
+                few, changed = trace.select(trace.prompts[:HEAD_PROMPTS]), standard_heads(loaded.anatomy)
+                for loops, texts in workbench.with_and_without_loops(few):
+                    effects = head_effects(loaded, texts, changed, draft_length=DRAFT_LENGTH, speak=loops == "with")
+                    parts += [rows.assign(loops=loops) for rows in head_rows(*effects)]
                 assert weights_digest(loaded.model) == before, "an intervention left its mark on the weights"
         if len(traced) > 1:
-            parts.append(comparison_rows(compare_traces(traced).to_pandas()))
+            for loops, texts in (("with", traced), ("without", [before_loops(trace) for trace in traced])):
+                parts.append(comparison_rows(compare_traces(texts).to_pandas()).assign(loops=loops))
         if two_by_two is not None:
             parts += two_by_two_rows(two_by_two)
         table = pd.concat(parts, ignore_index=True)
@@ -88,10 +101,11 @@ def tall(frame: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
 
 def geometry_rows(table: pd.DataFrame) -> pd.DataFrame:
     parts = []
-    for column in ("cosine", "cosine_of_others", "echo", "alignment", "alignment_by_chance"):
-        spread = {end: table[f"cosine_{end}"] if column == "cosine" else float("nan") for end in ("low", "high")}
+    for column in ("cosine", "cosine_lowest_tenth", "cosine_highest_tenth", "cosine_of_others", "echo", "alignment",
+                   "alignment_by_chance"):  # fmt: skip
+        ends = {end: table.get(f"{column}_{end}", float("nan")) for end in ("low", "high")}
         name = column.replace("_", " ")
-        parts.append(table[["model", "tokens"]].assign(quantity=name, value=table[column], **spread))
+        parts.append(table[["model", "tokens"]].assign(quantity=name, value=table[column], **ends))
     return pd.concat(parts).assign(part="geometry")
 
 
@@ -116,42 +130,84 @@ def two_by_two_rows(folder: Path) -> list[pd.DataFrame]:
 
 # ----------------------------------------------------------------------------------------------- the picture
 def draw(table: pd.DataFrame) -> Figure:
-    """Echo with the own and with changed heads; a token's cosines; and the effects of the 2 x 2, where there is one."""
-    heads, geometry = table[table["part"] == "heads"], table[table["part"] == "geometry"]
-    effects = table[(table["part"] == "two by two") & (table["model"] == "effect") & (table["text"] == "greedy")]
-    names = list(dict.fromkeys(heads["model"]))
-    drawn, axes = figure(len(names) + 1 + (2 if len(effects) else 0))
-    panels = list(axes[0])
-    for name in names:
-        ax = panels.pop(0)
-        rows = heads[
-            (heads["model"] == name) & (heads["quantity"] == "echo") & heads["changed"].isin(["nothing", "lens"])
-        ]
-        for colour, (head, curve) in zip(sns.color_palette(PALETTE), rows.groupby("head", sort=False), strict=False):
-            ax.plot(
-                curve["layer"],
-                curve["value"],
-                color=colour,
-                label=f"{head} head",
-                linestyle="-" if head == "own" else "--",
-            )
-        ax.set(title=plain(name), xlabel="layer", ylabel="echo (share of tokens)", ylim=(-0.02, 1.02))
-        ax.legend()
-    ax = panels.pop(0)
-    cosines = geometry[geometry["quantity"] == "cosine"]
-    sns.pointplot(data=cosines, x="tokens", y="value", hue="model", palette=PALETTE, ax=ax, errorbar=None, markersize=3)
-    ax.tick_params(axis="x", rotation=40)
-    ax.set(xlabel="", ylabel="cosine of embedding and head row")
-    for ax, quantity in zip(panels, ("echo", "agrees"), strict=False):
-        for colour, factor in zip(sns.color_palette(PALETTE), ("tying", "training"), strict=False):
-            rows = effects[(effects["quantity"] == quantity) & (effects["factor"] == factor)].sort_values("layer")
-            layers = rows["layer"].to_numpy(float)
-            ax.plot(layers, rows["value"], color=colour, label=f"effect of {factor}")
-            ax.fill_between(layers, rows["low"].to_numpy(float), rows["high"].to_numpy(float), color=colour, alpha=0.22)
-        ax.axhline(0, color="black", linewidth=0.6)
-        ax.set(title="2 x 2 over seeds", xlabel="layer", ylabel=f"effect on {quantity} (share of tokens)")
-        ax.legend()
+    """Echo with the own and with changed heads; geometry by frequency; differences; the effects of the 2 x 2."""
+    heads, geometry = table[(table["part"] == "heads") & (table["loops"] == "with")], table[table["part"] == "geometry"]
+    differences = table[(table["part"] == "comparison") & (table["loops"] == "with")]
+    effects = table[(table["part"] == "two by two") & (table["model"] == "effect") & (table["text"] == "given")]
+    panels = [partial(echo_by_head, rows=rows, name=str(name)) for name, rows in heads.groupby("model", sort=False)]
+    if len(differences):
+        panels.append(partial(all_differences, rows=differences))
+    panels += [partial(by_frequency, rows=geometry, quantity=quantity) for quantity in ("cosine", "alignment")]
+    if len(effects):
+        panels += [partial(effects_by_layer, rows=effects, quantity=quantity) for quantity in ("echo", "agrees", "kl")]
+    columns = min(COLUMNS, len(panels))
+    drawn, axes = workbench.figure(columns, -(-len(panels) // columns), width=2.9, height=2.4)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        panel(ax)
     return drawn
+
+
+def echo_by_head(ax: Axes, rows: pd.DataFrame, name: str) -> None:
+    shown = rows[(rows["quantity"] == "echo") & rows["changed"].isin(["nothing", "lens"])].astype({"layer": float})
+    for colour, (head, of_head) in zip(sns.color_palette(PALETTE), shown.groupby("head", sort=False), strict=False):
+        workbench.curve(ax, of_head, "layer", colour, f"{head} head", ls="-" if head == "own" else "--")
+    ax.set(title=f"{plain(name)}: the lens reads with", xlabel="layer (0: embedding)", ylabel="echo (share of tokens)",
+           ylim=(-0.02, 1.02))  # fmt: skip
+    workbench.whole_numbers(ax)
+    ax.legend()
+
+
+def by_frequency(ax: Axes, rows: pd.DataFrame, quantity: str) -> None:
+    """Groups of tokens by frequency; for alignment what chance gives, for cosines the middle 80 % of the tokens."""
+    wide = rows.pivot_table(index=["model", "tokens"], columns="quantity", values="value", sort=False)
+    groups = list(dict.fromkeys(rows["tokens"]))
+    models = list(dict.fromkeys(rows["model"]))
+    for number, (colour, model) in enumerate(zip(sns.color_palette(PALETTE), models, strict=False)):
+        found = wide.loc[model].reindex(groups)
+        places = [place + 0.12 * (number - (len(models) - 1) / 2) for place in range(len(groups))]
+        values, ends = found[quantity], None
+        if quantity == "cosine":
+            ends = [values - found["cosine lowest tenth"], found["cosine highest tenth"] - values]
+        ax.errorbar(places, values, yerr=ends, fmt="o", color=colour, elinewidth=0.8, label=plain(model))
+    if quantity == "alignment":
+        chance = rows[(rows["quantity"] == "alignment by chance") & (rows["model"] == models[0])]
+        chance = chance.set_index("tokens").reindex(groups)
+        ax.plot(range(len(groups)), chance["value"], "_", color="black", markersize=14, label="by chance, 95 %")
+        for place, (_, row) in enumerate(chance.iterrows()):
+            ax.fill_between([place - 0.3, place + 0.3], row["low"], row["high"], color="grey", alpha=0.3, linewidth=0)
+    label = "cosine of embedding and head row" if quantity == "cosine" else "alignment of principal subspaces"
+    ax.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
+    ax.set(xlabel="tokens, by frequency", ylabel=label, ylim=(-0.25, 1.05) if quantity == "cosine" else (-0.02, 1.05))
+    ax.legend(loc="center right")
+
+
+def all_differences(ax: Axes, rows: pd.DataFrame) -> None:
+    """Paired differences, first minus second, and the factor that explains each pair."""
+    pairs = rows.groupby(["model", "other"], sort=False)
+    for number, (colour, ((one, other), of_pair)) in enumerate(zip(sns.color_palette(PALETTE), pairs, strict=False)):
+        found = of_pair.set_index("quantity").loc[list(SHOWN_DIFFERENCES)]
+        places = [place + 0.2 * (number - (len(pairs) - 1) / 2) for place in range(len(found))]
+        ends = [found["value"] - found["low"], found["high"] - found["value"]]
+        label = f"{plain(one)} − {plain(other)}".replace("tales-", "") + f": {found['factor'].iloc[0]}"
+        ax.errorbar(found["value"], places, xerr=ends, fmt="o", color=colour, elinewidth=0.8, label=label)
+    ax.axvline(0, color="black", linewidth=0.6)
+    ax.set_yticks(range(len(SHOWN_DIFFERENCES)), list(SHOWN_DIFFERENCES.values()))
+    ax.invert_yaxis()
+    ax.set(xlabel="paired difference, first − second")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2))
+
+
+def effects_by_layer(ax: Axes, rows: pd.DataFrame, quantity: str) -> None:
+    for colour, factor in zip(sns.color_palette(PALETTE), ("tying", "training", "interaction"), strict=False):
+        found = rows[(rows["quantity"] == quantity) & (rows["factor"] == factor)].astype({"layer": float})
+        workbench.curve(ax, found, "layer", colour, factor)
+    ax.axhline(0, color="black", linewidth=0.6)
+    named = {"echo": "echo (share of tokens)", "agrees": "agreement (share of tokens)", "kl": "KL (nats)"}[quantity]
+    ax.set(title="2 x 2 over seeds, given text", xlabel="layer (0: embedding)", ylabel=f"effect on {named}")
+    workbench.whole_numbers(ax)
+    ax.legend()
 
 
 if __name__ == "__main__":

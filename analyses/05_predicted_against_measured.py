@@ -2,32 +2,37 @@
 
     python analyses/05_predicted_against_measured.py [MODEL ...] -o build/analyses
 
-Rounds, drafted and accepted tokens of the running decoder against the prediction, cell by cell. Beside them the closed
+Rounds, drafted and accepted tokens of the running decoder against the prediction, cell by cell; with `--costs measured`
+the speedup as well, which is then predicted from steps that are timed on this machine. Beside them the closed
 form (1 - a^(K+1)) / (1 - a), which assumes independent acceptances, and how far from independent they are: run lengths
 against the geometric law, and the correlation of agreement with itself some tokens later.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import typer
+import workbench
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench, figure
+from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.prediction.costs import roofline_costs
+from probekit.models.loading import Loaded
+from probekit.prediction.costs import Costs, measure_costs, roofline_costs
 from probekit.prediction.validation import Validation, validate
 from probekit.presentation.plots import PALETTE, plain
 from probekit.tracing.traces import Trace
 from probekit.tying.certainty import autocorrelation, closed_form_error, runs_against_geometric
-from probekit.tying.text_kinds import before_loops
 
 NAME = "05_predicted_against_measured"
 DRAFT_LENGTHS = (2, 4, 8)
 DEPTHS = (0.25, 0.5, 0.75)  # exits that are run, as shares of the depth
 LAGS = (1, 2, 4, 8)
+REPEATS = 3  # runs of each prompt where times are compared
 COUNTS = ("rounds", "drafted", "accepted", "tokens")
 
 
@@ -35,24 +40,34 @@ def main(
     models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
     max_new_tokens: Tokens = TOKENS, device: Device = None,
     run: Annotated[int, typer.Option(min=1, help="Prompts that the decoder continues in each cell.")] = 6,
+    costs: Annotated[str, typer.Option(help="measured: compare times, too; roofline: counts only")] = "roofline",
 ) -> None:  # fmt: skip
     """Does the decoder do what the trace predicts, and how far off is the closed form that papers quote?"""
+    workbench.check_costs(costs)
     with bench(models, output, traces, prompts, max_new_tokens, device) as work:
         parts = []
         for loaded in work.loaded():
             trace = work.trace(loaded)
             exits = sorted({min(loaded.depth - 1, max(1, round(share * loaded.depth))) for share in DEPTHS})
             cells = [(exit_layer, length) for exit_layer in exits for length in DRAFT_LENGTHS]
-            costs = roofline_costs(
-                trace, device="h200"
-            )  # only the counts are asked for here: nothing needs to be timed
-            parts.append(measured_rows(validate(loaded, trace, cells, limit=run, costs=costs)))
-            for loops, chosen in (("with", trace), ("without", before_loops(trace))):
+            timed = costs == "measured"
+            times = costs_of(loaded, trace) if timed else roofline_costs(trace, device="h200")
+            found = validate(loaded, trace, cells, limit=run, costs=times, repeats=REPEATS if timed else 1)
+            parts.append(measured_rows(found))
+            if timed:
+                parts.append(speedup_rows(found))
+            for loops, chosen in workbench.with_and_without_loops(trace):
                 parts += [form_rows(chosen, exits).assign(loops=loops), dependence_rows(chosen).assign(loops=loops)]
         table = pd.concat(parts, ignore_index=True)
         columns = ["model", "loops", "exit_layer", "draft_length", "lag", "quantity", "value", "low", "high"]
         table = table.reindex(columns=columns).astype({"draft_length": "Int64", "lag": "Int64", "exit_layer": "Int64"})
-        work.write(NAME, main.__doc__ or "", table, draw(table), run=run)
+        work.write(NAME, main.__doc__ or "", table, draw(table), run=run, costs=costs)
+
+
+def costs_of(loaded: Loaded, trace: Trace) -> Costs:
+    """Steps timed here, at the context in the middle of the texts."""
+    middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
+    return measure_costs(loaded, middle, draft_lengths=DRAFT_LENGTHS)
 
 
 def measured_rows(validation: Validation) -> pd.DataFrame:
@@ -83,6 +98,23 @@ def measured_rows(validation: Validation) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def speedup_rows(validation: Validation) -> pd.DataFrame:
+    """Speedup over autoregressive decoding; for the measured one the ends are 20 % and 80 % of single runs."""
+    rows = []
+    for cell in validation.cells:
+        keys = {"model": validation.model, "loops": "with", "exit_layer": cell.exit_layer}
+        keys |= {"draft_length": cell.draft_length}
+        low, high = cell.speedup_measured_quantiles or (float("nan"), float("nan"))
+        rows.append({**keys, "quantity": "predicted speedup", "value": cell.speedup_predicted})
+        rows.append({**keys, "quantity": "measured speedup", "value": cell.speedup_measured, "low": low, "high": high})
+    errors = [abs(cell.speedup_predicted / cell.speedup_measured - 1) for cell in validation.cells
+              if cell.speedup_predicted and cell.speedup_measured]  # fmt: skip
+    keys = {"model": validation.model, "loops": "with"}
+    rows.append({**keys, "quantity": "median error of the predicted speedup", "value": float(np.median(errors))})
+    rows.append({**keys, "quantity": "largest error of the predicted speedup", "value": max(errors)})
+    return pd.DataFrame(rows)
+
+
 def form_rows(trace: Trace, exits: list[int]) -> pd.DataFrame:
     wide = closed_form_error(trace, exits, DRAFT_LENGTHS)
     named = {
@@ -106,7 +138,7 @@ def dependence_rows(trace: Trace) -> pd.DataFrame:
     for exit_layer in range(1, trace.depth):
         keys = {"model": trace.manifest.model.name, "exit_layer": exit_layer}
         runs = runs_against_geometric(trace, exit_layer)
-        rows.append({**keys, "quantity": "variance of runs / geometric", "value": runs.variance_ratio})
+        rows.append({**keys, "quantity": "variance of runs / geometric", **runs.variance._asdict()})
         for within in (False, True):
             share = autocorrelation(trace, exit_layer, LAGS, within=within)
             low, high = share.interval()
@@ -118,35 +150,39 @@ def dependence_rows(trace: Trace) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Predicted against measured rounds; the closed form against the exact figure; correlation by exit."""
-    drawn, axes = figure(3)
+    """Rounds and, where they were timed, speedups; the closed form; runs and neighbours by exit."""
     names = list(dict.fromkeys(table["model"]))
     colours = dict(zip(names, sns.color_palette(PALETTE), strict=False))
-    keys = ["model", "loops", "exit_layer", "draft_length"]
-    cells = (
-        table[table["loops"] == "with"].dropna(subset="draft_length").set_index([*keys, "quantity"])["value"].unstack()
-    )
-    pairs = (("predicted rounds", "measured rounds"), ("tokens per round", "closed form"))
-    for ax, (here, there) in zip(axes[0], pairs, strict=False):
-        for name, group in cells.groupby("model", sort=False):
-            ax.plot(group[here], group[there], "o", color=colours[name], label=plain(str(name)))
-        ends = [cells[[here, there]].min().min(), cells[[here, there]].max().max()]
+    cells = table[table["loops"] == "with"].dropna(subset="draft_length")
+    keys = ["model", "exit_layer", "draft_length"]
+    wide = cells.pivot(index=keys, columns="quantity", values="value").reset_index()
+    pairs = [("predicted rounds", "measured rounds"), ("tokens per round", "closed form")]
+    pairs += [("predicted speedup", "measured speedup")] if "measured speedup" in wide else []
+    drawn, axes = workbench.figure(len(pairs) + 2, beside=1.2, height=2.3)
+    for ax, (across, up) in zip(axes[0], pairs, strict=False):
+        for name, group in wide.groupby("model", sort=False):
+            ax.plot(group[across], group[up], "o", color=colours[name], markersize=3)
+        ends = [wide[[across, up]].min().min(), wide[[across, up]].max().max()]
         ax.plot(ends, ends, "--", color="grey", linewidth=0.8, zorder=0)
-        ax.set(xlabel=here, ylabel=there)
-    ax = axes[0][2]
-    own = table[
-        (table["quantity"] == "autocorrelation within texts") & (table["lag"] == 1) & (table["loops"] == "without")
-    ]
-    for name, group in own.groupby("model", sort=False):
-        exits = group["exit_layer"].to_numpy(float) / (group["exit_layer"].max() + 1)
-        ax.plot(exits, group["value"], color=colours[name], label=plain(str(name)))
-        ax.fill_between(
-            exits, group["low"].to_numpy(float), group["high"].to_numpy(float), color=colours[name], alpha=0.22
-        )
-    ax.axhline(0, color="black", linewidth=0.6)
-    ax.set(xlabel="exit layer / depth", ylabel="correlation with the next token's, within texts")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        ax.set(xlabel="tokens per round, exact" if up == "closed form" else across, ylabel=up)
+    own = table[(table["loops"] == "without") & (table["quantity"] == "autocorrelation within texts")]
+    by_exit(
+        axes[0][-2], own[own["lag"] == 1], colours, 0.0, "correlation with the next token\n(within texts, no loops)"
+    )
+    runs = table[(table["loops"] == "without") & (table["quantity"] == "variance of runs / geometric")]
+    by_exit(axes[0][-1], runs, colours, 1.0, "variance of run lengths /\nthat of independence (no loops)")
+    workbench.legend_beside(axes[0][-1])
     return drawn
+
+
+def by_exit(ax: Axes, rows: pd.DataFrame, colours: dict[str, Any], independent: float, label: str) -> None:
+    for name, group in rows.groupby("model", sort=False):
+        depth = group["exit_layer"].max() + 1
+        workbench.curve(
+            ax, group.assign(depth=group["exit_layer"] / depth), "depth", colours[str(name)], plain(str(name))
+        )
+    ax.axhline(independent, color="black", linewidth=0.6)
+    ax.set(xlabel="exit layer / depth", ylabel=label)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ from typing import Annotated
 import pandas as pd
 import seaborn as sns
 import typer
+import workbench
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench, figure
+from matplotlib.ticker import NullLocator
+from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
 from probekit.models.loading import Loaded
 from probekit.prediction.acceptance import predict
@@ -33,6 +36,7 @@ SIZES = (1, 2, 4, 8, 12, 24, 48)
 CONTEXT = 128
 ROOFLINE_DEVICE = "h200"
 BEST = 3
+COLUMNS = 4  # panels beside each other
 
 
 def main(
@@ -41,8 +45,7 @@ def main(
     costs: Annotated[str, typer.Option(help="measured or roofline")] = "measured",
 ) -> None:  # fmt: skip
     """Which exit layer and draft length, after how many prompts, and does the choice hold on other text?"""
-    if costs not in ("measured", "roofline"):
-        raise typer.BadParameter(f"costs are {costs!r}; expected measured or roofline")
+    workbench.check_costs(costs)
     with bench(models, output, traces, prompts, max_new_tokens, device) as work:
         parts, steps = [], {}
         for loaded in work.loaded():
@@ -51,20 +54,10 @@ def main(
             steps[loaded.name] = {
                 name: getattr(times, name) for name in ("device", "autoregressive_s", "head_s", "overhead_s")
             }
-            parts += [
-                choice_rows(texts["greedy"], times, "with"),
-                choice_rows(before_loops(texts["greedy"]), times, "without"),
-            ]
-            tables = {text: timed(predict(trace, None, DRAFT_LENGTHS), times) for text, trace in texts.items()}
-            parts += learning_rows(tables["greedy"])
-            parts.append(transfer_rows(tables, "text"))
-            kinds = by_kind(texts["greedy"], tables["greedy"])
-            if len(kinds) > 1:
-                parts.append(transfer_rows(kinds, "kind of prompt"))
-            parts = [
-                part.assign(model=part["model"].fillna(loaded.name) if "model" in part else loaded.name)
-                for part in parts
-            ]
+            cut = {text: before_loops(trace) for text, trace in texts.items()}
+            for loops, chosen in (("with", texts), ("without", cut)):
+                rows = rows_of(chosen, times)
+                parts.append(rows.assign(model=loaded.name, loops=loops))
         table = pd.concat(parts, ignore_index=True)
         columns = ["model", "part", "loops", "option", "cell", "prompts", "chosen_on", "used_on", "quantity", "value",
                    "low", "high"]  # fmt: skip
@@ -78,7 +71,17 @@ def costs_of(loaded: Loaded, trace: Trace, source: str) -> Costs:
     return roofline_costs(trace, device=ROOFLINE_DEVICE, context=CONTEXT)
 
 
-def choice_rows(trace: Trace, costs: Costs, loops: str) -> pd.DataFrame:
+def rows_of(texts: dict[str, Trace], costs: Costs) -> pd.DataFrame:
+    """What is chosen, after how many prompts, and what it is worth on other text."""
+    tables = {text: timed(predict(trace, None, DRAFT_LENGTHS), costs) for text, trace in texts.items()}
+    parts = [choice_rows(texts["greedy"], costs), *learning_rows(tables["greedy"]), transfer_rows(tables, "text")]
+    kinds = by_kind(texts["greedy"], tables["greedy"])
+    if len(kinds) > 1:
+        parts.append(transfer_rows(kinds, "kind of prompt"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def choice_rows(trace: Trace, costs: Costs) -> pd.DataFrame:
     """The fastest pairs, whether or not they are faster than no drafting, and what is chosen."""
     choice = choose(predict(trace, None, DRAFT_LENGTHS), costs)
     rows = []
@@ -93,7 +96,7 @@ def choice_rows(trace: Trace, costs: Costs, loops: str) -> pd.DataFrame:
             "value": float(choice.speculate),
         }
     )
-    return pd.DataFrame(rows).assign(part="choice", loops=loops, model=trace.manifest.model.name)
+    return pd.DataFrame(rows).assign(part="choice")
 
 
 def learning_rows(table: Timed) -> list[pd.DataFrame]:
@@ -129,28 +132,56 @@ def transfer_rows(tables: dict[str, Timed], kind: str) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """The learning curves, and the loss of a choice made on another kind of text."""
+    """The learning curves, and the loss of a choice that was made on another text, or on another kind of prompt."""
     names = list(dict.fromkeys(table["model"]))
-    drawn, axes = figure(1 + len(names), height=2.3)
-    ax = axes[0][0]
-    curves = table[(table["quantity"] == "within 2 % of the best") & (table["option"] == "must speculate")]
-    for colour, (name, curve) in zip(sns.color_palette(PALETTE), curves.groupby("model", sort=False), strict=False):
-        sizes = curve["prompts"].to_numpy(float)
-        ax.plot(sizes, curve["value"], "o-", color=colour, label=plain(str(name)))
-        ax.fill_between(sizes, curve["low"].to_numpy(float), curve["high"].to_numpy(float), color=colour, alpha=0.22)
-    ax.set(xscale="log", xlabel="prompts", ylabel="chance of a pair within 2 % of the best", ylim=(-0.02, 1.02))
-    ax.legend()
-    losses = table[
-        (table["part"] == "transfer")
-        & (table["quantity"] == "share of the best speedup lost")
-        & (table["option"] == "text")
+    losses = table[(table["part"] == "transfer") & (table["quantity"] == "share of the best speedup lost")]
+    losses = losses[losses["loops"] == "with"]
+    grids = [
+        (name, option, found)
+        for name in names
+        for option in ("text", "kind of prompt")
+        if len(found := losses[(losses["model"] == name) & (losses["option"] == option)]) > 4
     ]
-    for ax, name in zip(axes[0][1:], names, strict=True):
-        grid = losses[losses["model"] == name].pivot(index="chosen_on", columns="used_on", values="value").astype(float)
-        order = [text for text in TEXTS if text in grid.index]
-        sns.heatmap(grid.loc[order, order], annot=True, fmt=".2f", cmap="mako_r", vmin=0, vmax=0.3, cbar=False, ax=ax)
-        ax.set(title=f"{plain(name)}: speedup lost", xlabel="used on", ylabel="chosen on")
+    columns = min(COLUMNS, 1 + len(grids))
+    drawn, axes = workbench.figure(columns, -(-(1 + len(grids)) // columns), width=2.9, height=2.4)
+    for ax in axes.flat[1 + len(grids) :]:
+        ax.set_axis_off()
+    curves = table[(table["quantity"] == "within 2 % of the best") & (table["option"] == "must speculate")]
+    learning(axes.flat[0], curves, names)
+    for ax, (name, option, found) in zip(axes.flat[1:], grids, strict=False):
+        transfers(ax, found)
+        ax.set(title=f"{plain(name)}: % of the speedup lost", xlabel=f"used on {option}", ylabel=f"chosen on {option}")
     return drawn
+
+
+def learning(ax: Axes, rows: pd.DataFrame, names: list[str]) -> None:
+    for colour, name in zip(sns.color_palette(PALETTE), names, strict=False):
+        found = rows[rows["model"] == name].astype({"prompts": int})
+        workbench.curve(ax, found[found["loops"] == "with"], "prompts", colour, plain(name), marker="o")
+        cut = found[found["loops"] == "without"]
+        ax.plot(cut["prompts"], cut["value"], ":", color=colour, linewidth=0.8)
+    ax.plot([], [], ":", color="grey", linewidth=0.8, label="without loops")
+    ax.set(xscale="log", xlabel="prompts", ylabel="chance of a pair within 2 % of the best", ylim=(-0.02, 1.02))
+    ax.set_xticks(SIZES, [str(size) for size in SIZES])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.legend()
+
+
+def transfers(ax: Axes, losses: pd.DataFrame) -> None:
+    order = list(dict.fromkeys(losses["chosen_on"]))
+    grid, low, high = (
+        (100 * losses.pivot(index="chosen_on", columns="used_on", values=column).astype(float)).loc[order, order]
+        for column in ("value", "low", "high")
+    )
+    many = len(order) > len(TEXTS)
+    notes = [
+        [f"{grid.loc[i, j]:.1f}" + ("" if many else f"\n[{low.loc[i, j]:.1f}, {high.loc[i, j]:.1f}]") for j in order]
+        for i in order
+    ]
+    sns.heatmap(grid, annot=notes, fmt="", cmap="mako_r", vmin=0, vmax=30, cbar=False, ax=ax, annot_kws={"size": 6.5})
+    ax.tick_params(length=0)
+    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(axis="x", rotation=30 if many else 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import matplotlib
 import pandas as pd
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from probekit.decoding.sampling import Sampling
 from probekit.errors import ProbekitError
@@ -26,6 +28,7 @@ from probekit.presentation.plots import STYLE
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.tracing.traces import Trace
+from probekit.tying.text_kinds import before_loops
 
 SCHEMA = "probekit/analysis/1"
 SAMPLING = Sampling(temperature=1.0, seed=0)
@@ -112,10 +115,41 @@ def bench(
         raise typer.Exit(error.exit_status) from None
 
 
-def figure(columns: int, rows: int = 1, *, width: float = 2.4, height: float = 2.1) -> tuple[Figure, Any]:
-    """A figure and its Axes, (rows, columns); inches for each panel."""
-    drawn = Figure(figsize=(width * columns, height * rows), layout="constrained")
+def check_costs(costs: str) -> None:
+    if costs not in ("measured", "roofline"):
+        raise typer.BadParameter(f"costs are {costs!r}; expected measured or roofline")
+
+
+def with_and_without_loops(whole: Trace) -> Iterator[tuple[str, Trace]]:
+    """("with", the trace) and ("without", its texts cut where they begin to loop)."""
+    yield "with", whole
+    yield "without", before_loops(whole)
+
+
+# --------------------------------------------------------------------------------------------------- figures
+def figure(
+    columns: int, rows: int = 1, *, width: float = 2.4, height: float = 2.1, beside: float = 0.0
+) -> tuple[Figure, Any]:
+    """A figure and its Axes, (rows, columns); inches for each panel, and for what stands beside the last column."""
+    drawn = Figure(figsize=(width * columns + beside, height * rows), layout="constrained")
     return drawn, drawn.subplots(rows, columns, squeeze=False)
+
+
+def curve(ax: Axes, rows: pd.DataFrame, x: str, colour: Any, label: str | None = None, **style: Any) -> None:
+    """A line of `value` over `x`, in the band of its interval (`low`, `high`)."""
+    rows = rows.sort_values(x)
+    places, values, low, high = (rows[name].to_numpy(float) for name in (x, "value", "low", "high"))
+    ax.plot(places, values, color=colour, label=label, **style)
+    ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Ticks of layers and the like: no halves."""
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def legend_beside(ax: Axes, **more: Any) -> None:
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), **more)
 
 
 def say(message: str) -> None:

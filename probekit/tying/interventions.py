@@ -168,10 +168,12 @@ def head_effects(
     *,
     exit_layers: Iterable[int] | None = None,
     draft_length: int = 4,
+    speak: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The effect of each head on echo, agreement, KL and predicted acceptance.
 
-    trace: of `loaded`, greedy. heads: {name: (vocabulary, width)}.
+    trace: of `loaded`, greedy. heads: {name: (vocabulary, width)}. speak: let the model write with each head as well;
+    otherwise only the lens is changed.
 
     Returns a table by layer: model, head, changed ("nothing", "lens", "model and lens"), layer, echo, agreement, kl
     with `_low` and `_high`, echo_change and agreement_change (head minus own, paired over prompts) with theirs; and a
@@ -192,6 +194,8 @@ def head_effects(
         layers.append(_layer_rows(trace, name, "lens", read.echo, read.agreement, read.kl, before))
         lens_only = predict(trace, exits, [draft_length], agreement=read.agrees.__getitem__)
         cells.append(_cell_rows(lens_only, trace, name, "lens"))
+        if not speak:
+            continue
         with changed_head(loaded, weight, name) as changed:
             spoken = trace_again(changed, prompts, max_new_tokens=trace.manifest.max_new_tokens, top_prompts=0)
         after = {column: layer_means(spoken, column) for column in ("echo", "agrees", "kl")}

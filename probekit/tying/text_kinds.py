@@ -170,7 +170,8 @@ def side_by_side(
         for loops, chosen in (("with", trace), ("without", before_loops(trace))):
             share = acceptance_where(chosen)
             low, high = share.interval()
-            looped = looped_share(chosen)
+            looped = looped_tokens(chosen)
+            few, many = looped.interval()
             for cell in predict(chosen, exits, lengths, drafter=False).cells:
                 assert cell.exit_layer is not None
                 rate, per_round = cell.acceptance_rate_interval, cell.tokens_per_round_interval
@@ -179,7 +180,9 @@ def side_by_side(
                         "model": trace.manifest.model.name,
                         "text": name,
                         "loops": loops,
-                        "looped": looped,
+                        "looped": float(looped.values),
+                        "looped_low": float(few),
+                        "looped_high": float(many),
                         "tokens": int(chosen.texts["new_tokens"].sum()),
                         "exit_layer": cell.exit_layer,
                         "draft_length": cell.draft_length,
@@ -198,7 +201,12 @@ def side_by_side(
     return pd.DataFrame(rows)
 
 
+def looped_tokens(trace: Trace) -> Share:
+    """Generated tokens inside a repeated run: the share of them over all texts, (); it can be drawn again."""
+    tokens = trace.texts["new_tokens"].to_numpy(np.float64)
+    return Share(trace.texts["looped"].to_numpy(np.float64) * tokens, tokens, tuple(trace.texts["prompt"]))
+
+
 def looped_share(trace: Trace) -> float:
     """Share of generated tokens inside a repeated run, over all texts."""
-    tokens = trace.texts["new_tokens"].to_numpy(np.float64)
-    return float((trace.texts["looped"].to_numpy(np.float64) * tokens).sum() / tokens.sum())
+    return float(looped_tokens(trace).values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -123,6 +124,9 @@ def test_effects(any_tiny, traces, unchanged):
     last = layers[layers["layer"] == any_tiny.depth].set_index(["head", "changed"])
     assert last["agreement"]["swapped", "lens"] < 0.2  # the lens alone: other names than the model's
     assert last["agreement"]["swapped", "model and lens"] == 1
+    silent = head_effects(any_tiny, made, heads, draft_length=2, speak=False)
+    for whole, quiet in zip((layers, cells), silent, strict=True):
+        pd.testing.assert_frame_equal(quiet, whole[whole["changed"] != "model and lens"].reset_index(drop=True))
     expected = predict(made, None, [2]).to_pandas()["acceptance_rate"].tolist()
     assert cells[cells["head"] == "own again"]["acceptance_rate"].tolist() == pytest.approx(expected * 2)
 
