@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,6 +135,24 @@ def test_some_cells_on_the_running_decoders(name, traces):
     validation = validate(loaded, some, exit_layers=[1, 4, 8, 11], draft_lengths=[1, 3, 8])
     assert validation.holds
     assert check_against_transformers(loaded, trace, [4, 8], [2], [0]) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_16_bits_every_difference_is_a_near_tie(dtype):
+    loaded = load("tales-tied", dtype=dtype)
+    trace = probekit.trace(loaded, bundled_prompts("tales")[:2], max_new_tokens=32)
+    validation = validate(loaded, trace, exit_layers=[3, 9], draft_lengths=[2, 5])
+    assert validation.holds
+    assert all((cell.rounds_equal and cell.tokens_equal) or cell.ties for cell in validation.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nnsight_reads_the_same_numbers(name):
+    loaded = load(name)
+    texts = bundled_prompts("tales")[:2]
+    hooks, nnsight = (probekit.trace(loaded, texts, max_new_tokens=8, backend=each) for each in ("hooks", "nnsight"))
+    pd.testing.assert_frame_equal(hooks.layers, nnsight.layers)
+    pd.testing.assert_frame_equal(hooks.tokens, nnsight.tokens)
 
 
 @pytest.mark.long
