@@ -42,6 +42,7 @@ SCHEMA = "probekit/study/1"
 TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
+THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 Progress = Callable[..., None]
@@ -154,10 +155,11 @@ def run_study(
     studies = []
     for reference in plan.models:
         study = ModelStudy(plan, reference, _label(reference), prompt_set, progress or _silent)
-        for phase in PHASES:
-            with _elapsed() as spent:
-                phase(study)
-            study.seconds[phase.__name__] = spent.seconds
+        with _own_threads():
+            for phase in PHASES:
+                with _elapsed() as spent:
+                    phase(study)
+                study.seconds[phase.__name__] = spent.seconds
         study.loaded = study.drafter = None  # one model in memory at a time
         studies.append(study)
     with _elapsed() as writing:
@@ -239,6 +241,32 @@ def load_model(study: ModelStudy) -> None:
     study.progress(f"{study.name}: load", 1, 1)
 
 
+def settle_threads(study: ModelStudy) -> None:
+    """As many CPU threads as decode fastest, until this model is done: for a small model, fewer than the cores.
+
+    Threads that were asked for (OMP_NUM_THREADS) are left alone.
+    """
+    most = torch.get_num_threads()
+    if study.model.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or most == 1:
+        return
+
+    def run() -> dict[str, Any]:
+        from probekit.decoding.autoregressive import Autoregressive
+        from probekit.tracing.prompts import encode
+
+        ids = encode(study.prompts[0], study.model.tokenizer).ids
+        best: dict[int, float] = {}
+        for _ in range(THREAD_TURNS):
+            for threads in sorted({1, max(1, most // 2), most}):
+                torch.set_num_threads(threads)
+                [done] = Autoregressive(study.model).decode([ids], max_new_tokens=THREAD_TOKENS)
+                seconds = (done.seconds["total"] - done.seconds["prefill"]) / max(1, done.emitted)
+                best[threads] = min(seconds, best.get(threads, seconds))
+        return {"threads": min(best, key=lambda threads: best[threads]), "seconds_per_token": best}
+
+    torch.set_num_threads(_once(study.kept("threads"), run)["threads"])
+
+
 def trace_prompts(study: ModelStudy) -> None:
     """Continue every prompt and read every layer of every token, once."""
     from probekit.tracing.tracer import trace
@@ -316,6 +344,7 @@ def validate_choice(study: ModelStudy) -> None:
 
 PHASES: tuple[Callable[[ModelStudy], None], ...] = (
     load_model,
+    settle_threads,
     trace_prompts,
     predict_rounds,
     time_the_trace,
@@ -401,6 +430,7 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "trace": f"traces/{study.name}",
         "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
                     "parameters": model.parameters},
+        "threads": int(trace.manifest.versions["threads"]),
         "sentence": recommendation(choice, chosen),
         "choice": document,
         "chosen_validation": chosen,
@@ -461,6 +491,16 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_text(path, json.dumps(made))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Torch's number of threads comes back as it was."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
