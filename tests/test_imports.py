@@ -24,14 +24,14 @@ ROWS = {
     "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "witness", "kernel", "statistics"),
     "decoding": (
         "sampling", "caches", "policies", "results", "quick", "engine",
-        "autoregressive", "self_speculative", "speculative", "decode",
+        "autoregressive", "self_speculative", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": ("prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),
     "prediction": ("acceptance", "costs", "choice", "validation"),
     "tying": (
         "pooling", "shares", "text_kinds", "certainty", "factorial", "geometry", "interventions", "comparison",
     ),
-    "presentation": ("tokens", "plots", "tables", "packing", "report"),
+    "presentation": ("tokens", "plots", "tables", "previews", "packing", "report"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("probekit.presentation", "probekit.prediction.acceptance", "probekit.tracing.traces")

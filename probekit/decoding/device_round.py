@@ -1,0 +1,170 @@
+"""A whole round as work of the device alone, on buffers that never move: what can be recorded once and replayed.
+
+Where every row stands, its last token and what each round did are kept on the device. No shape depends on what a
+number turns out to be, nothing is asked of the device on the way, and no array grows. So a round that is recorded into
+a graph is right wherever the rows have come to, as long as they lie within the slots that it sees.
+
+The host reads what rounds did when it likes. It knows the least and the most that each may have moved, and chooses the
+slots that the next one sees from that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from probekit.decoding.caches import Places
+from probekit.decoding.engine import Engine, Session
+from probekit.decoding.sampling import Rule, spread
+from probekit.decoding.self_speculative import DraftHead
+from probekit.errors import InputError
+from probekit.hooks import unreplayable_hooks
+from probekit.models.anatomy import Anatomy
+
+BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings serve every length
+
+
+def bucket(slots: int) -> int:
+    """The least multiple of BUCKET that holds so many slots."""
+    return -(-slots // BUCKET) * BUCKET
+
+
+class DeviceEngine(Engine):
+    """An engine whose passes stand where a tensor of the device says.
+
+    Raises InputError for a model with hooks that a replay would not call; those of `Capture(into=buffer)` are device
+    work like the rest.
+    """
+
+    def __init__(self, parts: Anatomy, rows: int, length: int) -> None:
+        if hooked := unreplayable_hooks(parts.model):
+            raise InputError(
+                f"there is a hook, or a replaced forward, on {', '.join(hooked[:3])}: it would fire while a round is "
+                "recorded, and never again when it is replayed.",
+                "Use Capture(model, sites, into=buffer), or decode without recording.",
+            )
+        super().__init__(parts, rows, bucket(length))
+
+    def places_at(self, positions: Tensor, visible: int) -> Places:
+        """positions: (rows, tokens) int64 on the device, below `visible`, a number of slots that the host chooses."""
+        rotary = (self._cos[0][positions], self._sin[0][positions])
+        return self._places(positions, visible, rotary, needs_mask=True)
+
+
+def one_place(places: Places, token: int) -> Places:
+    """The places of one of a pass's tokens: views."""
+    here = slice(token, token + 1)
+    cos, sin = places.inputs["position_embeddings"]
+    mine = {
+        "attention_mask": places.inputs["attention_mask"][:, :, here],
+        "position_ids": places.inputs["position_ids"][:, here],
+        "position_embeddings": (cos[:, here], sin[:, here]),
+    }
+    return replace(places, slots=places.slots[:, :, here], inputs=places.inputs | mine)
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Where the rows of a batch stand: buffers of the device, int64.
+
+    last: (rows, 1) each row's last token. position: (rows, 1) where that stands.
+    before: (rows, 1) where the prompt's last token stands. final: (rows, 1) where the budget's last token would stand.
+    stream: (rows,) random streams.
+    log: (rounds, rows, K + 2) what each round did: accepted drafts, the token after them, the drafts.
+    done: (1,) rounds in the log.
+    """
+
+    last: Tensor
+    position: Tensor
+    before: Tensor
+    final: Tensor
+    stream: Tensor
+    log: Tensor
+    done: Tensor
+
+    @classmethod
+    def of(cls, session: Session, draft_length: int) -> Standing:
+        """After the prefill. A round moves each row by one token at least, and one round may come too late."""
+        rows, budget = session.rows, session.plan.max_new_tokens
+
+        def column(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, device=session.device)[:, None]
+
+        return cls(
+            last=session.last.clone(),
+            position=column(session.positions),
+            before=column([len(row.prompt_ids) - 1 for row in rows]),
+            final=column([len(row.prompt_ids) - 1 + budget for row in rows]),
+            stream=session.stream,
+            log=torch.zeros(budget + 1, len(rows), draft_length + 2, dtype=torch.long, device=session.device),
+            done=torch.zeros(1, dtype=torch.long, device=session.device),
+        )
+
+
+class Round:
+    """Draft, verify, judge, book and move on: call it, or record the call and replay it.
+
+    With an exit layer: K early passes with a head each, one more for the last draft's residual, and a late pass with
+    the head over K + 1 rows. Without one: a step of autoregressive decoding. A round always drafts K tokens; where
+    fewer are within the budget, so many count. A row at its last position stays there.
+
+    Parameters
+    ----------
+    visible: the slots that the passes see: more than any row's position + K.
+    exit_layer, head: of the drafts; None, and K is 0.
+    """
+
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        standing: Standing,
+        rule: Rule,
+        visible: int,
+        exit_layer: int | None = None,
+        head: DraftHead | None = None,
+    ) -> None:
+        self.engine = engine
+        self.standing = standing
+        self.rule = rule
+        self.visible = visible
+        self.exit_layer = exit_layer
+        self.head = head
+        self.draft_length = standing.log.shape[2] - 2
+        self._steps = torch.arange(self.draft_length + 1, device=standing.last.device)
+
+    def __call__(self) -> None:
+        at = self.standing
+        places = self.engine.places_at(at.position + self._steps, self.visible)
+        outputs = (at.position - at.before)[:, 0]
+        if self.exit_layer is None:
+            drafts, drawn_from = at.last[:, 1:], None
+            states = self.engine.full(at.last, places)
+        else:
+            drafts, drawn_from, residuals = self._draft(self.exit_layer, places, outputs)
+            states = self.engine.late(residuals, places, self.exit_layer)
+        limits = (at.final - at.position - 1).clamp(0, self.draft_length)[:, 0]
+        logits = self.engine.logits(states)
+        verdict = self.rule.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
+        run, token = verdict.run[:, None], verdict.token[:, None]
+        at.log.index_copy_(0, at.done, torch.cat([run, token, drafts], dim=1)[None])
+        at.done.add_(1)
+        at.last.copy_(token)
+        at.position.copy_(torch.minimum(at.position + run + 1, at.final))
+
+    def _draft(self, exit_layer: int, places: Places, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
+        assert self.head is not None
+        at, ids = self.standing, self.head.ids
+        tokens, distributions, residuals = [at.last], list[Tensor](), list[Tensor]()
+        for step in range(self.draft_length):
+            residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
+            token, distribution, _ = self.rule.draft(self.head(residuals[-1]), at.stream, outputs + step)
+            if distribution is not None:
+                whole = distribution if ids is None else spread(distribution, ids, self.engine.parts.vocabulary)
+                distributions.append(whole)
+            tokens.append((token if ids is None else ids[token])[:, None])
+        residuals.append(self.engine.early(tokens[-1], one_place(places, self.draft_length), exit_layer))
+        drawn_from = torch.stack(distributions, dim=1) if distributions else None
+        return torch.cat(tokens[1:], dim=1), drawn_from, torch.cat(residuals, dim=1)
