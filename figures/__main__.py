@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from figures.artefacts import open_study
-from figures.making import Output, StudyFolder, chosen, finish, make, make_tables
+from figures.latex import make_tables
+from figures.making import Output, StudyFolder, chosen, finish, make
 
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One figure, by its name or fig03.")]
 

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 
 from figures.artefacts import Study
 from figures.making import alone
-from figures.panels import one_legend
 from figures.style import TWO_COLUMNS, canvas
 from probekit.presentation import plots
 
@@ -18,7 +17,7 @@ def draw(study: Study) -> Figure:
     plots.entropy_and_kl(entropy, divergence, layers)
     entropy.set_title("(a) entropy")
     divergence.set_title("(b) divergence from the model")
-    one_legend(figure, [entropy, divergence])
+    plots.one_legend(figure, [entropy, divergence])
     return figure
 
 

@@ -14,8 +14,12 @@ def draw(study: Study) -> Figure:
     cells = study.table("cells")
     most = float(cells["tokens_per_round"].max())
     rows = (
-        ("acceptance rate", lambda ax, own, _: plots.acceptance_grid(ax, own)),
-        ("tokens per round", lambda ax, own, _: plots.tokens_per_round_grid(ax, own, high=most)),
+        ("acceptance_rate", "acceptance rate", lambda ax, own, _: plots.acceptance_grid(ax, own, numbers=False)),
+        (
+            "tokens_per_round",
+            "tokens per round",
+            lambda ax, own, _: plots.tokens_per_round_grid(ax, own, high=most, numbers=False),
+        ),
     )
     return grids(study, cells, rows)
 

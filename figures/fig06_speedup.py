@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from figures.artefacts import Study
@@ -13,12 +16,11 @@ from probekit.presentation import plots
 def draw(study: Study) -> Figure:
     cells = study.table("cells")
     low, high = float(cells["speedup"].min()), float(cells["speedup"].max())
-    rows = (
-        (
-            "predicted speedup (×)",
-            lambda ax, own, model: plots.speedup_surface(ax, own, study.chosen(model), low=low, high=high),
-        ),
-    )
+
+    def surface(ax: Axes, own: pd.DataFrame, model: str) -> ScalarMappable:
+        return plots.speedup_surface(ax, own, study.chosen(model), low=low, high=high, numbers=False)
+
+    rows = [("speedup", "predicted speedup (×)", surface)]
     return grids(study, cells, rows, {model: _verdict(study, model) for model in study.models})
 
 
@@ -29,7 +31,7 @@ def _verdict(study: Study, model: str) -> str:
         return "do not speculate"
     low, high = choice["interval"] or (None, None)
     spread = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-    drafter = "draft model" if pair[0] is None else f"E {pair[0]}"
+    drafter = "drafter" if pair[0] is None else f"E {pair[0]}"
     return f"{drafter}, K {pair[1]}: {choice['speedup']:.2f}×{spread}"
 
 

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 
 from figures.artefacts import Study
 from figures.making import alone
-from figures.panels import one_legend
 from figures.style import TWO_COLUMNS, canvas
 from probekit.presentation import plots
 
@@ -18,7 +17,7 @@ def draw(study: Study) -> Figure:
     for ax, quantity, letter in zip(axes, plots.COMPARED, "abc", strict=True):
         plots.predicted_against_measured(ax, validation, quantity)
         ax.set_title(f"({letter}) {plots.COMPARED[quantity][2].split(' (')[0]}")
-    one_legend(figure, axes)
+    plots.one_legend(figure, axes)
     return figure
 
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from figures.artefacts import Study
 from figures.making import alone
-from figures.panels import of_models, one_legend
+from figures.panels import of_models
 from probekit.presentation import plots
 
 EXITS = 3
@@ -20,7 +20,7 @@ def draw(study: Study) -> Figure:
         plots.run_lengths_against_geometric(ax, runs[runs["exit_layer"].isin(exits)])
         if ax is not axes[0]:
             ax.set_ylabel("")
-    one_legend(figure, axes)
+    plots.one_legend(figure, axes)
     return figure
 
 

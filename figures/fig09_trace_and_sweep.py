@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from figures.artefacts import Study
 from figures.making import alone
-from figures.panels import of_models, one_legend
+from figures.panels import of_models
 from probekit.errors import InputError
 from probekit.presentation import plots
 from probekit.presentation.tables import sweep_table
@@ -28,7 +28,7 @@ def draw(study: Study) -> Figure:
         plots.trace_against_sweep(ax, sweep)
         if ax is not axes[0]:
             ax.set_ylabel("")
-    one_legend(figure, axes)
+    plots.one_legend(figure, axes)
     return figure
 
 

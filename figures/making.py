@@ -1,4 +1,4 @@
-"""From a study to its figures and LaTeX tables: all of them, some, or one script's own."""
+"""From a study to its figures: all of them, some, or one script's own."""
 
 from __future__ import annotations
 
@@ -12,27 +12,13 @@ import typer
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.artefacts import TABLES, Study, open_study
+from figures.artefacts import Study, open_study
 from probekit.errors import InputError, ProbekitError
-from probekit.presentation.tables import to_latex
-from probekit.tracing.traces import atomic_text
 
 Draw = Callable[[Study], Figure]
 
 StudyFolder = Annotated[Path, typer.Option("--study", metavar="DIR", help="A folder that `probekit study` wrote.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="By default the study's paper/.")]
-
-CAPTIONS = {
-    "layers": "What each layer says, pooled over the generated tokens: shares, and means in nats. "
-    "95 % intervals, bootstrap over prompts.",
-    "cells": "Predicted rounds over exit layers and draft lengths, and the speedup that they give with the measured "
-    "costs. 95 % intervals, bootstrap over prompts.",
-    "validation": "The prediction beside the running decoder. Brackets: 95 % intervals over prompts; of the measured "
-    "speedup, the 20 % and 80 % quantiles of repeated timings.",
-    "rounds": "Every round of every cell that was run.",
-    "run_lengths": "Runs of agreement by their length, beside the geometric law of independent agreements.",
-    "costs": "Seconds of each step on the machine of the study.",
-}
 
 
 class _Script(Protocol):
@@ -50,15 +36,6 @@ def make(study: Study, wanted: Sequence[str], output: Path) -> Iterator[Path]:
         script: _Script = import_module(f"figures.{name}")
         with style.paper():
             yield from style.save(script.draw(study), output, name)
-
-
-def make_tables(study: Study, output: Path) -> Iterator[Path]:
-    """Write each of the study's tables as LaTeX; yields every file."""
-    (output / "tables").mkdir(parents=True, exist_ok=True)
-    for name in TABLES:
-        path = output / "tables" / f"{name}.tex"
-        atomic_text(path, to_latex(study.table(name), CAPTIONS[name], f"tab:{name.replace('_', '-')}"))
-        yield path
 
 
 def chosen(only: Sequence[str]) -> list[str]:

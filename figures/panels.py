@@ -1,4 +1,4 @@
-"""Arrangements that several figures share: a panel for each model or lens, one legend, one colour bar."""
+"""Arrangements that several figures share: a panel for each model or lens, one legend or colour bar for them all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ACROSS = 3
 """Panels beside one another in two columns of text."""
 
 Grid = Callable[[Axes, pd.DataFrame, str], ScalarMappable]
+"""Draws the cells of a model, by its name, without numbers."""
 
 
 def by_lens(layers: pd.DataFrame, curve: Callable[[Axes, pd.DataFrame], None]) -> Figure:
@@ -31,7 +32,7 @@ def by_lens(layers: pd.DataFrame, curve: Callable[[Axes, pd.DataFrame], None]) -
         ax.set_title(f"({letter}) {lens} lens")
     for ax in axes[1:]:
         ax.set_ylabel("")
-    one_legend(figure, axes)
+    plots.one_legend(figure, axes)
     return figure
 
 
@@ -49,11 +50,11 @@ def of_models(study: Study, height: float, share_y: bool = False) -> tuple[Figur
 
 
 def grids(
-    study: Study, cells: pd.DataFrame, rows: Sequence[tuple[str, Grid]], below: Mapping[str, str] | None = None
+    study: Study, cells: pd.DataFrame, rows: Sequence[tuple[str, str, Grid]], below: Mapping[str, str] | None = None
 ) -> Figure:
     """For each row a colour bar with its label, for each model a heat map over exit layer and draft length.
 
-    below: a second line for the title of each model.
+    rows: (column of the cells, label, how it is drawn). below: a second line for the title of each model.
     """
     many = len(study.models)
     across, down = min(many, ACROSS), math.ceil(many / ACROSS)
@@ -62,7 +63,8 @@ def grids(
     figure = canvas(ONE_COLUMN if many == 1 else TWO_COLUMNS, min(PAGE, height * down * len(rows) + 0.1))
     axes = figure.subplots(down * len(rows), across, squeeze=False)
     letters = iter(_letters())
-    for place, (label, grid) in enumerate(rows):
+    blocks = []
+    for place, (_, label, grid) in enumerate(rows):
         block = axes[place * down : (place + 1) * down]
         for ax in block.flat[many:]:
             ax.set_visible(False)
@@ -75,21 +77,11 @@ def grids(
             if place < len(rows) - 1 or index < many - across:
                 ax.set_xlabel("")
         figure.colorbar(colours, ax=block.ravel().tolist(), label=label, aspect=14 * down, pad=0.02)
+        blocks.append(block.ravel()[:many].tolist())
+    figure.draw_without_rendering()  # numbers are as large as the cells that the layout leaves
+    for (column, _, _), drawn in zip(rows, blocks, strict=True):
+        plots.write_numbers(drawn, plots.NUMBERS[column])
     return figure
-
-
-def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Where all panels have the same legend: one above them, where it covers nothing."""
-    legends = [legend for ax in axes if (legend := ax.get_legend()) is not None]
-    named = [[text.get_text() for text in legend.get_texts()] for legend in legends]
-    if len(legends) < 2 or any(names != named[0] for names in named):
-        return
-    handles, labels = next(ax for ax in axes if ax.get_legend() is not None).get_legend_handles_labels()
-    for legend in legends:
-        legend.remove()
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 6 else 4, columnspacing=1.6
-    )
 
 
 def _letters() -> Sequence[str]:

@@ -20,7 +20,8 @@ import seaborn as sns
 from matplotlib import colors, font_manager
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -371,15 +372,19 @@ def _untitled(ax: Axes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ over E and K
-def acceptance_grid(ax: Axes, cells: pd.DataFrame, *, high: float | None = 1.0) -> ScalarMappable:
+# Each writes its numbers at once where `numbers` is set. Several heat maps beside one another, or one whose layout is
+# not final, are drawn without and given to `write_numbers` together.
+def acceptance_grid(ax: Axes, cells: pd.DataFrame, *, high: float | None = 1.0, numbers: bool = True) -> ScalarMappable:
     """Acceptance rate, accepted / drafted, over exit layer and draft length."""
-    mapped, _ = _grid(ax, cells, "acceptance_rate", 0.0, high, "{:.2f}")
+    mapped, _ = _grid(ax, cells, "acceptance_rate", 0.0, high, numbers)
     return mapped
 
 
-def tokens_per_round_grid(ax: Axes, cells: pd.DataFrame, *, high: float | None = None) -> ScalarMappable:
+def tokens_per_round_grid(
+    ax: Axes, cells: pd.DataFrame, *, high: float | None = None, numbers: bool = True
+) -> ScalarMappable:
     """Tokens per round, the token that verification adds in it, over exit layer and draft length."""
-    mapped, _ = _grid(ax, cells, "tokens_per_round", 1.0, high, "{:.1f}")
+    mapped, _ = _grid(ax, cells, "tokens_per_round", 1.0, high, numbers)
     return mapped
 
 
@@ -390,12 +395,13 @@ def speedup_surface(
     *,
     low: float | None = None,
     high: float | None = None,
+    numbers: bool = True,
 ) -> ScalarMappable:
     """Predicted speedup over exit layer and draft length; a line parts gain from loss, a frame marks the chosen pair.
 
     chosen: (exit layer, draft length), the exit layer None for a draft model; None: do not speculate.
     """
-    mapped, grid = _grid(ax, cells, "speedup", low, high, "{:.2f}")
+    mapped, grid = _grid(ax, cells, "speedup", low, high, numbers)
     ax.add_collection(LineCollection(_border(grid.to_numpy() > 1.0), colors="white", linewidths=2.0, zorder=3))
     ax.add_collection(LineCollection(_border(grid.to_numpy() > 1.0), colors=INK, linewidths=0.9, zorder=3))
     if chosen is not None:
@@ -410,7 +416,7 @@ def speedup_surface(
 
 
 def _grid(
-    ax: Axes, cells: pd.DataFrame, value: str, low: float | None, high: float | None, number: str
+    ax: Axes, cells: pd.DataFrame, value: str, low: float | None, high: float | None, numbers: bool
 ) -> tuple[ScalarMappable, pd.DataFrame]:
     """A heat map with the exit layers from bottom to top, a draft model below them, and numbers where they fit."""
     frame = cells.assign(row=cells["exit_layer"].astype("Float64").fillna(-1).astype(int))
@@ -426,7 +432,7 @@ def _grid(
     ax.grid(False)
     ax.set_xlabel("draft length K (tokens)")
     ax.set_ylabel("exit layer E")
-    width, height = (whole / cells for whole, cells in zip(_points_of(ax), reversed(grid.shape), strict=True))
+    height = _points_of(ax)[1] / len(grid)
     step = max(1, math.ceil(1.1 * _label_points() / height))  # names of rows that do not touch
     ticks = [place for place, row in enumerate(grid.index) if row < 0 or (row - max(grid.index[0], 1)) % step == 0]
     ax.set_yticks([place + 0.5 for place in ticks])
@@ -436,25 +442,43 @@ def _grid(
     ax.tick_params(length=0, axis="both")
     ax.set_xticks(np.arange(len(grid.columns)) + 0.5)
     ax.set_xticklabels([str(length) for length in grid.columns], rotation=0)
-    _write_numbers(ax, grid, norm, shades, number, width, height)
+    if numbers:
+        write_numbers([ax], NUMBERS[value])
     return ScalarMappable(norm, shades), grid
 
 
-def _write_numbers(
-    ax: Axes, grid: pd.DataFrame, norm: colors.Normalize, shades: Any, number: str, width: float, height: float
-) -> None:
-    """A number in each cell, where cells of this width and height, in points, have room for one."""
-    # Digits are .64 em wide. The layout is not final: names and colour bars still to come make cells a little smaller.
-    longest = max((len(number.format(value)) for value in grid.to_numpy().ravel() if np.isfinite(value)), default=1)
-    size = min(6.5, 0.82 * width / (0.64 * longest), height - 1.5)
+NUMBERS = {"acceptance_rate": "{:.2f}", "tokens_per_round": "{:.1f}", "speedup": "{:.2f}"}
+"""How the figures of a heat map are written into its cells."""
+
+
+def write_numbers(axes: Sequence[Axes], number: str) -> None:
+    """A number in each cell of these heat maps, all of one size, where every cell has room for one.
+
+    Call it when the Axes have their place: the size follows from the cells'. number: a format, one of NUMBERS.
+    """
+    meshes = [next(part for part in ax.collections if isinstance(part, QuadMesh)) for ax in axes]
+    values = [_values_of(mesh) for mesh in meshes]
+    texts = {number.format(value) for each in values for value in each.ravel() if np.isfinite(value)}
+    places = [(_points_of(ax), each.shape) for ax, each in zip(axes, values, strict=True)]
+    width = min(across / shape[1] for (across, _), shape in places)
+    height = min(up / shape[0] for (_, up), shape in places)
+    longest = max((_points(text, 10.0) / 10.0 for text in texts), default=1.0)  # em
+    size = min(6.5, 0.82 * width / longest, height - 1.5)
     if size < 5:  # too small to read in print
         return
-    for (row, column), value in np.ndenumerate(grid.to_numpy(dtype=float)):
-        if np.isfinite(value):
-            ax.text(
-                column + 0.5, row + 0.5, number.format(value), ha="center", va="center_baseline", fontsize=size,
-                color=_ink_on(shades(norm(value))), in_layout=False,
-            )  # fmt: skip
+    for ax, mesh, each in zip(axes, meshes, values, strict=True):
+        for (row, column), value in np.ndenumerate(each):
+            if np.isfinite(value):
+                ax.text(
+                    column + 0.5, row + 0.5, number.format(value), ha="center", va="center_baseline", fontsize=size,
+                    color=_ink_on(mesh.to_rgba(value)), in_layout=False,
+                )  # fmt: skip
+
+
+def _values_of(mesh: QuadMesh) -> np.ndarray:
+    """(rows, columns) float: what a heat map shows, NaN where it shows nothing."""
+    rows, columns, _ = np.asarray(mesh.get_coordinates()).shape
+    return np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan).reshape(rows - 1, columns - 1)
 
 
 def _border(inside: np.ndarray) -> list[list[tuple[float, float]]]:
@@ -591,6 +615,21 @@ def trace_against_sweep(ax: Axes, sweep: pd.DataFrame) -> None:
             va="center", xytext=(-3, 0), textcoords="offset points", fontsize=7, color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ several panels
+def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Where all panels have the same legend: one above them, where it covers nothing."""
+    legends = [legend for ax in axes if (legend := ax.get_legend()) is not None]
+    named = [[text.get_text() for text in legend.get_texts()] for legend in legends]
+    if len(legends) < 2 or any(names != named[0] for names in named):
+        return
+    handles, labels = next(ax for ax in axes if ax.get_legend() is not None).get_legend_handles_labels()
+    for legend in legends:
+        legend.remove()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 6 else 4, columnspacing=1.6
+    )
 
 
 def _nothing(ax: Axes, why: str) -> None:

@@ -356,27 +356,39 @@ _SIGNS = {
 }
 
 
-def to_latex(frame: pd.DataFrame, caption: str, label: str) -> str:
+def to_latex(frame: pd.DataFrame, caption: str, label: str, *, headings: Mapping[str, str] | None = None) -> str:
     """A booktabs table: data escaped, intervals folded into their figure, three significant digits.
 
     Needs \\usepackage{booktabs}, and longtable for more than 40 rows.
+
+    headings: {column: LaTeX of its heading}; by default the columns' names in words.
     """
     folded = _folded(frame)
+    long = len(folded) > _LONG
+    heads = [(headings or {}).get(column, _escaped(column.replace("_", " "))) for column in folded.columns]
     latex = folded.to_latex(
         index=False,
         escape=True,
-        longtable=len(folded) > _LONG,
-        column_format="".join("r" if _numeric(frame, column) else "l" for column in folded.columns),
+        header=[head.replace("{", "{{").replace("}", "}}") for head in heads],  # pandas takes a head for a format
+        longtable=long,
+        column_format="".join("r" if _numeric(frame[column]) else "l" for column in folded.columns),
         caption=_signs(_escaped(caption)),
         label=label,
-        position=None if len(folded) > _LONG else "t",
-        header=True,
+        position=None if long else "t",
     )
-    return _signs(latex)
+    return _small(_signs(latex), long)
+
+
+def _small(latex: str, long: bool) -> str:
+    """The table in small type with narrow gaps, as papers set them; what is around it keeps its own."""
+    size = r"\footnotesize\setlength{\tabcolsep}{4pt}"
+    if long:
+        return f"{{{size}\n{latex}}}\n"
+    return latex.replace(r"\begin{tabular}", f"\\centering{size}\n\\begin{{tabular}}", 1)
 
 
 def _folded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Everything as text; `x`, `x_low`, `x_high` as one column "x [low, high]"; names in words."""
+    """Everything as text; `x`, `x_low`, `x_high` as one column "x [low, high]"."""
     whole = pd.DataFrame(index=frame.index)
     for column in frame.columns:
         stem = column.removesuffix("_low").removesuffix("_high").removesuffix("_20").removesuffix("_80")
@@ -390,7 +402,7 @@ def _folded(frame: pd.DataFrame) -> pd.DataFrame:
                     middle if pd.isna(low) else f"{middle} [{_figure(low)}, {_figure(high)}]"
                     for middle, (low, high) in zip(text, ends, strict=True)
                 ]
-        whole[column.replace("_", " ")] = text
+        whole[column] = text
     return whole
 
 
@@ -407,9 +419,8 @@ def _figure(value: Any) -> str:
     return shown(str(value)).replace("␣", " ")
 
 
-def _numeric(frame: pd.DataFrame, column: str) -> bool:
-    name = next(name for name in frame.columns if name.replace("_", " ") == column)
-    return bool(pd.api.types.is_numeric_dtype(frame[name])) and not pd.api.types.is_bool_dtype(frame[name])
+def _numeric(column: pd.Series) -> bool:
+    return bool(pd.api.types.is_numeric_dtype(column)) and not pd.api.types.is_bool_dtype(column)
 
 
 def _escaped(text: str) -> str:

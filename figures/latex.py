@@ -1,0 +1,98 @@
+"""A study's tables as a page holds them: the columns that a reader looks for, short headings, units, captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from figures.artefacts import TABLES, Study
+from probekit.presentation.tables import to_latex
+from probekit.tracing.traces import atomic_text
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What is printed of one of the study's tables; the rest stays in its CSV file.
+
+    columns: {column: heading}, in this order. bare: columns that are printed without their interval. factors: what
+        columns are multiplied by, for a handier unit.
+    """
+
+    caption: str
+    columns: Mapping[str, str]
+    bare: frozenset[str] = frozenset()
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The printed columns, each followed by the ends of its interval where there are any."""
+        kept = []
+        for column in self.columns:
+            ends = () if column in self.bare else ("_low", "_high", "_20", "_80")
+            kept += [name for name in (column, *(column + end for end in ends)) if name in table.columns]
+        return table[kept].assign(**{name: table[name] * factor for name, factor in self.factors.items()})
+
+
+def _stacked(above: str, below: str) -> str:
+    """A heading of two lines."""
+    return rf"\shortstack[r]{{{above}\\{below}}}"
+
+
+_CELL = {"model": "model", "exit_layer": "$E$", "draft_length": "$K$"}
+
+PRINTED: dict[str, Printed] = {
+    "layers": Printed(
+        "What each layer says, pooled over the generated tokens: shares, and means in nats. "
+        "95 % intervals, bootstrap over prompts.",
+        {"model": "model", "lens": "lens", "layer": "layer", "agreement": "agreement", "echo": "echo",
+         "entropy": "entropy (nats)", "kl": "KL (nats)"},
+    ),
+    "cells": Printed(
+        "Predicted rounds over exit layers E (--: the draft model) and draft lengths K, and the speedup that they give "
+        "with the study's costs. 95 % intervals, bootstrap over prompts.",
+        {**_CELL, "rounds": "rounds", "drafted": "drafted", "accepted": "accepted",
+         "acceptance_rate": "acceptance rate", "alpha": r"$\alpha$", "tokens_per_round": "tokens per round",
+         "speedup": "speedup"},
+    ),
+    "validation": Printed(
+        "The prediction beside the running decoder, at exit layers E (--: the draft model) and draft lengths K. "
+        "Brackets: 95 % intervals over prompts; of the measured speedup, the 20 % and 80 % quantiles of repeated "
+        "timings.",
+        {**_CELL, "predicted_rounds": _stacked("rounds,", "predicted"), "measured_rounds": "measured",
+         "predicted_acceptance_rate": _stacked("acceptance,", "predicted"), "measured_acceptance_rate": "measured",
+         "rounds_equal": _stacked("rounds", "equal"), "ties": _stacked("near-", "ties"),
+         "speedup_predicted": _stacked("speedup,", "predicted"), "speedup_measured": "measured"},
+        frozenset({"predicted_rounds", "predicted_acceptance_rate", "measured_rounds"}),
+    ),
+    "rounds": Printed(
+        "Every round of every cell that was run: exit layer E (--: the draft model), draft length K.",
+        {"model": "model", "prompt": "prompt", "exit_layer": "$E$", "draft_length": "$K$", "round": "round",
+         "drafted": "drafted", "accepted_predicted": _stacked("accepted,", "predicted"),
+         "accepted_measured": "measured"},
+    ),
+    "run_lengths": Printed(
+        "Runs of r agreements at exit layer E, beside the geometric law of independent agreements. "
+        "95 % intervals, bootstrap over prompts.",
+        {"model": "model", "exit_layer": "$E$", "run": "$r$", "count": "runs of $r$", "geometric": "law",
+         "at_least": r"runs of $r$ or more", "geometric_at_least": "law"},
+    ),
+    "costs": Printed(
+        "Time of each step on the machine of the study, at exit layer E and over so many rows.",
+        {"model": "model", "step": "step", "exit_layer": "$E$", "rows": "rows", "seconds": "time (ms)"},
+        factors={"seconds": 1000.0},
+    ),
+}  # fmt: skip
+
+
+def make_tables(study: Study, output: Path) -> Iterator[Path]:
+    """Write each of the study's tables as LaTeX; yields every file."""
+    (output / "tables").mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        printed = PRINTED[name]
+        path = output / "tables" / f"{name}.tex"
+        label = f"tab:{name.replace('_', '-')}"
+        table = to_latex(printed.of(study.table(name)), printed.caption, label, headings=printed.columns)
+        atomic_text(path, table)
+        yield path
