@@ -447,6 +447,14 @@ class _Text(NamedTuple):
         return cls(prompt, trace.outputs(prompt).tolist(), agrees, own, ties[-1])
 
 
+def differences_from(
+    trace: Trace, prompt: int, cell: Cell, run: Decoded, draft_rows: int | None = None
+) -> list[Difference]:
+    """Where a decoder's run of one prompt of a greedy trace leaves the prediction of a cell."""
+    text = _Text.of(trace, prompt, cell, draft_rows)
+    return differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
+
+
 def differences_of(text: _Text, draft_length: int, budget: int, run: Decoded) -> list[Difference]:
     """Where a decoder's run leaves the trace: the first token that differs, and every round before it that does.
 
