@@ -158,9 +158,9 @@ def test_nnsight_reads_the_same_numbers(name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", TALES)
 def test_every_cell_on_the_running_decoders(name, traces):
-    """All 11 exits x 8 draft lengths: our decoder on every prompt, transformers' on two."""
+    """All 11 exits x 8 draft lengths: our decoder on every third prompt, transformers' on two."""
     loaded, trace = load(name), traces[name]
-    validation = validate(loaded, trace)
+    validation = validate(loaded, trace.select(trace.prompts[::3]))
     assert len(validation.cells) == 88
     assert validation.holds
     assert all(cell.rounds_equal or cell.ties for cell in validation.cells)
