@@ -21,7 +21,7 @@ ROOMS = (
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
     "models": ("anatomy", "loading", "synthetic"),
-    "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "witness", "kernel", "statistics"),
+    "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "screen", "witness", "kernel", "statistics"),
     "decoding": (
         "sampling", "caches", "policies", "results", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "device_round", "device_decoding", "decode",

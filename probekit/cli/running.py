@@ -74,14 +74,26 @@ def trace(
         )
     manifest = result.manifest
     if as_json:
-        print_json({"schema": "probekit/trace/1", "run": str(output), "manifest": manifest.to_json()})
+    ties, bits = result.near_tie_count()
+        print_json(
+            {
+                "schema": "probekit/trace/1",
+                "run": str(output),
+                "near_ties": {"near_ties": ties, "of": bits},
+                "manifest": manifest.to_json(),
+            }
+        )
         return
     remark(
         f"traced {manifest.prompt_count} prompts of {manifest.model.name} into {output}. "
-        f"Next: probekit predict {output}",
+        f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",
         quiet=quiet,
     )
 
+    if manifest.savings is not None:
+        spared = manifest.savings["products_avoided"]
+        remark(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
+    remark(f"Next: probekit predict {output}", quiet=quiet)
 
 def decode(
     model: options.Model,

@@ -4,19 +4,23 @@ Most rows of most layers disagree with the model, and a layer that disagrees mos
 candidates are tried first: the layer's frequent argmaxes, and the tokens of the text around. A candidate counts as a
 witness only with a margin above the noise and above twice the error that any float32 product of that length can
 have, so that no product could see it otherwise. Rows without a witness, those that agree among them, get the full
-product; they are pooled across layers, because products of many rows run at a multiple of the rate of few.
+product; they are pooled across layers, because products of many rows run at a multiple of the rate of few. Where the
+processor is faster in bfloat16, a product in that dtype is tried before: with a bound on its error, it proves the
+agreement of most rows that agree (`probekit.lens.screen`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from probekit.lens.lens import Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
 from probekit.lens.reductions import block_maxima, leaders, rounded_argmax
+from probekit.lens.screen import GAIN, Screen, screen_bytes, worthwhile
 from probekit.models.anatomy import Anatomy
 
 POOL_ROWS = {"cpu": 256, "else": 2048}  # rows of one full product
@@ -31,18 +35,19 @@ class Savings:
     """What the witnesses spared.
 
     rows: (layer, token) rows in all, those of the model's own last layer among them. full: rows that had the full
-    product. witnessed: rows that a candidate settled. candidates: products of a row with a single candidate.
-    vocabulary: products that a full row takes.
+    product in float32. witnessed: rows that a candidate settled. screened: rows that a product in bfloat16 settled.
+    candidates: products of a row with a single candidate. vocabulary: products that a full row takes.
     """
 
     rows: int = 0
     full: int = 0
+    screened: int = 0
     candidates: int = 0
     vocabulary: int = 1
 
     @property
     def witnessed(self) -> int:
-        return self.rows - self.full
+        return self.rows - self.full - self.screened
 
     @property
     def witnessed_share(self) -> float:
@@ -50,26 +55,35 @@ class Savings:
 
     @property
     def products_avoided(self) -> float:
-        """Share of the products of the whole lens that was never computed."""
+        """Share of the float32 products of the whole lens that was never computed."""
         whole = self.rows * self.vocabulary
         return 1 - (self.full * self.vocabulary + self.candidates) / whole if whole else 0.0
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, float]) -> Savings:
+        return cls(**{field.name: int(document[field.name]) for field in fields(cls)})
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self) | {"witnessed_share": self.witnessed_share, "products_avoided": self.products_avoided}
 
 
 class Witnesses:
     """The exact method, and what it has learned so far: which tokens each layer says often.
 
     What was learned decides how many rows are spared, never a result: make one for a run, and hand it to every
-    call of `layer_statistics`. `savings` counts over all calls.
+    call of `layer_statistics`. `savings` counts over all calls, and goes on from what a run counted before.
     """
 
-    def __init__(self, parts: Anatomy) -> None:
+    def __init__(self, parts: Anatomy, savings: Savings | None = None) -> None:
         self.parts = parts
-        self.savings = Savings(vocabulary=parts.vocabulary)
+        self.savings = savings or Savings(vocabulary=parts.vocabulary)
         device = parts.head.weight.device
         self._counts = torch.zeros(parts.depth, parts.vocabulary, dtype=torch.int32, device=device)
         self._calibrate = CALIBRATION_TOKENS  # tokens still to be looked at in full
         self._longest = _longest_row(parts.head.weight)
         self._pool_rows = POOL_ROWS.get(device.type, POOL_ROWS["else"])
+        self._screen: Screen | None = None
+        self._try_screen = worthwhile(parts.head.weight)  # with the first full pool
 
     @torch.no_grad()
     def agreement(
@@ -120,9 +134,21 @@ class Witnesses:
         places = layers * self.parts.vocabulary + tokens
         self._counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
-    def _count(self, rows: int = 0, full: int = 0, candidates: int = 0) -> None:
-        now = self.savings
-        self.savings = replace(now, rows=now.rows + rows, full=now.full + full, candidates=now.candidates + candidates)
+    def _count(self, **more: int) -> None:
+        self.savings = replace(
+            self.savings, **{name: getattr(self.savings, name) + each for name, each in more.items()}
+        )
+
+    def _make_screen(self, states: Tensor, logits: Tensor, seconds: float, rounding: float) -> None:
+        """Keep a screen if, on a whole pool of rows, it is right and worth it. seconds: of the product in float32."""
+        self._try_screen = False
+        screen = Screen.of(self.parts.head.weight, self._longest, rounding, len(states))
+        screen.products(states)  # to warm up
+        began = perf_counter()
+        screen.products(states)
+        fast = GAIN * (perf_counter() - began) < seconds
+        if fast and all(map(screen.holds, states.float().split(16), logits.split(16))):
+            self._screen = screen
 
     @staticmethod
     def peak_bytes(parts: Anatomy, rows: int) -> int:
@@ -135,7 +161,8 @@ class Witnesses:
         search = 16 * tokens * candidates + 8 * (candidates + 6 * tokens) * parts.width
         pooled = 16 * (pool + tokens) * parts.width + 64 * (pool + tokens)
         results = 4 * (parts.depth + 1) * rows
-        return logits + counts + search + pooled + results + head_scratch_bytes(parts, pool)
+        screen = screen_bytes(parts.vocabulary, parts.width, pool) if worthwhile(parts.head.weight) else 0
+        return logits + counts + search + 2 * pooled + results + head_scratch_bytes(parts, pool) + screen
 
 
 @dataclass(frozen=True)
@@ -164,6 +191,7 @@ class _Run:
         shape, device = residuals.shape[:2], residuals.device
         self.found = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in names}
         self.waiting: list[tuple[Tensor, ...]] = []  # (states, layer, row, argmax, rounded argmax) of pooled rows
+        self.unproven: list[tuple[Tensor, ...]] = []  # the same, of rows that the screen did not settle
         largest = min(owner._pool_rows, max(1, shape[0] * shape[1]))
         self.buffer = torch.empty(largest, self.parts.vocabulary, device=device)
         # of a float32 product of that length, relative to |x| |w| (Higham, Accuracy and Stability, section 3.1)
@@ -208,8 +236,7 @@ class _Run:
         if self.rounded_dtype is not None:  # rounding may move each of the two by that much
             unit = torch.finfo(self.rounded_dtype).eps / 2
             needed = torch.maximum(needed, 1.01 * unit * (best.abs() + own.abs()))
-        # this product and the full one may be off by the rounding error, for either token
-        needed += 4 * 1.01 * self.rounding * self.owner._longest * torch.linalg.vector_norm(x, dim=-1)
+        needed += self.product_errors(x)
         witnessed = best - own > needed
         self.owner._count(candidates=tried.numel())
         learned = candidates[place[witnessed & ~settled]]
@@ -222,20 +249,50 @@ class _Run:
         if len(index):
             places = torch.full_like(index, layer), index + rows.start
             self.waiting.append((states[index], *places, target.argmax[index], target.rounded[index]))
-        while sum(len(entry[0]) for entry in self.waiting) >= len(self.buffer):
-            self._full()
+        while _length(self.waiting) >= len(self.buffer):
+            self._settle()
 
     def flush(self) -> None:
         while self.waiting:
-            self._full()
+            self._settle()
+        while self.unproven:
+            self._full(self._pooled(self.unproven))
 
-    def _full(self) -> None:
-        """The full product of as many waiting rows as the buffer holds."""
+    def product_errors(self, x: Tensor) -> Tensor:
+        """(rows,): this product and the full one may be off by the rounding error, for either of two tokens."""
+        return 4 * 1.01 * self.rounding * self.owner._longest * torch.linalg.vector_norm(x, dim=-1)
+
+    def _pooled(self, entries: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Take as many waiting rows as the buffer holds."""
         size = len(self.buffer)
-        columns = [torch.cat(column) for column in zip(*self.waiting, strict=True)]
-        self.waiting = [tuple(column[size:] for column in columns)] if len(columns[0]) > size else []
-        states, layers, rows, argmax, rounded = (column[:size] for column in columns)
+        columns = [torch.cat(column) for column in zip(*entries, strict=True)]
+        entries[:] = [tuple(column[size:] for column in columns)] if len(columns[0]) > size else []
+        return tuple(column[:size] for column in columns)
+
+    def _settle(self) -> None:
+        """A pool of waiting rows: those that the screen proves agree; the others have the full product."""
+        pool = self._pooled(self.waiting)
+        if self.rounded_dtype is not None or self.owner._try_screen or self.owner._screen is None:
+            self._full(pool)
+            return
+        states, layers, rows, argmax, _ = pool
+        x = states.float()
+        own = (x * self.parts.head.weight[argmax]).sum(-1)
+        proven = self.owner._screen.leads(x, argmax, own, self.noise + self.product_errors(x))
+        self.found["agrees"][layers[proven], rows[proven]] = True
+        self.owner._count(screened=int(proven.sum()))
+        if not proven.all():
+            self.unproven.append(tuple(column[~proven] for column in pool))
+        while _length(self.unproven) >= len(self.buffer):
+            self._full(self._pooled(self.unproven))
+
+    def _full(self, pool: tuple[Tensor, ...]) -> None:
+        """The full product of a pool of rows."""
+        states, layers, rows, argmax, rounded = pool
+        began = perf_counter()
         logits = head_logits(self.parts, states, self.buffer[: len(states)])
+        if self.owner._try_screen and len(states) == len(self.buffer) and self.rounded_dtype is None:
+            self.owner._make_screen(states, logits, perf_counter() - began, self.rounding)
         if self.rounded_dtype is not None:
             agrees_rounded = rounded_argmax(logits, block_maxima(logits), self.rounded_dtype) == rounded
             self.found["agrees_rounded"][layers, rows] = agrees_rounded
@@ -256,6 +313,10 @@ class _Run:
         """The first layer whose states are not finite; the last one when all are."""
         broken = [layer for layer in self.parts.sites if not self.states(layer, rows).isfinite().all()]
         return broken[0] if broken else self.parts.depth
+
+
+def _length(entries: list[tuple[Tensor, ...]]) -> int:
+    return sum(len(entry[0]) for entry in entries)
 
 
 def _longest_row(weight: Tensor) -> float:

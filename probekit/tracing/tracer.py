@@ -33,7 +33,7 @@ from probekit.errors import InputError, ResourceError
 from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import KINDS, Lens
 from probekit.lens.statistics import StatisticsPlan, layer_statistics
-from probekit.lens.witness import Witnesses
+from probekit.lens.witness import Savings, Witnesses
 from probekit.models.loading import Loaded, load
 from probekit.tracing.backends import (
     Backend,
@@ -439,7 +439,8 @@ class _Run:
         residuals = self._shard(pieces)
         self.seconds["trace_s"] += perf_counter() - began - checks
         self.seconds["tokens"] += sum(len(text.tokens) for text in texts)
-        self.writer.update(timings=dict(self.seconds))
+        spared = None if self.witnesses is None else self.witnesses.savings.to_json()
+        self.writer.update(timings=dict(self.seconds), savings=spared)
         self.writer.write(part, frames, residuals=residuals)
 
     def _measure_noise(self, texts: Sequence[_Text]) -> float:
@@ -522,7 +523,8 @@ class _Run:
             top=top,
         )
         if plan.mode == "agreement" and self.witnesses is None:
-            self.witnesses = Witnesses(self.parts)
+            before = manifest.savings
+            self.witnesses = Witnesses(self.parts, None if before is None else Savings.from_json(before))
         input_ids, text_ids = (_tensor(keys[name], self.loaded) for name in ("input_id", "text_id"))
         return layer_statistics(self.parts, reading.residuals, input_ids, text_ids, plan, witnesses=self.witnesses)
 

@@ -159,7 +159,10 @@ class Manifest:
     segment_rows: the most rows of one prompt that one forward pass reads; None: all of them.
     noise: largest difference, in logits, between a row computed alone and the same row among others, measured on
         the first batch and multiplied by a safety factor; `drafter_noise` is the drafter's. None before that batch.
-    backoffs: where memory ran out: {"batch", "rows", "rows_limit"}.
+    backoffs: where memory ran out: {"batch", "phase", "size", "limit"}; size and limit count prompts ("continue") or
+        rows ("read").
+    savings: of the agreement-only method: {"rows", "full", "candidates", "vocabulary", "witnessed_share",
+        "products_avoided"}; see `probekit.lens.witness.Savings`. None with all statistics.
     timings: {"generation_s", "trace_s", "tokens"}; seconds, and generated tokens.
     """
 
@@ -186,6 +189,7 @@ class Manifest:
     ignored_processors: tuple[str, ...] = ()
     backoffs: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    savings: Mapping[str, float] | None = None
     timings: Mapping[str, float] = field(default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0})
     schema: str = SCHEMA
 
@@ -424,6 +428,15 @@ class Trace:
         return self.values(prompt, "near_tie", lens)
 
     def values(self, prompt: int, column: str, lens: Lens = "final-norm") -> np.ndarray:
+    def near_tie_count(self) -> tuple[int, int]:
+        """How many of the agreement bits of generated rows are near-ties, and how many bits there are.
+
+        Of the final-norm lens, layers 0..L, over the whole run. These may fall either way in a decoder.
+        """
+        frame = self._read("layers", ["output", "lens", "near_tie"])
+        frame = frame[(frame["output"] >= 0) & (frame["lens"] == LENSES[0])]
+        return int(frame["near_tie"].sum()), len(frame)
+
         """(L+1, N): any column of `layers` for one prompt, layer by output position. Not writable."""
         self._check(prompt)
         return self._pivot("layers", column, lens)[prompt]

@@ -274,6 +274,32 @@ def test_agreement_only_gives_the_same_bits(any_tiny) -> None:
         assert (only.near_ties(prompt) == every.near_ties(prompt)).all()
 
 
+def test_agreement_only_says_what_it_spared(tiny, tmp_path) -> None:
+    settings = {"max_new_tokens": 9, "batch_size": 2, "statistics": "agreement"}
+    first = trace(tiny, TEXTS, tmp_path / "run", **settings)
+    savings = first.manifest.savings
+    assert savings["rows"] == (tiny.depth + 1) * len(first.tokens)
+    assert savings["full"] + savings["screened"] <= savings["rows"]
+    assert 0 < savings["products_avoided"] < savings["witnessed_share"] <= 1
+    assert Trace.open(tmp_path / "run").manifest.savings == savings
+    assert trace(tiny, TEXTS[:1], max_new_tokens=3).manifest.savings is None
+
+    (tmp_path / "run" / "layers-00001.parquet").unlink()  # a resumed run goes on counting
+    again = trace(tiny, TEXTS, tmp_path / "run", resume=True, **settings)
+    more = again.tokens["prompt"].isin(again.manifest.batches[1]).sum()
+    assert again.manifest.savings["rows"] == savings["rows"] + (tiny.depth + 1) * more
+
+
+@pytest.mark.parametrize("statistics", ["all", "agreement"])
+def test_near_ties_are_counted_in_every_trace(tiny, monkeypatch, statistics) -> None:
+    monkeypatch.setattr(room, "row_noise", lambda *_: 0.5)  # logits
+    traced = trace(tiny, TEXTS, max_new_tokens=6, statistics=statistics)
+    ties, bits = traced.near_tie_count()
+    assert bits == (tiny.depth + 1) * int(traced.texts["new_tokens"].sum())
+    assert ties == sum(int(traced.near_ties(prompt).sum()) for prompt in traced.prompts)
+    assert 0 < ties < bits
+
+
 def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:
     unchanged(any_tiny.model)
     hooks = trace(any_tiny, TEXTS, max_new_tokens=6)
@@ -442,6 +468,55 @@ def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny, spy,
     assert first == {"batch": 0, "phase": "read", "size": rows, "limit": rows // 2}
     assert halved.manifest.backoffs[-1]["limit"] <= 50
     assert_close(expected, halved)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from probekit.models.synthetic import synthetic
+from probekit.tracing.prompts import Prompt
+from probekit.tracing.tracer import trace
+
+def address_space():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmSize"].split()[0]) * 1024
+
+torch.set_num_threads(1)
+loaded = synthetic("tiny", seed=1, layers=3, width=64, inner=16384, heads=4, key_value_heads=2, head_dim=16)
+texts = [Prompt(i, ids=(5, 6, 7), response_ids=tuple((7 * i + j) % 96 for j in range(200))) for i in range(8)]
+trace(loaded, [Prompt(0, ids=(5, 6), response_ids=(7, 8))], given=True)  # whatever is made once
+limit = address_space() + 100 * 2**20
+if sys.argv[2] == "scarce":
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+trace(loaded, texts, sys.argv[1], given=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="address space is limited and read as on Linux")
+def test_a_process_that_really_runs_out_of_memory_goes_on_with_less(tmp_path) -> None:
+    """1,616 rows want 100 MB for each activation of the wide layers; no such array can be had."""
+    for name in ("plenty", "scarce"):
+        command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / name), name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+    plenty, scarce = (Trace.open(tmp_path / name) for name in ("plenty", "scarce"))
+    assert plenty.manifest.backoffs == ()
+    limits = [note["limit"] for note in scarce.manifest.backoffs]
+    assert limits[0] == 808
+    assert limits == sorted(limits, reverse=True)
+    assert {note["phase"] for note in scarce.manifest.backoffs} == {"read"}
+    assert_close(plenty, scarce)
+
+
+def test_batches_are_chosen_from_the_memory_at_hand(tiny, monkeypatch) -> None:
+    row = (tiny.depth + 1) * tiny.anatomy.width * 4  # bytes of a row's residuals
+    sizes = {}
+    for free in (4 * 1000 * row, 4 * 60 * row, 4 * row):
+        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
+        traced = trace(tiny, TEXTS, max_new_tokens=9, top_prompts=0, statistics="agreement")
+        sizes[traced.manifest.segment_rows] = len(traced.manifest.batches)
+    assert sizes == {1000: 1, 60: 2, 1: 4}  # a quarter of the memory; a long text goes in segments
 
 
 def test_later_batches_start_with_the_smaller_limit(tiny, spy) -> None:
