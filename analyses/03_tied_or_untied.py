@@ -153,10 +153,10 @@ def echo_by_head(ax: Axes, rows: pd.DataFrame, name: str) -> None:
     shown = rows[(rows["quantity"] == "echo") & rows["changed"].isin(["nothing", "lens"])].astype({"layer": float})
     for colour, (head, of_head) in zip(sns.color_palette(PALETTE), shown.groupby("head", sort=False), strict=False):
         workbench.curve(ax, of_head, "layer", colour, f"{head} head", ls="-" if head == "own" else "--")
-    ax.set(title=f"{plain(name)}: the lens reads with", xlabel="layer (0: embedding)", ylabel="echo (share of tokens)",
+    ax.set(title=plain(name), xlabel="layer (0: embedding)", ylabel="echo (share of tokens)",
            ylim=(-0.02, 1.02))  # fmt: skip
     workbench.whole_numbers(ax)
-    ax.legend()
+    ax.legend(title="the lens reads with")
 
 
 def by_frequency(ax: Axes, rows: pd.DataFrame, quantity: str) -> None:
@@ -177,7 +177,7 @@ def by_frequency(ax: Axes, rows: pd.DataFrame, quantity: str) -> None:
         ax.plot(range(len(groups)), chance["value"], "_", color="black", markersize=14, label="by chance, 95 %")
         for place, (_, row) in enumerate(chance.iterrows()):
             ax.fill_between([place - 0.3, place + 0.3], row["low"], row["high"], color="grey", alpha=0.3, linewidth=0)
-    label = "cosine of embedding and head row" if quantity == "cosine" else "alignment of principal subspaces"
+    label = "cosine, embedding and head" if quantity == "cosine" else "overlap of principal subspaces"
     ax.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     ax.set(xlabel="tokens, by frequency", ylabel=label, ylim=(-0.25, 1.05) if quantity == "cosine" else (-0.02, 1.05))
     ax.legend(loc="center right")

@@ -150,7 +150,7 @@ def draw(table: pd.DataFrame) -> Figure:
     learning(axes.flat[0], curves, names)
     for ax, (name, option, found) in zip(axes.flat[1:], grids, strict=False):
         transfers(ax, found)
-        ax.set(title=f"{plain(name)}: % of the speedup lost", xlabel=f"used on {option}", ylabel=f"chosen on {option}")
+        ax.set(title=f"{plain(name)}\nspeedup lost, %", xlabel=f"used on {option}", ylabel=f"chosen on {option}")
     return drawn
 
 
@@ -181,7 +181,7 @@ def transfers(ax: Axes, losses: pd.DataFrame) -> None:
     sns.heatmap(grid, annot=notes, fmt="", cmap="mako_r", vmin=0, vmax=30, cbar=False, ax=ax, annot_kws={"size": 6.5})
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
-    ax.tick_params(axis="x", rotation=30 if many else 0)
+    ax.tick_params(axis="x", rotation=90 if many else 0)
 
 
 if __name__ == "__main__":

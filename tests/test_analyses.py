@@ -83,6 +83,8 @@ def test_an_analysis_leaves_a_table_and_a_figure(name, command, tiny_folder, tin
     assert record["columns"] == list(table.columns)
     assert len(record["rows"]) == len(table) > 0
     assert {"model", "quantity", "value"} <= set(table.columns)
+    assert {"with", "without"} <= set(table["loops"].dropna()), "headline figures come with and without looping text"
+    assert "measured speedup" not in set(table["quantity"]), "times are compared only when asked for"
     assert str(shared) not in json.dumps(record), "a kept table names no machine's folder"
     for kind, head in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         assert (shared / f"{name}.{kind}").read_bytes().startswith(head)
@@ -99,6 +101,31 @@ def test_a_model_that_is_not_there_is_one_clear_line(command, shared):
     result = CliRunner().invoke(command(NUMBERED[0]), [str(shared / "nothing"), "-o", str(shared)])
     assert result.exit_code == 2
     assert "error:" in result.output
+
+
+def test_times_are_compared_where_they_are_asked_for(command, shared, tiny_folder):
+    """With measured costs the fifth analysis holds the predicted speedup against the decoder's."""
+    folder = shared / "timed"
+    result = CliRunner().invoke(
+        command("05_predicted_against_measured"),
+        [str(tiny_folder), "-o", str(folder), "--traces", str(shared / "traces"), "--prompts", "4",
+         "--max-new-tokens", "10", "--device", "cpu", "--run", "1", "--costs", "measured"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(folder / "05_predicted_against_measured.csv")
+    both = table[table["quantity"].isin(["predicted speedup", "measured speedup"])]
+    wide = both.pivot(index=["exit_layer", "draft_length"], columns="quantity", values="value")
+    assert (wide > 0).all().all()
+    errors = (wide["predicted speedup"] / wide["measured speedup"] - 1).abs()
+    whole = table.set_index("quantity")["value"]
+    assert whole["median error of the predicted speedup"] == pytest.approx(errors.median(), rel=1e-4)
+    assert whole["largest error of the predicted speedup"] == pytest.approx(errors.max(), rel=1e-4)
+
+
+def test_costs_are_of_two_kinds(command, shared):
+    for name in ("05_predicted_against_measured", "06_choosing_the_exit"):
+        result = CliRunner().invoke(command(name), ["-o", str(shared), "--costs", "guessed"])
+        assert result.exit_code == 2
 
 
 # ------------------------------------------------------------------------------------------------- the 2 x 2
@@ -167,6 +194,36 @@ def test_a_claim_is_what_its_table_holds(before, match):
         places = len(number.partition(".")[2])
         shown.append(f"{100 * value if percent else value:.{places}f}")
     assert [text.replace("-0.0", "0.0") if float(text) == 0 else text for text in shown] == written
+
+
+KEPT_WITH = {
+    "": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
+    "smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
+    "measured": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
+    "measured/smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
+}
+
+
+@pytest.mark.parametrize("folder", KEPT_WITH)
+def test_kept_tables_were_made_as_the_findings_say(folder):
+    """The models, prompts and tokens under "What was read"; costs measured where the folder says so."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((KEPT / folder).glob("0*.json"))]
+    names = [record["analysis"] for record in records]
+    assert names == ([name for name in NUMBERED if name[:2] in ("05", "06")] if "measured" in folder else NUMBERED)
+    for record in records:
+        settings = record["settings"]
+        assert (settings["models"], settings["prompts"], settings["max_new_tokens"]) == KEPT_WITH[folder]
+        if record["analysis"][:2] in ("05", "06"):
+            assert settings["costs"] == ("measured" if "measured" in folder else "roofline")
+
+
+def test_the_kept_two_by_two_is_the_one_described():
+    record = json.loads((KEPT / "two_by_two.json").read_text(encoding="utf-8"))
+    shape, text = record["shape"], FINDINGS.read_text(encoding="utf-8")
+    said = f"({shape['depth']} layers of width {shape['width']}, {shape['vocabulary']} tokens, {record['steps']} steps;"
+    assert said in text
+    assert record["seeds"] == [1, 2, 3]
+    assert len(pd.read_csv(KEPT / "two_by_two_layers.csv")[["seed", "tied", "layerskip"]].drop_duplicates()) == 12
 
 
 def test_every_figure_in_the_findings_is_claimed():
