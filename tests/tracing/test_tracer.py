@@ -516,7 +516,7 @@ def test_batches_are_chosen_from_the_memory_at_hand(tiny, monkeypatch) -> None:
         monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
         traced = trace(tiny, TEXTS, max_new_tokens=9, top_prompts=0, statistics="agreement")
         sizes[traced.manifest.segment_rows] = len(traced.manifest.batches)
-    assert sizes == {1000: 1, 60: 2, 1: 4}  # a quarter of the memory; a long text goes in segments
+    assert sizes == {1000: 1, 60: 3, 1: 4}  # a quarter of the memory; a long text goes in segments
 
 
 def test_later_batches_start_with_the_smaller_limit(tiny, spy) -> None:
