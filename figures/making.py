@@ -55,7 +55,7 @@ def finish(work: Callable[[], Iterator[Path]]) -> None:
         for path in work():
             typer.echo(path)
     except ProbekitError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(error.exit_status) from None
 
 

@@ -6,6 +6,7 @@ made stays on disk, so that an interrupted study goes on where it stopped.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +120,31 @@ class Study:
 
     folder: Path
     summary: dict[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a model: the choice, its predicted speedup with its interval, and what was measured of it."""
+        rows = []
+        for model in self.summary["models"]:
+            choice, measured = model["choice"], model["chosen_validation"] or {}
+            low, high = choice["interval"] or (np.nan, np.nan)
+            row = {name: choice[name] for name in ("speculate", "drafter", "exit_layer", "draft_length", "speedup")}
+            rows.append(
+                {"model": model["name"], **row, "speedup_low": low, "speedup_high": high,
+                 "speedup_measured": measured.get("speedup_measured", np.nan)}
+            )  # fmt: skip
+        return pd.DataFrame(rows).astype({"exit_layer": "Int64", "draft_length": "Int64"})
+
+    def _repr_html_(self) -> str:
+        """The recommendations, the table, and the agreement of each layer as the study drew it."""
+        sentences = "".join(f"<li>{escape(model['sentence'])}</li>" for model in self.summary["models"])
+        table = self.to_pandas().to_html(index=False, float_format="{:.2f}".format, na_rep="-")
+        picture = self.folder / "figures" / "agreement.png"
+        image = ""
+        if picture.is_file():
+            data = base64.b64encode(picture.read_bytes()).decode("ascii")
+            image = f'<img alt="agreement by layer" style="max-width:100%" src="data:image/png;base64,{data}">'
+        where = escape(str(self.folder / "report.html"))
+        return f"<ul>{sentences}</ul>{table}{image}<p>The whole report: <code>{where}</code></p>"
 
 
 def run_study(

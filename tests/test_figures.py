@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from figures import making, style
 from figures.__main__ import command
 from figures.artefacts import TABLES, open_study
+from figures.latex import PRINTED
 
 ROOT = Path(__file__).parent.parent
 NAMES = making.names()
@@ -109,6 +110,33 @@ def test_every_table_comes_as_latex(made, table):
     assert r"\toprule" in latex
     assert rf"\label{{tab:{table.replace('_', '-')}}}" in latex
     assert "tales-untied" in latex
+    assert r"\textbackslash" not in latex
+    rows = [line for line in latex.splitlines() if line.startswith("tales-")]
+    assert {row.count("&") for row in rows} == {len(PRINTED[table].columns) - 1}
+
+
+def test_latex_compiles(made, tmp_path):
+    compiler = shutil.which("pdflatex")
+    if compiler is None:
+        pytest.skip("needs pdflatex")
+    inputs = "".join(rf"\input{{{made[0] / 'tables' / name}.tex}}" for name in TABLES)
+    (tmp_path / "paper.tex").write_text(
+        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage[textwidth=6.9in]{geometry}"
+        rf"\usepackage{{booktabs,longtable}}\begin{{document}}{inputs}\end{{document}}"
+    )
+    command = [compiler, "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout, "a table is wider than a page"
+
+
+@pytest.mark.parametrize("name", ["fig05_acceptance", "fig06_speedup"])
+def test_every_heat_map_has_its_numbers(study, name):
+    script = importlib.import_module(f"figures.{name}")
+    with style.paper():
+        figure = script.draw(open_study(study))
+    many = {len(ax.texts) for ax in figure.axes if ax.get_ylabel() == "exit layer E" or ax.get_title(loc="left")}
+    assert many == {(3 + 1) * 2}, "three exits and a draft model, two draft lengths, in each panel"
 
 
 def test_nothing_is_left_unfinished(made):

@@ -23,11 +23,11 @@ ROWS = {
     "models": ("anatomy", "loading", "synthetic"),
     "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "screen", "witness", "kernel", "statistics"),
     "decoding": (
-        "sampling", "caches", "policies", "results", "quick", "engine",
+        "sampling", "caches", "policies", "results", "products", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "device_round", "device_decoding", "decode",
     ),
-    "tracing": ("prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),
-    "prediction": ("acceptance", "costs", "choice", "validation"),
+    "tracing": ("shading", "prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),
+    "prediction": ("grids", "acceptance", "costs", "choice", "validation"),
     "tying": (
         "pooling", "shares", "text_kinds", "certainty", "factorial", "geometry", "interventions", "comparison",
     ),

@@ -60,5 +60,6 @@ def _fail(command: str, problem: str, hint: str, status: int, as_json: bool) -> 
     if as_json:
         print_json({"schema": f"probekit/{command}/1", "error": problem, "hint": hint})
     else:
-        err.print(f"probekit {command}: {problem} {hint}".rstrip(), markup=False, soft_wrap=True)
+        line = " ".join(f"probekit {command}: {problem} {hint}".split())  # what another library said may have lines
+        err.print(line, markup=False, soft_wrap=True)
     return status

@@ -92,9 +92,9 @@ def _print_lens(table: Any) -> None:
     cells = table.cells  # (layers, positions): token shown, probability
     texts = [[table.inputs[place], *(row[place][0] for row in cells)] for place in range(len(cells[0]))]
     widths = [max(4, min(12, max(columns(shown(text)) for text in column))) for column in texts]
-    first, margin = 0, 8
+    first = 0
     while first < len(widths):
-        last, used = first, margin
+        last, used = first, len(_row_name(table, 0))
         while last < len(widths) and (last == first or used + widths[last] + 1 <= out.width):
             used += widths[last] + 1
             last += 1
@@ -110,20 +110,29 @@ def _print_lens(table: Any) -> None:
 
 
 def _print_lens_columns(table: Any, places: range, widths: list[int]) -> None:
-    header = Text("   reads ", style="bold")
+    header = Text("reads".rjust(len(_row_name(table, 0)) - 1) + " ", style="bold")
     for place in places:
         style = "bold" if table.generated[place] else "dim"
         header.append(_filled(table.inputs[place], widths[place]) + " ", style=style)
-    out.print(header)
+    _print_row(header)
     for layer in reversed(range(len(table.cells))):
-        line = Text(f"{'model' if layer == len(table.cells) - 1 else 'layer'} {layer:>2} ")
+        line = Text(_row_name(table, layer))
         for place in places:
             token, probability = table.cells[layer][place]
-            agrees = token == table.cells[-1][place][0]
-            line.append(_filled(token, widths[place]), style=_shade(probability, table.generated[place]))
-            line.append("·" if agrees else " ", style="green")
-        out.print(line)
+            dot = "·" if token == table.cells[-1][place][0] else " "
+            line.append(_filled(token, widths[place]) + dot, style=_shade(probability, table.generated[place]))
+        _print_row(line)
     out.print()
+
+
+def _print_row(line: Text) -> None:
+    """One line of the table, which is folded already: a window narrower than one cell cuts it."""
+    out.print(line, no_wrap=True, overflow="crop")
+
+
+def _row_name(table: Any, layer: int) -> str:
+    last = len(table.cells) - 1
+    return f"{'model' if layer == last else 'layer'} {layer:>{max(2, len(str(last)))}} "
 
 
 def _filled(token: str, width: int) -> str:
@@ -132,11 +141,15 @@ def _filled(token: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
+# Letters and their ground are both set: they can be read on light and on dark terminals.
+_BLUES = ("color(255) on color(17)", "color(255) on color(18)", "color(255) on color(25)", "color(16) on color(39)",
+          "color(16) on color(117)")  # fmt: skip
+_GREY = "color(250) on color(236)"
+
+
 def _shade(probability: float, generated: bool) -> str:
     """Grey for the prompt; from dark to bright blue with the probability."""
-    if not generated:
-        return "dim"
-    return ("color(240)", "color(67)", "color(74)", "color(81)", "bold color(123)")[min(4, int(probability * 5))]
+    return _BLUES[min(4, int(probability * 5))] if generated else _GREY
 
 
 def compare(

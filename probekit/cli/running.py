@@ -11,6 +11,7 @@ from rich.text import Text
 from probekit.cli import options
 from probekit.cli.terminal import err, out, print_json, print_table, progress_bars, remark
 from probekit.errors import InputError
+from probekit.presentation.tokens import shown
 
 if TYPE_CHECKING:
     from probekit.decoding.results import Decoded
@@ -73,8 +74,8 @@ def trace(
             progress=bars,
         )
     manifest = result.manifest
-    if as_json:
     ties, bits = result.near_tie_count()
+    if as_json:
         print_json(
             {
                 "schema": "probekit/trace/1",
@@ -89,11 +90,11 @@ def trace(
         f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",
         quiet=quiet,
     )
-
     if manifest.savings is not None:
         spared = manifest.savings["products_avoided"]
         remark(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
     remark(f"Next: probekit predict {output}", quiet=quiet)
+
 
 def decode(
     model: options.Model,
@@ -145,7 +146,8 @@ def decode(
         print_json({"schema": "probekit/decode/1", **decoded.to_json()})
         return
     out.print()
-    remark(_figures(decoded), quiet=quiet)
+    marked = " (underlined)" if out.is_terminal else ""
+    remark(_figures(decoded, marked), quiet=quiet)
 
 
 def _kept(run: Path | None, rows: int, loaded: Loaded) -> list[int]:
@@ -158,24 +160,29 @@ def _kept(run: Path | None, rows: int, loaded: Loaded) -> list[int]:
     return order[: check_draft_rows(rows, len(order))].tolist()
 
 
-def _figures(decoded: Decoded) -> str:
-    """One line: how much, how fast, and how many drafts were accepted."""
+def _figures(decoded: Decoded, marked: str = "") -> str:
+    """One line: how much, how fast, and how many drafts were accepted, and how they are marked."""
     seconds = decoded.seconds["total"] - decoded.seconds["prefill"]
     line = f"{len(decoded.tokens)} tokens, ended by {decoded.ended}"
     if decoded.emitted and seconds > 0:
         line += f", {decoded.emitted / seconds:.1f} tokens/s after the prefill"
     if sum(decoded.drafted):
         line += (
-            f"; {decoded.rounds} rounds, {sum(decoded.accepted)} of {sum(decoded.drafted)} drafts accepted "
+            f"; {decoded.rounds} rounds, {sum(decoded.accepted)} of {sum(decoded.drafted)} drafts accepted{marked} "
             f"({decoded.acceptance_rate:.0%}), {decoded.tokens_per_round:.2f} tokens per round"
         )
     return line + ("" if decoded.lossless else "; LOSSY: nothing was verified")
 
 
 def _stream(text: str, how: str) -> None:
-    """Accepted drafts underlined, what verification adds plain."""
-    style = "underline" if how == "accepted" and out.is_terminal else ""
-    out.print(Text(text, style=style), end="", soft_wrap=True)
+    """Accepted drafts underlined, what verification adds plain; a file gets the text as it is."""
+    if not out.is_terminal:
+        out.file.write(text)
+        out.file.flush()
+        return
+    # A model may say anything, but what it says must not steer the terminal.
+    harmless = "".join(sign if sign in "\n\t" or sign.isprintable() else shown(sign) for sign in text)
+    out.print(Text(harmless, style="underline green" if how == "accepted" else ""), end="", soft_wrap=True)
 
 
 def study(

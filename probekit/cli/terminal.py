@@ -22,7 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _WIDE = 140  # columns where there is no window to fold to
@@ -79,11 +79,19 @@ def show(value: Any) -> str:
 
 
 class _Figures(ProgressColumn):
-    """What a phase reports of itself: tokens a second, a loss, a cell."""
+    """What a phase reports of itself: tokens a second, a loss, a cell. Cut off where the window is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
 
     def render(self, task: Task) -> Text:
         figures = task.fields.get("figures", {})
-        return Text("  ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in figures.items()), "dim")
+        return Text("  ".join(f"{name.replace('_', ' ')} {_brief(value)}" for name, value in figures.items()), "dim")
+
+
+def _brief(value: Any) -> str:
+    """A figure that changes while it is read: three digits are enough."""
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else show(value)
 
 
 class Bars:

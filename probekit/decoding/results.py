@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, Literal
+
+import pandas as pd
 
 from probekit.errors import InputError
 
@@ -119,6 +122,22 @@ class Decoded:
         """Fields and the figures that follow from them, JSON types only."""
         figures = ("rounds", "accepted_by_position", "acceptance_rate", "alpha", "tokens_per_round")
         return asdict(self) | {figure: getattr(self, figure) for figure in figures}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a round: the output index at which it starts, and what it drafted, accepted and emitted."""
+        total = len(self.tokens)
+        emitted = [min(accepted + 1, total - start) for start, accepted in zip(self.starts, self.accepted, strict=True)]
+        return pd.DataFrame(
+            {"start": self.starts, "drafted": self.drafted, "accepted": self.accepted, "emitted": emitted}
+        )
+
+    def _repr_html_(self) -> str:
+        """The text and the line of figures; the rounds of a method that drafts below them."""
+        text = f'<pre style="white-space:pre-wrap">{escape(self.text)}</pre><p>{escape(self.summary())}</p>'
+        if not sum(self.drafted):
+            return text
+        rounds = self.to_pandas().to_html(index_names=False, max_rows=20)
+        return f"{text}<details><summary>{self.rounds} rounds</summary>{rounds}</details>"
 
     def summary(self) -> str:
         """One line: what was decoded, how it ended, and what speculation did."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ import pandas as pd
 from scipy import stats
 
 from probekit.errors import InputError
+from probekit.prediction.grids import grid_html
+from probekit.tracing.shading import Shaded
 
 if TYPE_CHECKING:
     from probekit.tracing.traces import Trace
@@ -515,11 +518,22 @@ class Prediction:
         return pd.DataFrame(rows).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:
-        shown = ["drafter", "exit_layer", "draft_length", "acceptance_rate", "alpha", "tokens_per_round", "rounds"]
-        frame = self.to_pandas()[shown]
-        return f"<p>{len(self.prompts)} prompts, {self.text} text, first round: {self.first_round}</p>" + frame.to_html(
-            index=False, max_rows=20, float_format="{:.3f}".format, na_rep="-"
+        drafter = next((cell.drafter for cell in self.cells if cell.exit_layer is None), None)
+        longest = max(2.0, *(cell.tokens_per_round or 1.0 for cell in self.cells))
+        about = f"{self.model}: {len(self.prompts)} prompts, {self.text} text, first round: {self.first_round}"
+        rates = grid_html(
+            "acceptance rate over exit layer E and draft length K",
+            {cell.cell: cell.acceptance_rate for cell in self.cells},
+            lambda rate: Shaded(f"{rate:.2f}", rate),
+            drafter=drafter,
         )
+        per_round = grid_html(
+            "tokens per round",
+            {cell.cell: cell.tokens_per_round for cell in self.cells},
+            lambda tokens: Shaded(f"{tokens:.2f}", (tokens - 1) / (longest - 1)),
+            drafter=drafter,
+        )
+        return f"<p>{escape(about)}</p>{rates}{per_round}"
 
 
 def _listed(pair: tuple[float, float] | None) -> list[float] | None:

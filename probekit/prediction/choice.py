@@ -19,6 +19,8 @@ import pandas as pd
 from probekit.errors import InputError
 from probekit.prediction.acceptance import SELF, Cell, Prediction, bootstrap_ratio
 from probekit.prediction.costs import Costs
+from probekit.prediction.grids import grid_html
+from probekit.tracing.shading import Shaded
 
 SCHEMA = "probekit/choose/1"
 RUNNERS_UP = 2
@@ -187,10 +189,19 @@ class Choice:
         return pd.DataFrame(rows).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:
-        frame = self.to_pandas().drop(columns="model").head(10)
-        return f"<p>{escape(self.sentence())}</p>" + frame.to_html(
-            index=False, float_format="{:.3f}".format, na_rep="-"
-        )
+        values = {candidate.cell: candidate.speedup for candidate in self.ranking}
+        most = max(1.25, *values.values())
+        drafter = next((candidate.drafter for candidate in self.ranking if candidate.drafter is not None), None)
+
+        def cell(speedup: float) -> Shaded:
+            if speedup < 1:
+                return Shaded(f"{speedup:.2f}", 1 - speedup, "orange")
+            return Shaded(f"{speedup:.2f}", (speedup - 1) / (most - 1))
+
+        return f"<p>{escape(self.sentence())}</p>" + grid_html(
+            "predicted speedup over exit layer E and draft length K: blue gains, orange loses, the frame is the choice",
+            values, cell, framed=self.best.cell if self.speculate else None, drafter=drafter,
+        )  # fmt: skip
 
 
 def _described(candidate: Candidate) -> str:

@@ -22,6 +22,7 @@ import pandas as pd
 
 from probekit.errors import InputError
 from probekit.tracing.draft_vocabulary import check_draft_rows
+from probekit.tracing.shading import Shaded, shaded_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,6 +179,27 @@ class Costs:
             rows += [("drafter", None, 1, self.drafter_step_s), ("drafter first", None, 2, self.drafter_first_s)]
         rows += [("verify all", None, count, each) for count, each in (self.verify_all_s or {}).items()]
         return pd.DataFrame(rows, columns=["step", "exit_layer", "rows", "seconds"]).astype({"exit_layer": "Int64"})
+
+    def _repr_html_(self) -> str:
+        """Milliseconds of a draft step and of verification passes by exit layer, beside an autoregressive step's."""
+        widths = sorted({count for _, count in self.verify_s})
+
+        def cell(seconds: float) -> Shaded:
+            return Shaded(f"{1000 * seconds:.3g}", seconds / (2 * self.autoregressive_s))
+
+        rows = [
+            (
+                str(exit_layer),
+                [cell(early + self.heads_s.get(exit_layer, self.head_s))]
+                + [cell(self.verify_s[exit_layer, count]) for count in widths if (exit_layer, count) in self.verify_s],
+            )
+            for exit_layer, early in sorted(self.early_s.items(), reverse=True)
+        ]
+        return shaded_table(
+            f"milliseconds a step: {self.source}, {self.device}, {self.dtype}, {self.context} tokens in the cache; an "
+            f"autoregressive step takes {1000 * self.autoregressive_s:.3g}",
+            "exit layer", ["draft one token", *(f"verify {count} rows" for count in widths)], rows,
+        )  # fmt: skip
 
 
 def _listed(times: Mapping[int, float]) -> list[dict[str, Any]]:

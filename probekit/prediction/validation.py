@@ -29,6 +29,7 @@ from probekit.models.loading import Loaded
 from probekit.prediction.acceptance import Cell, bootstrap_ratio, predict, rounds_of
 from probekit.prediction.choice import check_draft_head, speedups
 from probekit.prediction.costs import FEWEST, Costs, measure_costs
+from probekit.tracing.shading import Colour, Shaded, shaded_table
 from probekit.tracing.traces import Trace
 
 SCHEMA = "probekit/validate/1"
@@ -105,6 +106,24 @@ class CellValidation:
             return None
         return all(pair is None or pair[0] <= 0 <= pair[1] for pair in self.differ_interval.values())
 
+    def shaded(self) -> list[Shaded]:
+        """A row of the table that a notebook shows: counts, what was equal, speedups."""
+        counts = [
+            Shaded(f"{side[name]:,.0f}" if float(side[name]).is_integer() else f"{side[name]:,.1f}")
+            for name in ("rounds", "accepted")
+            for side in (self.predicted, self.measured)
+        ]
+        equal = [
+            Shaded("-") if same is None else Shaded("yes" if same else "no", 0.5, "blue" if same else "orange")
+            for same in (self.rounds_equal, self.tokens_equal)
+        ]
+        odd = [Shaded(str(self.ties)), Shaded(str(self.unexplained), float(self.unexplained > 0), "orange")]
+        speedups = [
+            Shaded("-") if speedup is None else Shaded(f"{speedup:.2f}", abs(speedup - 1), _colour(speedup))
+            for speedup in (self.speedup_predicted, self.speedup_measured)
+        ]
+        return [Shaded(str(self.draft_length)), Shaded(str(self.prompts)), *counts, *equal, *odd, *speedups]
+
     def to_json(self) -> dict[str, Any]:
         quantiles = self.speedup_measured_quantiles
         document: dict[str, Any] = {
@@ -128,6 +147,10 @@ class CellValidation:
             listed = {name: None if pair is None else list(pair) for name, pair in self.differ_interval.items()}
             document |= {"difference_interval": listed, "within_interval": self.within_interval}
         return document
+
+
+def _colour(speedup: float) -> Colour:
+    return "blue" if speedup >= 1 else "orange"
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +203,13 @@ class Validation:
         return pd.DataFrame(rows).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:
-        shown = ["drafter", "exit_layer", "draft_length", "rounds_equal", "tokens_equal", "ties", "unexplained",
-                 "speedup_predicted", "speedup_measured"]  # fmt: skip
-        return self.to_pandas()[shown].to_html(index=False, float_format="{:.3f}".format, na_rep="-")
+        heads = ["K", "prompts", "rounds predicted", "measured", "accepted predicted", "measured", "rounds equal",
+                 "tokens equal", "near-ties", "unexplained", "speedup predicted", "measured"]  # fmt: skip
+        return shaded_table(
+            f"{self.model}: the prediction beside the running decoder, {self.text} text; speedups: blue gains, "
+            "orange loses",
+            "drafts at", heads, [(cell.label, cell.shaded()) for cell in self.cells],
+        )  # fmt: skip
 
 
 def validate(

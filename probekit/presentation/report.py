@@ -401,8 +401,6 @@ def _provenance(study: StudyFolder) -> list[tuple[str, list[str]]]:
 def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
     manifest, model, timings = trace.manifest, trace.manifest.model, entry.get("timings") or {}
     decoding = ", ".join(f"{name} {value:g}" for name, value in manifest.decoding.items())
-    took = {"generation": timings.get("generation_s"), "full trace": timings.get("trace_s"),
-            "agreement only": timings.get("agreement_trace_s")}  # fmt: skip
     looped = np.average(trace.texts["looped"], weights=trace.texts["new_tokens"])
     return {
         "reference": model.reference + (f" @ {model.revision}" if model.revision else ""),
@@ -418,9 +416,19 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "noise of a logit": "not measured" if manifest.noise is None else f"{manifest.noise:.2g}",
         "processors not applied": ", ".join(manifest.ignored_processors) or "none",
         "back-offs for memory": str(len(manifest.backoffs)),
-        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in took.items() if value is not None) or "not timed",
+        "time": _took(timings),
         "traced with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()) or "unknown versions",
     }
+
+
+def _took(timings: Mapping[str, Any]) -> str:
+    """What the text took, and what it took to read it and to tabulate every exit and draft length."""
+    if timings.get("generation_s") is None or timings.get("agreement_trace_s") is None:
+        return "not timed"
+    return (
+        f"{timings['generation_s']:.1f} s to generate {timings['prompts']:.0f} texts, one at a time; "
+        f"{timings['agreement_trace_s']:.1f} s to trace their agreement and to predict every pair"
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import pandas as pd
 from probekit.errors import InputError
 from probekit.prediction.acceptance import Prediction, bootstrap_ratio, run_lengths
 from probekit.presentation.tokens import shown
+from probekit.tracing.shading import Shaded, shaded_table
 from probekit.tracing.traces import Lens, Trace, visible
 from probekit.tying.shares import TOP
 
@@ -105,19 +105,26 @@ class LensTable:
         return f"LensTable({self.model}, {self.lens} lens, {layers} layers x {positions} positions)"
 
     def _repr_html_(self) -> str:
-        """Layers from the model down to the embedding, shaded by probability, on any background."""
+        """Layers from the model down to the embedding, shaded by probability; a dot marks the model's token."""
         generated = self.generated
-        head = "".join(f"<th>{escape(shown(text))}</th>" for text in self.inputs)
+        every = self.cells
+        last = len(every) - 1
         rows = []
-        for layer, cells in reversed(list(enumerate(self.cells))):
-            shaded = (
-                f'<td style="background:rgba({"40,120,160" if own else "128,128,128"},{0.6 * probability:.2f})">'
-                f"{escape(shown(token))}</td>"
-                for (token, probability), own in zip(cells, generated, strict=True)
-            )
-            rows.append(f"<tr><th>{layer}</th>{''.join(shaded)}</tr>")
-        caption = f"{self.model}, {self.lens} lens. {self.convention}. Shade: probability; grey: prompt."
-        return f"<table><caption>{escape(caption)}</caption><tr><th>layer</th>{head}</tr>{''.join(rows)}</table>"
+        for layer, cells in reversed(list(enumerate(every))):
+            shaded = [
+                Shaded(
+                    shown(token) + (" •" if layer < last and token == own else ""),
+                    probability,
+                    "blue" if continued else "grey",
+                )
+                for (token, probability), (own, _), continued in zip(cells, every[-1], generated, strict=True)
+            ]
+            rows.append((f"model, {layer}" if layer == last else str(layer), shaded))
+        caption = (
+            f"{self.model}, {self.lens} lens. {self.convention}. Columns: the token that is read. Shade: probability; "
+            "grey: prompt; •: the model's token."
+        )
+        return shaded_table(caption, "layer", [shown(text) for text in self.inputs], rows)
 
 
 def lens_table(trace: Trace, prompt: int, lens: Lens = "final-norm") -> LensTable:

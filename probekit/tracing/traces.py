@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from probekit.errors import InputError
 from probekit.tracing.draft_vocabulary import DraftVocabulary, check_draft_rows
+from probekit.tracing.shading import Shaded, shaded_table
 
 SCHEMA = "probekit/trace/1"
 LENSES = ("final-norm", "raw")
@@ -188,8 +189,8 @@ class Manifest:
     drafter_noise: float | None = None
     ignored_processors: tuple[str, ...] = ()
     backoffs: tuple[Mapping[str, Any], ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
     savings: Mapping[str, float] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0})
     schema: str = SCHEMA
 
@@ -427,7 +428,6 @@ class Trace:
         """(L+1, N) bool: the two top logits are closer than the measured noise of a row."""
         return self.values(prompt, "near_tie", lens)
 
-    def values(self, prompt: int, column: str, lens: Lens = "final-norm") -> np.ndarray:
     def near_tie_count(self) -> tuple[int, int]:
         """How many of the agreement bits of generated rows are near-ties, and how many bits there are.
 
@@ -437,6 +437,7 @@ class Trace:
         frame = frame[(frame["output"] >= 0) & (frame["lens"] == LENSES[0])]
         return int(frame["near_tie"].sum()), len(frame)
 
+    def values(self, prompt: int, column: str, lens: Lens = "final-norm") -> np.ndarray:
         """(L+1, N): any column of `layers` for one prompt, layer by output position. Not writable."""
         self._check(prompt)
         return self._pivot("layers", column, lens)[prompt]
@@ -562,7 +563,17 @@ class Trace:
             "folder": "in memory" if self.folder is None else str(self.folder),
         }
         body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
-        return f"<table><caption>probekit trace</caption>{body}</table>"
+        return f"<table><caption>probekit trace</caption>{body}</table>{self._agreement_html()}"
+
+    def _agreement_html(self) -> str:
+        """Agreement by layer, in one row."""
+        generated = np.concatenate([self.agreement(prompt) for prompt in self.prompts], axis=1)
+        shares = generated.mean(axis=1).tolist()
+        cells = [Shaded(f"{share:.0%}", share) for share in shares]
+        return shaded_table(
+            f"agreement with the model over {generated.shape[1]} tokens, {LENSES[0]} lens; layer 0 is the embedding",
+            "layer", [str(layer) for layer in range(len(shares))], [("agreement", cells)],
+        )  # fmt: skip
 
     def _summary(self) -> str:
         tokens = int(self.texts["new_tokens"].sum())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from probekit.cli.app import run
+from probekit.cli.commands import ALL
 
 CELL_KEYS = {
     "exit_layer", "draft_length", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -150,3 +152,45 @@ def test_study_resumes_and_refuses(capsys, tiny_folder, prompts, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (folder / "traces").rglob("*.parquet")} == written
     assert run([*map(str, arguments), "--chat"]) == 2
     assert "other settings (chat)" in capsys.readouterr().err
+
+
+def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, run_folder, tmp_path):
+    """Nothing else reaches standard output, and where no one watches, nothing reaches standard error either."""
+    other, study = tmp_path / "other", tmp_path / "study"
+    lines = {
+        "models": ["models"],
+        "inspect": ["inspect", tiny_folder],
+        "lens": ["lens", tiny_folder, "abc", "--max-new-tokens", 2, "--raw", "--html", tmp_path / "lens.html"],
+        "trace": ["trace", tiny_folder, "--prompts", prompts, "-o", other, "--max-new-tokens", 6],
+        "predict": ["predict", run_folder],
+        "choose": ["choose", run_folder, "--costs", "roofline"],
+        "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
+        "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
+        "compare": ["compare", run_folder, run_folder],
+        "study": ["study", tiny_folder, "--prompts", prompts, "-o", study, "--max-new-tokens", 6,
+                  "--draft-lengths", 2],
+        "report": ["report", study],
+    }  # fmt: skip
+    assert set(lines) == {command.__name__.rstrip("_") for command in ALL}
+    for name, arguments in lines.items():
+        status = run([*map(str, arguments), "--json", "--device", "cpu", "--quiet"])
+        captured = capsys.readouterr()
+        found = json.loads(captured.out)
+        assert found["schema"] == f"probekit/{name}/1"
+        assert (status == 2) == ("error" in found), (name, found)
+        assert captured.err == "", name
+        assert name == "compare" or status == 0
+
+
+def test_help_and_wrong_use(capsys):
+    assert run(["--help"]) == 0
+    helped = capsys.readouterr().out
+    for command in ALL:
+        assert command.__name__.rstrip("_") in helped
+        assert run([command.__name__.rstrip("_"), "--help"]) == 0
+        assert {"--device", "--dtype", "--json", "--quiet"} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for wrong in (["predict"], ["nonsense"], ["lens", "x"], ["decode", "x", "y", "--max-new-tokens", "many"]):
+        assert run(wrong) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert len(captured.err.strip().splitlines()) == 1

@@ -184,3 +184,18 @@ def test_a_result_goes_to_json_and_says_what_it_is():
     spoken = Decoded("self-speculative", 0, [1], [2, 3, 4], "x", "eos", [2], [1], seconds={"total": 0.5}).summary()
     assert "6.0 tokens/s" in spoken
     assert "1 rounds accepted 1 of 2 drafts (50.0%), 2.00 tokens per round" in spoken
+
+
+def test_it_shows_its_text_and_turns_into_a_row_a_round():
+    text = transcript(budget=30)
+    for token in ids("<b>&"):
+        text.first(token) if not text.tokens else text.round([], 0, 0, token)
+    text.round(ids("no"), 3, 2, END)
+    done = text.decoded(seconds={"total": 0.5}, method="self-speculative", exit_layer=2, draft_length=3)
+    rounds = done.to_pandas()
+    assert rounds["emitted"].sum() == done.emitted
+    assert rounds.iloc[-1].to_dict() == {"start": 4, "drafted": 3, "accepted": 2, "emitted": 3}
+    page = done._repr_html_()
+    assert "&lt;b&gt;&amp;no" in page
+    assert "<b>" not in page
+    assert f"{done.rounds} rounds" in page

@@ -317,7 +317,9 @@ def test_frames_and_html():
     assert len(frame) == len(prediction.cells)
     assert {"acceptance_rate_low", "acceptance_rate_high", "tokens_per_round_low"} <= set(frame.columns)
     assert frame["exit_layer"].isna().sum() == 8  # the draft model has no exit layer
-    assert "<table" in prediction._repr_html_()
+    page = prediction._repr_html_()
+    assert page.count("<table") == 2
+    assert page.count("<td") == 2 * len(prediction.cells)
 
 
 def test_another_source_of_agreement():

@@ -143,7 +143,9 @@ def test_frames_and_html():
     frame = choice.to_pandas()
     assert frame["speedup"].is_monotonic_decreasing
     assert len(frame) == 6 * 8
-    assert "<table" in choice._repr_html_()
+    page = choice._repr_html_()
+    assert page.count("<td") == len(choice.ranking)
+    assert page.count("outline:") == int(choice.speculate)
 
 
 def test_costs_of_another_model():

@@ -309,3 +309,14 @@ def test_row_design():
 def test_wrong_use(tiny, settings, message):
     with pytest.raises(InputError, match=message):
         measure_costs(tiny, **settings)
+
+
+def test_costs_show_themselves_in_milliseconds():
+    costs = by_hand()
+    page = costs._repr_html_()
+    assert page.count('<th scope="row">') == len(costs.early_s)
+    widths = {rows for _, rows in costs.verify_s}
+    assert page.count("<td") == len(costs.early_s) * (1 + len(widths))
+    draft = costs.early_s[1] + costs.heads_s.get(1, costs.head_s)
+    assert f">{1000 * draft:.3g}</td>" in page
+    assert f"{1000 * costs.autoregressive_s:.3g}" in page

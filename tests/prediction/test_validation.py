@@ -119,7 +119,9 @@ def test_json_frames_and_rows(dialled, run, costs):
     assert all(row["accepted_predicted"] == row["accepted_measured"] for row in rows)
     assert sum(row["drafted"] for row in rows) == cell["measured"]["drafted"]
     assert {"predicted_rounds", "measured_rounds", "speedup_measured_20"} <= set(found.to_pandas().columns)
-    assert "<table" in found._repr_html_()
+    page = found._repr_html_()
+    assert page.count('<th scope="row">') == len(found.cells)
+    assert page.count(">yes</td>") == 2 * len(found.cells)
 
 
 def test_costs_are_measured_where_none_are_given(dialled, run, monkeypatch):

@@ -240,6 +240,38 @@ def test_numbers_that_do_not_fit_are_left_out(cells):
     assert written(small) == []
 
 
+def test_heat_maps_beside_one_another_have_numbers_of_one_size(cells):
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(6.9, 2), layout="constrained")
+        axes = figure.subplots(1, 2, width_ratios=(3, 1))
+        for ax in axes:
+            plots.acceptance_grid(ax, cells, numbers=False)
+            assert written(ax) == []
+        figure.draw_without_rendering()
+        plots.write_numbers(axes, plots.NUMBERS["acceptance_rate"])
+        figure.draw_without_rendering()
+    assert len({text.get_fontsize() for ax in axes for text in ax.texts}) == 1
+    for ax in axes:
+        assert len(ax.texts) == len(cells)
+        cell = ax.get_window_extent().width / 3
+        assert max(text.get_window_extent().width for text in ax.texts) < cell
+
+
+def test_numbers_are_left_out_of_all_or_none(cells):
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(3, 2), layout="constrained")
+        axes = figure.subplots(1, 2, width_ratios=(20, 1))
+        for ax in axes:
+            plots.acceptance_grid(ax, cells, numbers=False)
+        plots.write_numbers(axes, "{:.2f}")
+    assert [len(ax.texts) for ax in axes] == [0, 0]
+
+
+def test_a_cell_without_a_value_has_no_number(ax, cells):
+    plots.acceptance_grid(ax, cells.assign(acceptance_rate=[np.nan, *cells["acceptance_rate"].iloc[1:]]))
+    assert len(written(ax)) == len(cells) - 1
+
+
 # -- evidence
 @pytest.fixture
 def validation():

@@ -165,6 +165,17 @@ def test_lens_table_shows_markup_as_text(trace: Trace):
     assert "&lt;b&gt;" in page
 
 
+def test_lens_table_greys_the_prompt_and_marks_the_models_token(trace: Trace):
+    table = tables.lens_table(trace, 0)
+    page = table._repr_html_()
+    assert page.count('<th scope="row">') == 5
+    assert page.index("model, 4") < page.index(">3<") < page.index(">0<")
+    assert page.count("rgba(128,128,128") == 5 * table.generated.count(False)
+    *layers, model = table.cells
+    agreeing = sum(cell[0] == own[0] for row in layers for cell, own in zip(row, model, strict=True))
+    assert page.count(" •</td>") == agreeing > 0
+
+
 def test_window_keeps_the_border_between_prompt_and_continuation(trace: Trace):
     prompt = max(trace.prompts, key=lambda prompt: len(trace.outputs(prompt)))
     whole = tables.lens_table(trace, prompt)
@@ -208,6 +219,35 @@ def test_latex_is_booktabs_and_escaped():
     assert r"a\_b \& \$5 & 0.123 [0.1, 0.2] & yes & 3 \\" in latex
     assert r"100 \% \{x\} & -- & -- & -- \\" in latex
     assert "longtable" not in latex
+
+
+def test_latex_heads_may_be_latex():
+    frame = pd.DataFrame({"draft_length": [2], "100 %": ["x"]})
+    latex = tables.to_latex(frame, "Heads", "tab:heads", headings={"draft_length": r"\shortstack[r]{a\\b}"})
+    assert r"\shortstack[r]{a\\b} & 100 \% \\" in latex
+
+
+@pytest.mark.parametrize("sign", [*"_%&#${}\\~^"])
+def test_latex_takes_any_sign_as_text(sign: str):
+    frame = pd.DataFrame({f"a{sign}b": [f"c{sign}d"]})
+    latex = tables.to_latex(frame, f"e{sign}f", "tab:signs")
+    named = {"\\": r"\textbackslash", "~": r"\textasciitilde", "^": r"\textasciicircum"}
+    expected = named.get(sign, "\\" + sign)
+    heads = " " if sign == "_" else expected  # names are written in words
+    assert f"a{heads}" in latex
+    assert f"c{expected}" in latex
+    assert f"e{expected}" in latex
+
+
+def test_latex_is_set_small_and_the_size_ends_with_the_table():
+    short = tables.to_latex(pd.DataFrame({"n": [1]}), "One", "tab:n")
+    assert short.index(r"\begin{table}") < short.index(r"\footnotesize") < short.index(r"\begin{tabular}")
+    long = tables.to_latex(pd.DataFrame({"n": range(41)}), "Many", "tab:n")
+    assert long.startswith(r"{\footnotesize")
+    assert long.rstrip().endswith("}")
+    for latex in (short, long):
+        bare = latex.replace(r"\{", "").replace(r"\}", "")
+        assert bare.count("{") == bare.count("}")
 
 
 def test_latex_of_signs_needs_no_unicode_font():

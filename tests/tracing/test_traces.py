@@ -185,6 +185,9 @@ def test_to_pandas_and_representations(trace: Trace) -> None:
     assert "fabricated" in repr(trace)
     assert "<table>" in trace._repr_html_()
     assert "0..3" in trace._repr_html_()
+    shares = np.concatenate([trace.agreement(prompt) for prompt in trace.prompts], axis=1).mean(axis=1)
+    for share in shares:
+        assert f">{share:.0%}</td>" in trace._repr_html_()
 
 
 def test_traces_need_no_torch() -> None:
