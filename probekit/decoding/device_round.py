@@ -157,7 +157,7 @@ class Round:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         assert self.head is not None
         at, ids = self.standing, self.head.ids
-        tokens, distributions, residuals = [at.last], list[Tensor](), list[Tensor]()
+        tokens, distributions, residuals = [at.last], [], []
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
             token, distribution, _ = self.rule.draft(self.head(residuals[-1]), at.stream, outputs + step)

@@ -136,6 +136,20 @@ def test_every_round_is_the_same_work(tiny, exit_layer, draft_length, sampling):
     assert exit_layer is None or len(runs) > 1
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@torch.inference_mode()
+def test_a_round_compiles_whole(sampling):
+    """As one graph: no part of it needs Python. The same tokens and rounds come out."""
+    loaded = synthetic("tiny", seed=1)  # a fresh one: transformers may have left hooks on another, which do not compile
+    (run, at), (plain, expected) = (begun(loaded, sampling, 2, 1) for _ in range(2))
+    compiled = torch.compile(lambda: run(), fullgraph=True, backend="aot_eager")
+    for _ in range(5):
+        compiled()
+        plain()
+    assert at.done.item() == 5
+    assert torch.equal(at.log, expected.log) and torch.equal(at.position, expected.position)
+
+
 class DeviceOnly(TorchDispatchMode):
     """Refuse work on any tensor that has numbers."""
 
