@@ -13,6 +13,7 @@ test: $(VENV)/.tests
 	$(BIN)/python -m pytest
 
 long: $(VENV)/.tests
+	$(INSTALL) --editable '.[test,docs]'
 	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.checks
