@@ -28,7 +28,7 @@ from torch import Tensor
 
 from probekit.decoding.caches import Places, PositionCache, cache_bytes, lower_right_mask
 from probekit.decoding.policies import Policy
-from probekit.decoding.quick import quick
+from probekit.decoding.quick import quick, quick_head
 from probekit.decoding.results import Decoded, Piece, Transcript, check_stop
 from probekit.decoding.sampling import Rule, Sampling, spread, streams
 from probekit.errors import InputError, ResourceError
@@ -48,7 +48,8 @@ class Engine:
 
     def __init__(self, parts: Anatomy, rows: int, length: int) -> None:
         _check_runnable(parts)
-        self.parts = quick(parts)
+        self.parts, self._head = quick(parts), quick_head(parts)
+        self._without_hooks = [module for module in (*parts.layers, parts.norm, parts.head) if not is_hooked(module)]
         self.cache = PositionCache(parts, rows, length)
         self._always_mask = parts.model.config._attn_implementation != "sdpa"
         self._positions = torch.arange(length, device=parts.device)[None]
@@ -104,7 +105,15 @@ class Engine:
 
     def logits(self, normed: Tensor) -> Tensor:
         """The model's head. normed: (..., width). Returns (..., vocabulary)."""
-        return self.parts.head(normed)
+        return self._head(normed)
+
+    def refuse_new_hooks(self) -> None:
+        """Raise InputError for a hook that came to a layer after this engine was made: it would never fire."""
+        if any(map(is_hooked, self._without_hooks)):
+            raise InputError(
+                "a hook, or a replaced forward, came to a layer while the model decodes: it would not fire.",
+                "Open a Capture (or another hook) before decoding starts.",
+            )
 
 
 def _check_runnable(parts: Anatomy) -> None:
@@ -265,6 +274,9 @@ class Session:
 
     def let_go(self) -> None:
         """Finish the rows that ended; the last rows move into their places."""
+        if self.plan.on_accept is not None:  # only the caller's own code can have opened a hook meanwhile
+            for engine in self.engines:
+                engine.refuse_new_hooks()
         going = [place for place, row in enumerate(self.rows) if row.ended is None]
         if len(going) == len(self.rows):
             return

@@ -2,8 +2,8 @@
 
 The model itself is never touched. Each module without hooks gets a shadow: the same class, code and weights, but with
 its children as plain attributes, so that calling one costs a function call. Four leaves take fewer steps to the same
-result: a linear map, the RMS norm (in float32, where the bits are the same), the rotation by position (the same bits),
-and attention, which folds grouped queries into rows instead of repeating keys and values.
+result: a linear map (by the kernel for its size), the RMS norm (in float32, where the bits are the same), the rotation
+by position (the same bits), and attention, which folds grouped queries into rows instead of repeating keys and values.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.modules import module as modules
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
+from probekit.decoding.products import product
 from probekit.hooks import is_hooked
 from probekit.models.anatomy import Anatomy
 
@@ -33,19 +34,27 @@ def quick(parts: Anatomy) -> Anatomy:
     Modules that carry hooks, or whose forward was replaced, stay as they are, with everything in them: hooks that are
     there beforehand fire as ever, with the modules that they were registered on.
     """
-    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+    if _hooked_globally():
         return parts
     layers: Any = [_shadow(layer) for layer in parts.layers]
     norm: Any = _shadow(parts.norm)
     return replace(parts, layers=layers, norm=norm)
 
 
+def quick_head(parts: Anatomy) -> Callable[[Tensor], Tensor]:
+    """The same of the head: (..., width) -> (..., vocabulary)."""
+    return parts.head if _hooked_globally() else _shadow(parts.head)
+
+
+def _hooked_globally() -> bool:
+    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
 def _shadow(module: nn.Module) -> Callable[..., Any]:
     if is_hooked(module):
         return module
     if type(module) is nn.Linear:
-        weight, bias = module.weight, module.bias
-        return lambda inputs: functional.linear(inputs, weight, bias)
+        return product(module.weight, module.bias)
     if type(module) is LlamaRMSNorm and module.weight.dtype == torch.float32:
         scale, epsilon, shape = module.weight, module.variance_epsilon, tuple(module.weight.shape)
         return lambda inputs: torch.rms_norm(inputs, shape, scale, epsilon)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from probekit.decoding.engine import Method, Session
+from probekit.decoding.engine import Engine, Method, Session
 from probekit.decoding.policies import FixedLength, Policy
+from probekit.decoding.products import product
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
 from probekit.models.loading import Loaded
@@ -52,6 +53,7 @@ class SelfSpeculative(Method):
         engine = self._engine(session.plan)
         prompt = session.prompt_tokens()
         session.begin([engine], engine.full(prompt, engine.places([0], prompt.shape[1])))
+        head = self.head.through(engine)
         while session.rows:
             residuals: list[Tensor] = []
 
@@ -60,7 +62,7 @@ class SelfSpeculative(Method):
                 residuals.append(engine.early(tokens, places, self.exit_layer))
                 return residuals[-1]
 
-            drafts = session.draft(self.draft_length, self.policy, lambda *at: self.head(early(*at)), self.head.ids)
+            drafts = session.draft(self.draft_length, self.policy, lambda *at: head(early(*at)), head.ids)
             early(drafts.written[:, -1:], drafts.tokens.shape[1])
             session.tick("draft")
             places = engine.places(session.positions, len(residuals))
@@ -85,7 +87,15 @@ class DraftHead:
         if self.ids is not None:
             rows = parts.head.weight[self.ids]  # copied once: gathered rows would cost as much as the whole head
             bias = None if parts.head.bias is None else parts.head.bias[self.ids]
-            self._head = lambda normed: functional.linear(normed, rows, bias)
+            self._head = product(rows, bias)
+
+    def through(self, engine: Engine) -> DraftHead:
+        """The same by the engine's norm and head, which are quicker to call."""
+        made = copy(self)
+        made._norm = engine.parts.norm
+        if self.ids is None:
+            made._head = engine.logits
+        return made
 
     def __call__(self, residual: Tensor) -> Tensor:
         """residual: (rows, 1, width). Returns (rows, vocabulary or F)."""

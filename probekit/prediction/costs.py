@@ -334,7 +334,7 @@ class _Bench:
         self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
         self.helper = None if drafter is None else Engine(drafter.anatomy, 1, context + longest + 1)
         ids = None if draft_vocabulary is None else torch.as_tensor(draft_vocabulary)
-        self.head = DraftHead(loaded.anatomy, ids=ids)
+        self.head = DraftHead(loaded.anatomy, ids=ids).through(self.engine)
         prompt = [0] * context
         plan = Plan([prompt], [0], _ENDLESS, sampling, (), None)
         self.session = Session(plan, loaded, {})

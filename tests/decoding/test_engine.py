@@ -98,6 +98,25 @@ def test_a_hook_that_would_never_fire_is_refused(part):
     assert Autoregressive(loaded).decode([PROMPT], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("method", [Autoregressive, lambda model: SelfSpeculative(model, 2, 3)])
+def test_a_capture_that_opens_while_the_model_decodes_is_refused(unchanged, method):
+    loaded = synthetic("tiny", seed=1)  # a fresh one: where hooks stood before, new ones fire as well
+    unchanged(loaded.model)
+    capture = Capture(loaded.model, [2])
+    pieces = []
+
+    def open_late(piece):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            capture.__enter__()
+
+    with pytest.raises(InputError, match="came to a layer while the model decodes"):
+        method(loaded).decode([PROMPT], max_new_tokens=20, on_accept=open_late)
+    capture.__exit__(None, None, None)
+    assert len(pieces) in (3, 4)
+    assert method(loaded).decode([PROMPT], max_new_tokens=20)
+
+
 def test_other_attention_and_changing_rotary_embeddings_are_refused():
     loaded = synthetic("tiny", seed=1)
     loaded.model.config._attn_implementation = "flex_attention"

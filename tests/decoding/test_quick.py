@@ -147,3 +147,16 @@ def test_captured_decoding_writes_the_same_text(any_tiny):
         expected = method.decode(PROMPTS, max_new_tokens=20)
         with Capture(any_tiny.model, reduce=lambda site, residual: None):
             assert method.decode(PROMPTS, max_new_tokens=20) == expected
+
+
+def test_a_hook_on_the_head_fires_for_drafts_and_verification(tiny):
+    method = SelfSpeculative(tiny, 3, 2)
+    expected = method.decode([PROMPTS[0]], max_new_tokens=8)
+    rows = []
+    handle = tiny.anatomy.head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[-2]))
+    try:
+        assert method.decode([PROMPTS[0]], max_new_tokens=8) == expected
+    finally:
+        handle.remove()
+    rounds = expected[0].drafted
+    assert rows == [1, *(row for drafted in rounds for row in [*[1] * drafted, drafted + 1])]

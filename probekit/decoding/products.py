@@ -1,0 +1,52 @@
+"""Linear maps of a few rows on a CPU, each by the kernel that is quickest for its size.
+
+The default product (MKL's, in torch 2.13) computes two to four rows one after the other, so that a verification of
+three rows costs three steps, and takes a single core for one row. A product with the rows on the right reads the
+weights once, on all cores; so does oneDNN, which needs some ten microseconds a call and stays quick up to a dozen rows.
+The kernel follows from sizes alone, never from a clock: the same product has the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Weights of a map, from which on another kernel than the default was the quicker one for ..
+SEVERAL = 2**15  # two to four rows
+SINGLE = 2**18  # one row, and more than four
+SHORT = 512  # numbers in a row of a large map, below which the rows do not belong on the right
+MOST_ROWS = 16  # beyond them there is little to win, and prompts would make oneDNN build a kernel for every length
+
+
+def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """`functional.linear` with these weights, (out, in): a function of (..., in) that returns (..., out)."""
+    size, (outputs, width) = weight.numel(), weight.shape
+    if bias is not None or weight.device.type != "cpu" or weight.dtype != torch.float32 or size < SEVERAL:
+        return lambda inputs: functional.linear(inputs, weight, bias)
+    large = size >= SINGLE
+    onednn = _onednn() if large else functional.linear
+    short = large and width < SHORT
+    narrowing = large and width > outputs
+
+    def few_rows(inputs: Tensor) -> Tensor:
+        rows = inputs.numel() // width
+        if (rows == 1 and not large) or rows > MOST_ROWS:
+            return functional.linear(inputs, weight)
+        if rows > 4 or short or (rows > 2 and narrowing):
+            return onednn(inputs, weight)
+        flat = inputs.reshape(rows, width)
+        if rows == 1:  # twice the same: a product with a single vector would run on one core
+            flat = torch.cat([flat, flat])
+        return torch.mm(weight, flat.t()).t()[:rows].contiguous().view(*inputs.shape[:-1], outputs)
+
+    return few_rows
+
+
+def _onednn() -> Callable[[Tensor, Tensor], Tensor]:
+    """oneDNN's linear map, by the name that torch's compiler calls it; the default where this build has none."""
+    found: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    return functional.linear if found is None else lambda inputs, weight: found(inputs, weight, None, "none", [], "")
