@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.engine import Method
@@ -52,10 +52,13 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     compiled: Annotated[bool, typer.Option(help="Also transformers compiled with a static cache.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
     device: Annotated[str | None, typer.Option()] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("decoding"),
 ) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaded = load(model, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
     cells = [pair_of(text) for text in cell or ["3,2"]]
@@ -129,7 +132,7 @@ def transformers_ways(
     ways = {("transformers", "autoregressive"): plain(loaded.model)}
     if compiled:
         ways["transformers", "autoregressive, compiled"] = plain(
-            loaded.model, config={"cache_implementation": "static", "disable_compile": False}
+            loaded.model, config={"cache_implementation": "static", "compile_config": everywhere()}
         )
     for exit_layer, length in cells:
 
@@ -149,6 +152,13 @@ def transformers_ways(
         drafter.model.generation_config.update(**drafts)
         ways["transformers", f"two models, {cells[0][1]} drafts"] = plain(loaded.model, assistant=drafter.model)
     return ways
+
+
+def everywhere() -> CompileConfig:
+    """transformers compiles on accelerators only, unless it is told otherwise by this attribute."""
+    compiling = CompileConfig()
+    compiling._compile_all_devices = True
+    return compiling
 
 
 def measure(ways: dict[tuple[str, str], Run], texts: Sequence[list[int]], repeats: int) -> pd.DataFrame:

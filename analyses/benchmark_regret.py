@@ -1,0 +1,229 @@
+"""Was the chosen pair the best one? Every exit layer and draft length, really run, on prompts that had no say in it.
+
+    python analyses/benchmark_regret.py tales-layerskip -o docs/results/decoding/regret-tales-layerskip
+
+The pair is chosen on the even-numbered bundled prompts: one trace, and costs measured on this machine. Then every pair
+decodes the odd-numbered ones. All take turns on a prompt, autoregressive decoding twice among them, before the next
+prompt comes: a machine that slows down slows all of them. A run stops after `--minutes`, behind a whole prompt, and the
+same command goes on with the others.
+
+Regret: 1 - speedup of the chosen pair / speedup of the best pair, all prompts together; "no drafts" is among the pairs,
+at 1. The time of a pair is that of its rounds: their number, which no noise touches, times the median over the prompts
+of what a round took, so that a slow moment of the machine, which meets one pair and not the next, decides nothing. The
+best of many noisy speedups is too good, so beside it stands the honest one: the best pair is looked for on half of the
+prompts, and compared on the other half, for every way to halve them. Noise: the same for two runs of one method,
+autoregressive decoding against itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.engine import Method
+from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.models.loading import Loaded, load
+from probekit.prediction.acceptance import predict
+from probekit.prediction.choice import Choice, choose
+from probekit.prediction.costs import measure_costs
+from probekit.tracing.prompts import Prompt, bundled_prompts_for
+from probekit.tracing.tracer import trace
+
+QUANTILES = (0.2, 0.5, 0.8)
+INTERVAL = (0.025, 0.975)  # bootstrap over prompts
+RESAMPLES = 1000
+RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds")
+PLAIN = (0, 0)  # (exit layer, draft length) of autoregressive decoding
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")] = (
+        "tales-layerskip"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("regret"),
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    longest: Annotated[int, typer.Option(min=1, help="Draft lengths 1..LONGEST.")] = 8,
+    minutes: Annotated[float, typer.Option(min=0, help="Start no further prompt after so long.")] = 3.5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
+    device: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    began = perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load(model, device=device, dtype=dtype)
+    prompts = bundled_prompts_for(loaded.name)
+    record_path, raw_path = output.with_suffix(".json"), output.with_suffix(".csv")
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "longest": longest,
+        "weights_hash": loaded.weights_hash,
+        "threads": torch.get_num_threads(),
+    }
+    if record_path.is_file() and json.loads(record_path.read_text())["settings"] == settings:
+        record, raw = json.loads(record_path.read_text()), pd.read_csv(raw_path)
+    else:
+        chosen = choice_on(loaded, prompts[::2], max_new_tokens, longest)
+        record, raw = described(loaded, chosen, settings), pd.DataFrame(columns=list(RAW))
+    todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
+    methods = methods_of(loaded, longest)
+    for prompt in todo:
+        if perf_counter() - began > 60 * minutes:
+            break
+        rows = measured(loaded, prompt, methods, max_new_tokens)
+        raw = rows if raw.empty else pd.concat([raw, rows], ignore_index=True)
+    record["regret"] = regret(raw, record["choice"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    raw.to_csv(raw_path, index=False, float_format="%.6g")
+    record_path.write_text(json.dumps(record, indent=1) + "\n")
+    Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
+
+
+def choice_on(loaded: Loaded, prompts: Sequence[Prompt], budget: int, longest: int) -> Choice:
+    """What probekit recommends after these prompts, with costs measured at the context in the middle of the texts."""
+    traced = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement")
+    context = int((traced.texts["prompt_tokens"] + traced.texts["new_tokens"] / 2).median())
+    lengths = range(1, longest + 1)
+    costs = measure_costs(loaded, context, exit_layers=loaded.anatomy.exits, draft_lengths=lengths)
+    return choose(predict(traced, draft_lengths=lengths), costs)
+
+
+def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema": "probekit/benchmark-regret/1",
+        "model": loaded.name,
+        "settings": settings,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")},
+        "choice": choice.to_json(),
+        "predicted": [candidate.to_json() for candidate in choice.ranking],
+    }
+
+
+def methods_of(loaded: Loaded, longest: int) -> list[tuple[tuple[int, int], Method]]:
+    """Every pair, and autoregressive decoding at the beginning and in the middle."""
+    pairs = [
+        ((exit_layer, length), SelfSpeculative(loaded, exit_layer, length))
+        for exit_layer in loaded.anatomy.exits
+        for length in range(1, longest + 1)
+    ]
+    plain = (PLAIN, Autoregressive(loaded))
+    half = len(pairs) // 2
+    return [plain, *pairs[:half], plain, *pairs[half:]]
+
+
+def measured(
+    loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Method]], budget: int
+) -> pd.DataFrame:
+    """All methods on one prompt, in an order of its own. Seconds of decoding only."""
+    ids = loaded.tokenizer(prompt.text)["input_ids"]
+    for _, method in methods[:3]:
+        method.decode([ids], max_new_tokens=min(budget, 16))
+    rows: list[tuple[Any, ...]] = []
+    seen: dict[tuple[int, int], int] = {}
+    for place in np.random.default_rng(prompt.index).permutation(len(methods)):
+        pair, method = methods[place]
+        done = method.decode([ids], max_new_tokens=budget)[0]
+        seen[pair] = seen.get(pair, -1) + 1
+        spent = done.seconds["total"] - done.seconds["prefill"]
+        rows.append((prompt.index, *pair, seen[pair], spent, done.emitted, done.rounds))
+    return pd.DataFrame(rows, columns=list(RAW))
+
+
+def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
+    """Speedups of all pairs, pooled over prompts, and what the chosen one lost."""
+    pairs = [PLAIN, *sorted(set(zip(raw["exit_layer"], raw["draft_length"], strict=True)) - {PLAIN})]
+    table = raw.pivot_table(["seconds", "rounds"], "prompt", ["exit_layer", "draft_length", "turn"])
+    runs = [Runs.of(table, pair) for pair in pairs]
+    plain, mine = runs[0], runs[pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))]
+    seconds = np.array([run.typical() for run in runs])
+    best = runs[int(seconds.argmin())]
+    draws = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
+    against_itself = [
+        abs(1 - Runs.of(table, PLAIN, 0).typical(at) / Runs.of(table, PLAIN, 1).typical(at)) for at in draws
+    ]
+    lost = [1 - best.typical(at) / mine.typical(at) for at in draws]
+    gained = [plain.typical(at) / mine.typical(at) for at in draws]
+    held = halves(runs, mine, len(table))
+    return {
+        "prompts": len(table),
+        "pairs": len(pairs) - 1,
+        "chosen": list(mine.pair),
+        "chosen_speedup": plain.typical() / mine.typical(),
+        "chosen_speedup_interval": np.quantile(gained, INTERVAL).tolist(),
+        "chosen_speedup_predicted": choice["speedup"],
+        "chosen_speedup_of_totals": float(plain.seconds.sum() / mine.seconds.sum()),
+        "chosen_rank": int((seconds < mine.typical()).sum()) + 1,
+        "best": list(best.pair),
+        "best_speedup": plain.typical() / best.typical(),
+        "regret": 1 - best.typical() / mine.typical(),
+        "regret_interval": np.quantile(lost, INTERVAL).tolist(),
+        "regret_held_out": float(np.mean(held)),
+        "regret_held_out_quantiles": np.quantile(held, QUANTILES).tolist(),
+        "noise": abs(1 - Runs.of(table, PLAIN, 0).typical() / Runs.of(table, PLAIN, 1).typical()),
+        "noise_95": float(np.quantile(against_itself, 0.95)),
+        "pairs_within_noise_of_the_best": int(
+            (seconds < seconds.min() * (1 + np.quantile(against_itself, 0.95))).sum()
+        ),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """One pair on every prompt: (prompts,) seconds and rounds."""
+
+    pair: tuple[int, int]
+    seconds: np.ndarray
+    rounds: np.ndarray
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, pair: tuple[int, int], turn: int | None = None) -> Runs:
+        """table: a row a prompt. Without a turn, the mean of all."""
+        found = []
+        for name in ("seconds", "rounds"):
+            turns = table[name][pair]
+            found.append((turns.mean(axis=1) if turn is None else turns[turn]).to_numpy(float))
+        return cls(pair, *found)
+
+    def typical(self, at: np.ndarray | slice = slice(None)) -> float:
+        """Seconds of all rounds of some prompts, were every round of the typical duration."""
+        seconds, rounds = self.seconds[at], self.rounds[at]
+        return float(rounds.sum() * np.median(seconds / rounds))
+
+
+def halves(runs: Sequence[Runs], mine: Runs, prompts: int) -> np.ndarray:
+    """Regret on one half of the prompts against the pair that was best on the other half, for every way to halve them.
+
+    Returns (halvings,).
+    """
+    found = []
+    for first in combinations(range(prompts), prompts // 2):
+        here = np.isin(np.arange(prompts), first)
+        best = min(runs, key=lambda run: run.typical(here))
+        found.append(1 - best.typical(~here) / mine.typical(~here))
+    return np.array(found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""Does a round cost what its steps cost? A round of the running decoder against the sum of its separately timed steps.
+
+    python analyses/benchmark_rounds.py tales-layerskip --cell 3,2 --cell 6,4 -o docs/results/decoding/rounds-layerskip
+
+The steps of a round with k drafts: k + 1 passes of layers 0..E-1 over one row, k times norm, head and argmax, and one
+pass of layers E..L-1 over k + 1 rows with norm, head and argmax. Each is timed in a loop of its own, at the context in
+the middle of the text, before and after the decoder runs; everything that the decoder does beside them (judging drafts,
+booking tokens, telling the host) is what keeps the ratio below 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+
+from probekit.decoding.engine import Engine
+from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.errors import InputError
+from probekit.models.loading import Loaded, load
+from probekit.tracing.prompts import bundled_prompts_for
+
+QUANTILES = (0.2, 0.5, 0.8)
+LOOP_S = 0.15  # a step is repeated for so long each time that it is timed
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")] = (
+        "tales-layerskip"
+    ),
+    cell: Annotated[list[str] | None, typer.Option(help="Exit layer and draft length, as 3,2.")] = None,
+    prompts: Annotated[int, typer.Option(min=1)] = 6,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
+    device: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("rounds"),
+) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load(model, device=device, dtype=dtype)
+    texts = [loaded.tokenizer(prompt.text)["input_ids"] for prompt in bundled_prompts_for(loaded.name)[:prompts]]
+    cells = [pair_of(text) for text in cell or ["3,2"]]
+    rows = [
+        measured(loaded, exit_layer, length, prompt, ids, max_new_tokens)
+        for prompt, ids in enumerate(texts)
+        for exit_layer, length in cells
+    ]
+    raw = pd.DataFrame(rows)
+    record = {
+        "schema": "probekit/benchmark-rounds/1", "model": loaded.name, "weights_hash": loaded.weights_hash,
+        "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "settings": {"prompts": prompts, "max_new_tokens": max_new_tokens, "cells": cells},
+        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")},
+        "cells": [summary(pair, group) for pair, group in raw.groupby(["exit_layer", "draft_length"])],
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    raw.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
+    Console(soft_wrap=True).print_json(json.dumps(record["cells"]))
+
+
+def pair_of(text: str) -> tuple[int, int]:
+    exit_layer, _, length = text.partition(",")
+    try:
+        return int(exit_layer), int(length)
+    except ValueError:
+        raise InputError(f"--cell is {text!r}; expected an exit layer and a draft length, as 3,2.") from None
+
+
+def measured(
+    loaded: Loaded, exit_layer: int, length: int, prompt: int, ids: list[int], budget: int
+) -> dict[str, float | int]:
+    """One prompt in one cell: seconds of its rounds, and of as many steps as they have."""
+    method = SelfSpeculative(loaded, exit_layer, length)
+    method.decode([ids], max_new_tokens=min(budget, 12))
+    context = len(ids) + budget // 2
+    before = steps(loaded, exit_layer, length, context)
+    done = method.decode([ids], max_new_tokens=budget)[0]
+    after = steps(loaded, exit_layer, length, context)
+    step = {name: (before[name] + after[name]) / 2 for name in before}
+    foretold = sum(
+        (k + 1) * step["early"] + k * step["head"] + step[f"verify {k + 1}" if k in (0, length) else "verify some"]
+        for k in done.drafted
+    )
+    return {
+        "prompt": prompt, "exit_layer": exit_layer, "draft_length": length, "rounds": done.rounds,
+        "drafted": sum(done.drafted), "seconds": done.seconds["total"] - done.seconds["prefill"],
+        "steps_s": foretold, "early_s": step["early"], "head_s": step["head"], "verify_s": step[f"verify {length + 1}"],
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def steps(loaded: Loaded, exit_layer: int, length: int, context: int) -> dict[str, float]:
+    """Median seconds of each step at a context, each in a loop of its own."""
+    parts = loaded.anatomy
+    engine = Engine(parts, 1, context + length + 1)
+    token = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
+    residual = engine.early(token, engine.places([context], 1), exit_layer)
+
+    def verify(rows: int) -> Callable[[], Any]:
+        wide = residual.expand(1, rows, -1).contiguous()
+        return lambda: engine.logits(engine.late(wide, engine.places([context], rows), exit_layer)).argmax(-1)
+
+    ways = {
+        "early": lambda: engine.early(token, engine.places([context], 1), exit_layer),
+        "head": lambda: engine.logits(parts.norm(residual)).argmax(-1),
+        "verify 1": verify(1),
+        f"verify {length + 1}": verify(length + 1),
+    }
+    found = {name: timed(way, loaded.device) for name, way in ways.items()}
+    found["verify some"] = (found["verify 1"] + found[f"verify {length + 1}"]) / 2
+    return found
+
+
+def timed(way: Callable[[], Any], device: torch.device) -> float:
+    seconds = []
+    way()
+    while sum(seconds) < LOOP_S or len(seconds) < 3:
+        began = perf_counter()
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(perf_counter() - began)
+    return float(np.median(seconds))
+
+
+def summary(pair: tuple[int, int], rows: pd.DataFrame) -> dict[str, Any]:
+    """steps_over_round: the sum of the steps over the rounds' time, all prompts together; and of single prompts."""
+    single = rows["steps_s"] / rows["seconds"]
+    return {
+        "exit_layer": int(pair[0]),
+        "draft_length": int(pair[1]),
+        "rounds": int(rows["rounds"].sum()),
+        "round_s": float(rows["seconds"].sum() / rows["rounds"].sum()),
+        "steps_over_round": float(rows["steps_s"].sum() / rows["seconds"].sum()),
+        "steps_over_round_quantiles": single.quantile(list(QUANTILES)).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
