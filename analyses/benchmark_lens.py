@@ -1,0 +1,162 @@
+"""How fast is the lens, every layer at every token, and in how much memory? probekit against its peers.
+
+    python analyses/benchmark_lens.py                                     # the bundled models
+    python analyses/benchmark_lens.py --models path/to/model.gguf --tokens 2048 --repeats 3
+
+Each way starts from token ids and ends with what its lens says of every layer: the peers with the argmax alone,
+probekit with all statistics, and with agreement alone. A second run adds turns to the record of the first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import benchmarking as bench
+import peers
+import seaborn as sns
+import torch
+import typer
+from torch import Tensor
+
+from probekit.lens.statistics import StatisticsPlan, layer_statistics
+from probekit.lens.witness import Witnesses
+from probekit.models.loading import Loaded
+from probekit.presentation.plots import PALETTE
+from probekit.tracing.backends import HooksBackend
+
+ALL, AGREEMENT = "probekit, all statistics", "probekit, agreement"
+WARM_UP = 16  # places of each text, for what is made once
+
+
+def main(
+    models: bench.Models = "",
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens to read.")] = 2048,
+    device: bench.Device = "cpu",
+    repeats: bench.Repeats = 3,
+    output: bench.Output = bench.RESULTS,
+    memory: Annotated[bool, typer.Option(help="Also measure peaks, in fresh processes.")] = True,
+    alone: Annotated[str, typer.Option(hidden=True, help="Run one way once and print its peak.")] = "",
+) -> None:
+    for reference in bench.references(models):
+        loaded = bench.opened(reference, device)
+        ids = bench.packed_text(loaded, tokens)
+        if alone:
+            typer.echo(json.dumps({"extra_bytes": peak(way(loaded, alone), ids, device)}))
+            continue
+        bench.say(f"{loaded.name}: {ids.numel()} tokens, {loaded.depth + 1} layers")
+        settings = {"tokens": ids.numel(), "texts": len(ids), "text": bench.fingerprint(ids), "lens": "final-norm"}
+        head = bench.header("lens", loaded, settings)
+        path = bench.record_path(output, "lens", loaded)
+        kept = bench.kept_samples(path, head)
+        ways = {name: way(loaded, name) for name in [ALL, AGREEMENT, *peers.installed()]}
+        equal = same_agreement(ways, ids)  # warms up, too
+        seconds = bench.extended(
+            kept.get("seconds"), bench.turns({name: partial(run, ids) for name, run in ways.items()}, repeats, device)
+        )
+        extra = kept.get("extra_bytes", {})
+        if memory:
+            again = ("--models", reference, "--tokens", tokens, "--device", device, "--alone")
+            extra = bench.extended(
+                extra, {name: [bench.in_fresh_process(__file__, *again, name)["extra_bytes"]] for name in ways}
+            )
+        bench.write(path, {**head, **judged(seconds, extra, ids.numel()), "equal_agreement": equal})
+    if not alone:
+        draw(output)
+
+
+def way(loaded: Loaded, name: str) -> Any:
+    """ids (texts, places) -> agreement with the last layer, (layers + 1, texts x places)."""
+    if name in (ALL, AGREEMENT):
+        return partial(probekit_lens, loaded, mode="all" if name == ALL else "agreement")
+    return partial(peer_lens, peers.PEERS[name](loaded))
+
+
+@torch.inference_mode()
+def probekit_lens(loaded: Loaded, ids: Tensor, mode: str) -> Tensor:
+    """As a trace reads a batch. The witnesses start with nothing learned."""
+    plan = StatisticsPlan(lenses=("final-norm",), mode=mode)  # type: ignore[arg-type]
+    with HooksBackend(loaded) as source:
+        reading = source.read({"input_ids": ids, "use_cache": False}, torch.ones_like(ids, dtype=torch.bool))
+    inputs, following = ids.flatten(), ids.roll(-1, 1).flatten()
+    witnesses = Witnesses(loaded.anatomy) if mode == "agreement" else None
+    return layer_statistics(loaded.anatomy, reading.residuals, inputs, following, plan, witnesses=witnesses)["agrees"][
+        0
+    ]
+
+
+@torch.inference_mode()
+def peer_lens(peer: peers.Peer, ids: Tensor) -> Tensor:
+    argmax = peer.argmax(ids).flatten(1)
+    return argmax == argmax[-1]
+
+
+def same_agreement(ways: Mapping[str, Any], ids: Tensor) -> dict[str, float]:
+    """Share of (layer, token) bits that each way has in common with transformers', on the first text."""
+    found = {name: run(ids[:1]) for name, run in ways.items()}
+    return {name: float((bits == found["transformers"]).float().mean()) for name, bits in found.items()}
+
+
+def peak(run: Any, ids: Tensor, device: str) -> int | None:
+    run(ids[:, :WARM_UP])
+    with bench.extra_memory(device) as extra:
+        run(ids)
+    return extra()
+
+
+def judged(seconds: Mapping[str, Sequence[float]], extra: Mapping[str, Sequence[int]], tokens: int) -> dict[str, Any]:
+    """Quantiles of each way, and the targets: against the peer whose median is the lowest."""
+    rows = [
+        {
+            "way": name,
+            "seconds": bench.spread(each),
+            "tokens_per_s": bench.spread([tokens / second for second in each]),
+            "extra_bytes": bench.spread(extra.get(name, ())),
+        }
+        for name, each in seconds.items()
+    ]
+    others = {row["way"]: row["seconds"]["p50"] for row in rows if row["way"] in peers.PEERS and row["seconds"]}
+    fastest = min(others, key=lambda name: others[name])
+    targets = [
+        bench.target("agreement only, times as fast as the fastest peer's argmax",
+                     bench.ratios(seconds[fastest], seconds[AGREEMENT]), at_least=3.0),
+        bench.target("all statistics, time over that of the fastest peer's argmax",
+                     bench.ratios(seconds[ALL], seconds[fastest]), at_most=1.5),
+    ]  # fmt: skip
+    if extra and all((*extra[ALL], *extra[fastest])):  # counted, and more than nothing
+        targets.append(bench.target("all statistics, extra memory over that of the fastest peer's argmax",
+                                    bench.ratios(extra[ALL], extra[fastest]), at_most=0.5))  # fmt: skip
+    return {
+        "fastest_peer": fastest,
+        "rows": rows,
+        "targets": targets,
+        "samples": {"seconds": dict(seconds), "extra_bytes": dict(extra)},
+    }
+
+
+def draw(folder: Path) -> None:
+    """Seconds and extra memory of each way, a row of panels for each model."""
+    found = bench.records(folder, "lens")
+    with bench.paper_figure(folder, "lens", 6.9, 0.55 + 1.25 * len(found)) as figure:
+        axes = figure.subplots(len(found), 2, squeeze=False)
+        for record, (left, right) in zip(found, axes, strict=True):
+            rows = [{**row, "way": labelled(row["way"])} for row in record["rows"]]
+            colours = {row["way"]: colour for row, colour in zip(rows, sns.color_palette(PALETTE), strict=False)}
+            for axis, field, scale in ((left, "seconds", 1.0), (right, "extra_bytes", 1 / bench.MIB)):
+                bench.bars(axis, rows, field, scale, colours)
+            layers = f"{record['settings']['tokens']:,} tokens on {record['machine']['device']}"
+            left.set_title(f"{record['model']}: {layers}")
+            right.tick_params(labelleft=False)
+        axes[-1, 0].set_xlabel("seconds, lower is better")
+        axes[-1, 1].set_xlabel("peak memory beyond the model, MiB")
+
+
+def labelled(name: str) -> str:
+    return f"{name}, argmax" if name in peers.PEERS else name
+
+
+if __name__ == "__main__":
+    typer.run(main)
