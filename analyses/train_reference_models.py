@@ -139,7 +139,7 @@ def two_by_two(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that receives the tables.")],
     work: Annotated[Path, typer.Option(help="Checkpoints and tokenised text.")] = Path("build/two-by-two"),
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; each trains four models.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 200,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy continuation.")] = 48,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     precision: Annotated[str, typer.Option(help="bfloat16 or float32, for the products.")] = "bfloat16",

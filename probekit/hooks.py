@@ -270,8 +270,8 @@ class Edit(_Hooked):
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module carries hooks or an instance-level forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Whether a module carries hooks or an instance-level forward, beside what transformers leaves on its layers."""
+    return bool(_foreign_hooks(module) or "forward" in module.__dict__)
 
 
 def _through(layers: Iterable[Callable], residual: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -160,3 +160,11 @@ def test_a_hook_on_the_head_fires_for_drafts_and_verification(tiny):
         handle.remove()
     rounds = expected[0].drafted
     assert rows == [1, *(row for drafted in rounds for row in [*[1] * drafted, drafted + 1])]
+
+
+def test_what_transformers_leaves_on_its_layers_does_not_slow_decoding():
+    """After `output_hidden_states=True` its layers carry hooks for good; they do nothing while nobody asks again."""
+    loaded = synthetic("tiny", seed=7)
+    loaded.model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(layer._forward_hooks or layer._forward_pre_hooks for layer in loaded.anatomy.layers), "else no question"
+    assert not any(isinstance(layer, torch.nn.Module) for layer in quick(loaded.anatomy).layers)
