@@ -70,7 +70,8 @@ def grids(
             ax.set_visible(False)
         for index, (ax, model) in enumerate(zip(block.flat, study.models, strict=False)):
             colours = grid(ax, cells[cells["model"] == study.label(model)], model)
-            title = f"({next(letters)}) {plots.plain(study.label(model))}"
+            label_of = plots.plain(study.label(model))
+            title = f"({next(letters)}) {label_of}" if many * len(rows) > 1 else label_of
             ax.set_title(f"{title}\n{plots.plain(below[model])}" if below else title, fontsize=7.5 if below else None)
             if index % across:
                 ax.set_ylabel("")
