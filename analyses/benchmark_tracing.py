@@ -277,11 +277,12 @@ def draw_growth(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.plot(tokens, [seconds[0] * each / tokens[0] for each in tokens], color="0.7", linewidth=0.8, linestyle="--")
     axis.plot(tokens, seconds, marker="o", color=blue)
     axis.annotate(
-        "seconds", (tokens[1], seconds[1]), (-4, 4), textcoords="offset points", ha="right", color=blue, fontsize=7
+        "seconds", (tokens[-1], seconds[-1]), (-8, 0), textcoords="offset points", ha="right", color=blue, fontsize=7
     )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(tokens, [f"{each:,}" for each in tokens])
+    axis.set_yticks(seconds, [f"{each:.2g}" for each in seconds])
     axis.minorticks_off()
     if rows[0]["extra_bytes"] is not None:
         beside = axis.twinx()

@@ -265,6 +265,9 @@ def paper_figure(folder: Path, name: str, width: float, height: float) -> Iterat
 
 def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], field: str, scale: float, colours: Mapping[str, Any]) -> None:
     """Medians, with 20 % and 80 % quantiles as whiskers, and the figure beside each."""
+    if not any(row[field] for row in rows):
+        axis.set_axis_off()  # not measured
+        return
     for place, row in enumerate(rows):
         if row[field] is None:
             continue
