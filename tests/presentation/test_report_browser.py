@@ -481,6 +481,15 @@ def test_every_control_has_a_name(greedy):
     assert greedy.control("replay", "exit").get_attribute("aria-valuetext").endswith(f"of {DEPTH}")
 
 
+def test_what_is_drawn_for_the_eye_only_is_hidden_from_readers(greedy):
+    hidden = greedy.run(
+        "return [...document.querySelectorAll('[aria-hidden]')].map(e => e.getAttribute('aria-hidden'))"
+    )
+    assert len(hidden) > 10
+    assert set(hidden) == {"true"}
+    assert greedy.run("return [...document.querySelectorAll('.ramp, .bar')].every(e => e.ariaHidden === 'true')")
+
+
 def test_arrow_keys_move_through_the_table_and_enter_replays(greedy):
     greedy.find("#table figure:nth-child(1) td[tabindex='0']").send_keys(Keys.PAGE_UP, Keys.NULL)
     greedy.driver.switch_to.active_element.send_keys(Keys.HOME)

@@ -1,7 +1,10 @@
 // What every part of the page uses: elements, numbers, packed arrays, and moving through tables by arrow keys.
 // Data reaches the page as text nodes and attribute values only, never as markup.
 
-/** An element. Attributes `on...` are listeners; false, null and undefined leave an attribute out. */
+/**
+ * An element. Attributes `on...` are listeners; false, null and undefined leave an attribute out. True is an empty
+ * attribute, but "true" for ARIA, where an empty one says nothing.
+ */
 export function el(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   return fill(set(element, attributes), children);
@@ -16,7 +19,7 @@ function set(element, attributes) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === false || value === null || value === undefined) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value === true ? "" : String(value));
+    else element.setAttribute(name, value === true && !name.startsWith("aria-") ? "" : String(value));
   }
   return element;
 }
