@@ -24,7 +24,8 @@ import probekit
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [path for path in sorted(DOCS.rglob("*.md")) if BLOCK.search(path.read_text(encoding="utf-8"))]
+README = DOCS.parent / "README.md"
+PAGES = [path for path in (README, *sorted(DOCS.rglob("*.md"))) if BLOCK.search(path.read_text(encoding="utf-8"))]
 
 
 def tool(name: str) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def tool(name: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ code that runs
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
 def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
