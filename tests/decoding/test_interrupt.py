@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PROCESS = """
+import signal
 import sys
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.self_speculative import SelfSpeculative
@@ -21,6 +23,7 @@ from probekit.decoding.speculative import Speculative
 from probekit.hooks import Capture, open_hooks
 from probekit.models.synthetic import synthetic
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 loaded, drafter = synthetic("tiny", seed=1, ends=False), synthetic("tiny-draft", seed=3, ends=False)
 method = {{
     "autoregressive": Autoregressive(loaded),
@@ -33,9 +36,10 @@ before = {{name: (dict(vars(module)), module.training) for name, module in loade
 config = loaded.model.config.to_dict()
 sites = [1, 4] if {captured} else []
 capture = Capture(loaded.model, sites or None, reduce=lambda site, residual: None)
-print("decoding", flush=True)
+said = "decoding"
 for _ in range({interrupts}):
     try:
+        print(said, flush=True)
         while True:
             if sites:
                 with capture:
@@ -48,7 +52,8 @@ for _ in range({interrupts}):
         now = {{name: (dict(vars(module)), module.training) for name, module in loaded.model.named_modules()}}
         assert now == before
         assert method.decode(prompts, max_new_tokens=40) == expected
-        print("clean", flush=True)
+        said = "clean"
+print(said, flush=True)
 """
 
 
@@ -61,6 +66,8 @@ def test_ctrl_c_leaves_the_model_clean(method, captured):
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
+    watchdog = threading.Timer(180, process.kill)
+    watchdog.start()
     try:
         assert process.stdout.readline() == "decoding\n"
         for pause in (0.05, 0.013, 0.031, 0.002, 0.027)[:interrupts]:
@@ -69,5 +76,6 @@ def test_ctrl_c_leaves_the_model_clean(method, captured):
             assert process.stdout.readline() == "clean\n", process.stderr.read()
         assert process.wait(60) == 0, process.stderr.read()
     finally:
+        watchdog.cancel()
         process.kill()
         process.communicate()
