@@ -54,9 +54,9 @@ def main(
         kept = bench.kept_samples(path, head)
         ways = {name: way(loaded, name) for name in [ALL, AGREEMENT, *peers.installed()]}
         equal = same_agreement(ways, ids)  # warms up, too
-        seconds = bench.extended(
-            kept.get("seconds"), bench.turns({name: partial(run, ids) for name, run in ways.items()}, repeats, device)
-        )
+        before = kept.get("seconds")
+        runs = {name: partial(run, ids) for name, run in ways.items()}
+        seconds = bench.extended(before, bench.turns(runs, repeats, device, before))
         extra = kept.get("extra_bytes", {})
         if memory:
             again = ("--models", reference, "--tokens", tokens, "--device", device, "--alone")

@@ -101,11 +101,17 @@ def timed(way: Way, device: torch.device | str) -> tuple[float, Any]:
     return time.perf_counter() - began, returned
 
 
-def turns(ways: Mapping[str, Way], repeats: int, device: torch.device | str) -> dict[str, list[float]]:
-    """Seconds of each way, turn by turn; each turn begins with another way."""
+def turns(
+    ways: Mapping[str, Way],
+    repeats: int,
+    device: torch.device | str,
+    before: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each way, turn by turn; each turn begins with another way, also after those on record."""
+    done = max(map(len, before.values()), default=0) if before else 0
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats):
+    for turn in range(done, done + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(timed(ways[name], device)[0])

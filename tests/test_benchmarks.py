@@ -57,6 +57,8 @@ def test_every_way_has_its_turn_and_another_one_begins(bench):
     seconds = bench.turns(ways, 2, "cpu")
     assert called == ["a", "b", "c", "b", "c", "a"]
     assert {name: len(each) for name, each in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    bench.turns(ways, 1, "cpu", before=seconds)
+    assert called[6:] == ["c", "a", "b"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts resident memory this way")
