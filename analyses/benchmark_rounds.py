@@ -4,8 +4,9 @@
 
 The steps of a round with k drafts: k + 1 passes of layers 0..E-1 over one row, k times norm, head and argmax, and one
 pass of layers E..L-1 over k + 1 rows with norm, head and argmax. Each is timed in a loop of its own, at the context in
-the middle of the text, before and after the decoder runs; everything that the decoder does beside them (judging drafts,
-booking tokens, telling the host) is what keeps the ratio below 1.
+the middle of the text, before and after the decoder runs; what the decoder does beside them (judging drafts, booking
+tokens, telling the host) keeps the ratio below 1. Medians on both sides: over a loop, and over the rounds of a text
+that draft all they may.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +27,7 @@ import torch
 import typer
 from rich.console import Console
 
-from probekit.decoding.engine import Engine
+from probekit.decoding.engine import Engine, Session
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.errors import InputError
 from probekit.models.loading import Loaded, load
@@ -83,46 +85,56 @@ def pair_of(text: str) -> tuple[int, int]:
 def measured(
     loaded: Loaded, exit_layer: int, length: int, prompt: int, ids: list[int], budget: int
 ) -> dict[str, float | int]:
-    """One prompt in one cell: seconds of its rounds, and of as many steps as they have."""
+    """One prompt in one cell: median seconds of its rounds with `length` drafts, and of their steps."""
     method = SelfSpeculative(loaded, exit_layer, length)
     method.decode([ids], max_new_tokens=min(budget, 12))
     context = len(ids) + budget // 2
     before = steps(loaded, exit_layer, length, context)
-    done = method.decode([ids], max_new_tokens=budget)[0]
+    with stopwatch() as ticks:
+        done = method.decode([ids], max_new_tokens=budget)[0]
     after = steps(loaded, exit_layer, length, context)
     step = {name: (before[name] + after[name]) / 2 for name in before}
-    foretold = sum(
-        (k + 1) * step["early"] + k * step["head"] + step[f"verify {k + 1}" if k in (0, length) else "verify some"]
-        for k in done.drafted
-    )
+    whole = np.diff(ticks)[np.array(done.drafted) == length]
+    foretold = (length + 1) * step["early"] + length * step["head"] + step["verify"]
     return {
-        "prompt": prompt, "exit_layer": exit_layer, "draft_length": length, "rounds": done.rounds,
-        "drafted": sum(done.drafted), "seconds": done.seconds["total"] - done.seconds["prefill"],
-        "steps_s": foretold, "early_s": step["early"], "head_s": step["head"], "verify_s": step[f"verify {length + 1}"],
+        "prompt": prompt, "exit_layer": exit_layer, "draft_length": length, "rounds": len(whole),
+        "round_s": float(np.median(whole)), "steps_s": foretold,
+        "early_s": step["early"], "head_s": step["head"], "verify_s": step["verify"],
     }  # fmt: skip
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """The moments at which rounds begin and end: those at which a session says so itself."""
+    ticks: list[float] = []
+    tick = Session.tick
+
+    def noted(session: Session, phase: str) -> None:
+        tick(session, phase)
+        if phase in ("prefill", "verify"):
+            ticks.append(perf_counter())
+
+    Session.tick = noted  # type: ignore[method-assign]
+    try:
+        yield ticks
+    finally:
+        Session.tick = tick  # type: ignore[method-assign]
 
 
 @torch.inference_mode()
 def steps(loaded: Loaded, exit_layer: int, length: int, context: int) -> dict[str, float]:
     """Median seconds of each step at a context, each in a loop of its own."""
-    parts = loaded.anatomy
-    engine = Engine(parts, 1, context + length + 1)
+    engine = Engine(loaded.anatomy, 1, context + length + 1)
     token = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
     residual = engine.early(token, engine.places([context], 1), exit_layer)
 
-    def verify(rows: int) -> Callable[[], Any]:
-        wide = residual.expand(1, rows, -1).contiguous()
-        return lambda: engine.logits(engine.late(wide, engine.places([context], rows), exit_layer)).argmax(-1)
-
+    wide = residual.expand(1, length + 1, -1).contiguous()
     ways = {
         "early": lambda: engine.early(token, engine.places([context], 1), exit_layer),
-        "head": lambda: engine.logits(parts.norm(residual)).argmax(-1),
-        "verify 1": verify(1),
-        f"verify {length + 1}": verify(length + 1),
+        "head": lambda: engine.logits(engine.parts.norm(residual)).argmax(-1),
+        "verify": lambda: engine.logits(engine.late(wide, engine.places([context], length + 1), exit_layer)).argmax(-1),
     }
-    found = {name: timed(way, loaded.device) for name, way in ways.items()}
-    found["verify some"] = (found["verify 1"] + found[f"verify {length + 1}"]) / 2
-    return found
+    return {name: timed(way, loaded.device) for name, way in ways.items()}
 
 
 def timed(way: Callable[[], Any], device: torch.device) -> float:
@@ -138,14 +150,14 @@ def timed(way: Callable[[], Any], device: torch.device) -> float:
 
 
 def summary(pair: tuple[int, int], rows: pd.DataFrame) -> dict[str, Any]:
-    """steps_over_round: the sum of the steps over the rounds' time, all prompts together; and of single prompts."""
-    single = rows["steps_s"] / rows["seconds"]
+    """steps_over_round: the sum of the steps over the round, of each prompt."""
+    single = rows["steps_s"] / rows["round_s"]
     return {
         "exit_layer": int(pair[0]),
         "draft_length": int(pair[1]),
         "rounds": int(rows["rounds"].sum()),
-        "round_s": float(rows["seconds"].sum() / rows["rounds"].sum()),
-        "steps_over_round": float(rows["steps_s"].sum() / rows["seconds"].sum()),
+        "round_s": float(rows["round_s"].median()),
+        "steps_over_round": float(single.median()),
         "steps_over_round_quantiles": single.quantile(list(QUANTILES)).tolist(),
     }
 

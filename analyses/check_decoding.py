@@ -1,7 +1,6 @@
 """Does every method write the model's own tokens, in the rounds that were predicted? 200 prompts, all exits, float32.
 
-    python analyses/check_decoding.py -o docs/results/decoding/checked
-    python analyses/check_decoding.py tales-tied --prompts 40 -o /somewhere/else
+    python analyses/check_decoding.py tales-untied -o docs/results/decoding/checked-tales-untied
 
 Greedy. The prompts are the bundled ones, tales and general text, cut to 200 different beginnings. Prompt i has draft
 length 1 + i mod 8. Every exit decodes every prompt, in batches of the prompts of one draft length; and each prompt is
