@@ -158,13 +158,13 @@ def test_nnsight_reads_the_same_numbers(name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", TALES)
 def test_every_cell_on_the_running_decoders(name, traces):
-    """All 11 exits x 8 draft lengths: our decoder on every sixth prompt, transformers' on one of them."""
+    """All 11 exits x 8 draft lengths: our decoder on every prompt, transformers' on two."""
     loaded, trace = load(name), traces[name]
-    validation = validate(loaded, trace.select(trace.prompts[::6]))
+    validation = validate(loaded, trace)
     assert len(validation.cells) == 88
     assert validation.holds
     assert all(cell.rounds_equal or cell.ties for cell in validation.cells)
-    assert check_against_transformers(loaded, trace, range(1, 12), LENGTHS, [0]) <= 4
+    assert check_against_transformers(loaded, trace, range(1, 12), LENGTHS, [0, 1]) <= 8
 
 
 def test_the_drafter_is_predicted_too():
