@@ -1,6 +1,7 @@
 """Was the chosen pair the best one? Every exit layer and draft length, really run, on prompts that had no say in it.
 
     python analyses/benchmark_regret.py tales-layerskip -o docs/results/decoding/regret-tales-layerskip
+    python analyses/benchmark_regret.py tales-layerskip --draft-rows 512 -o docs/results/decoding/regret-rows-512
 
 The pair is chosen on the even-numbered bundled prompts: one trace, and costs measured on this machine. Then every pair
 decodes the odd-numbered ones. All take turns on a prompt, autoregressive decoding twice among them, before the next
@@ -9,9 +10,9 @@ same command goes on with the others.
 
 Regret: 1 - speedup of the chosen pair / speedup of the best pair, all prompts together; "no drafts" is among the pairs,
 at 1. The time of a pair is that of its rounds: their number, which no noise touches, times the median over the prompts
-of what a round took, so that a slow moment of the machine, which meets one pair and not the next, decides nothing. The
-best of many noisy speedups is too good, so beside it stands the honest one: the best pair is looked for on half of the
-prompts, and compared on the other half, for every way to halve them. Noise: the same for two runs of one method,
+of a text's median round, so that a slow moment of the machine, which meets one pair and not the next, decides nothing.
+The best of many noisy speedups is too good, so beside it stands the honest one: the best pair is looked for on half of
+the prompts, and compared on the other half, for every way to halve them. Noise: the same for two runs of one method,
 autoregressive decoding against itself.
 """
 
@@ -32,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from benchmarking import stopwatch
 from rich.console import Console
 
 from probekit.decoding.autoregressive import Autoregressive
@@ -43,11 +45,12 @@ from probekit.prediction.choice import Choice, choose
 from probekit.prediction.costs import measure_costs
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
+from probekit.tracing.traces import Trace
 
 QUANTILES = (0.2, 0.5, 0.8)
 INTERVAL = (0.025, 0.975)  # bootstrap over prompts
 RESAMPLES = 1000
-RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds")
+RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds", "round_s")
 PLAIN = (0, 0)  # (exit layer, draft length) of autoregressive decoding
 
 
@@ -58,6 +61,10 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("regret"),
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     longest: Annotated[int, typer.Option(min=1, help="Draft lengths 1..LONGEST.")] = 8,
+    draft_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draft with the head's rows of so many tokens, counted on the even prompts."),
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Start no further prompt after so long.")] = 3.5,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
     device: Annotated[str | None, typer.Option()] = None,
@@ -74,14 +81,21 @@ def main(
         "longest": longest,
         "weights_hash": loaded.weights_hash,
         "threads": torch.get_num_threads(),
+        "draft_rows": draft_rows,
     }
     if record_path.is_file() and json.loads(record_path.read_text())["settings"] == settings:
         record, raw = json.loads(record_path.read_text()), pd.read_csv(raw_path)
     else:
-        chosen = choice_on(loaded, prompts[::2], max_new_tokens, longest)
-        record, raw = described(loaded, chosen, settings), pd.DataFrame(columns=list(RAW))
+        traced = trace(loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement")
+        if draft_rows is not None:  # once more, on the tokens that the first trace counted
+            traced = trace(
+                loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement", draft_vocabulary=traced
+            )
+        record = described(loaded, choice_on(loaded, traced, longest, draft_rows), settings)
+        record["draft_vocabulary"] = draft_rows and traced.draft_head_ids(draft_rows).tolist()
+        raw = pd.DataFrame(columns=list(RAW))
     todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
-    methods = methods_of(loaded, longest)
+    methods = methods_of(loaded, longest, record["draft_vocabulary"])
     for prompt in todo:
         if perf_counter() - began > 60 * minutes:
             break
@@ -94,13 +108,13 @@ def main(
     Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
 
 
-def choice_on(loaded: Loaded, prompts: Sequence[Prompt], budget: int, longest: int) -> Choice:
-    """What probekit recommends after these prompts, with costs measured at the context in the middle of the texts."""
-    traced = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement")
+def choice_on(loaded: Loaded, traced: Trace, longest: int, draft_rows: int | None) -> Choice:
+    """What probekit recommends after a trace, with costs measured at the context in the middle of the texts."""
     context = int((traced.texts["prompt_tokens"] + traced.texts["new_tokens"] / 2).median())
     lengths = range(1, longest + 1)
-    costs = measure_costs(loaded, context, exit_layers=loaded.anatomy.exits, draft_lengths=lengths)
-    return choose(predict(traced, draft_lengths=lengths), costs)
+    ids = None if draft_rows is None else traced.draft_head_ids(draft_rows)
+    costs = measure_costs(loaded, context, draft_lengths=lengths, draft_vocabulary=ids)
+    return choose(predict(traced, draft_lengths=lengths, draft_rows=draft_rows), costs)
 
 
 def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,10 +135,13 @@ def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[
     }
 
 
-def methods_of(loaded: Loaded, longest: int) -> list[tuple[tuple[int, int], Method]]:
+def methods_of(
+    loaded: Loaded, longest: int, draft_vocabulary: list[int] | None
+) -> list[tuple[tuple[int, int], Method]]:
     """Every pair, and autoregressive decoding at the beginning and in the middle."""
+    ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
     pairs = [
-        ((exit_layer, length), SelfSpeculative(loaded, exit_layer, length))
+        ((exit_layer, length), SelfSpeculative(loaded, exit_layer, length, draft_vocabulary=ids))
         for exit_layer in loaded.anatomy.exits
         for length in range(1, longest + 1)
     ]
@@ -144,17 +161,19 @@ def measured(
     seen: dict[tuple[int, int], int] = {}
     for place in np.random.default_rng(prompt.index).permutation(len(methods)):
         pair, method = methods[place]
-        done = method.decode([ids], max_new_tokens=budget)[0]
+        with stopwatch() as ticks:
+            done = method.decode([ids], max_new_tokens=budget)[0]
         seen[pair] = seen.get(pair, -1) + 1
         spent = done.seconds["total"] - done.seconds["prefill"]
-        rows.append((prompt.index, *pair, seen[pair], spent, done.emitted, done.rounds))
+        typical = float(np.median(np.diff(ticks)))
+        rows.append((prompt.index, *pair, seen[pair], spent, done.emitted, done.rounds, typical))
     return pd.DataFrame(rows, columns=list(RAW))
 
 
 def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
     """Speedups of all pairs, pooled over prompts, and what the chosen one lost."""
     pairs = [PLAIN, *sorted(set(zip(raw["exit_layer"], raw["draft_length"], strict=True)) - {PLAIN})]
-    table = raw.pivot_table(["seconds", "rounds"], "prompt", ["exit_layer", "draft_length", "turn"])
+    table = raw.pivot_table(["seconds", "rounds", "round_s"], "prompt", ["exit_layer", "draft_length", "turn"])
     runs = [Runs.of(table, pair) for pair in pairs]
     plain, mine = runs[0], runs[pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))]
     seconds = np.array([run.typical() for run in runs])
@@ -191,25 +210,25 @@ def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """One pair on every prompt: (prompts,) seconds and rounds."""
+    """One pair on every prompt: (prompts,) seconds, rounds, and seconds of the median round."""
 
     pair: tuple[int, int]
     seconds: np.ndarray
     rounds: np.ndarray
+    round_s: np.ndarray
 
     @classmethod
     def of(cls, table: pd.DataFrame, pair: tuple[int, int], turn: int | None = None) -> Runs:
         """table: a row a prompt. Without a turn, the mean of all."""
         found = []
-        for name in ("seconds", "rounds"):
+        for name in ("seconds", "rounds", "round_s"):
             turns = table[name][pair]
             found.append((turns.mean(axis=1) if turn is None else turns[turn]).to_numpy(float))
         return cls(pair, *found)
 
     def typical(self, at: np.ndarray | slice = slice(None)) -> float:
         """Seconds of all rounds of some prompts, were every round of the typical duration."""
-        seconds, rounds = self.seconds[at], self.rounds[at]
-        return float(rounds.sum() * np.median(seconds / rounds))
+        return float(self.rounds[at].sum() * np.median(self.round_s[at]))
 
 
 def halves(runs: Sequence[Runs], mine: Runs, prompts: int) -> np.ndarray:

@@ -3,10 +3,12 @@
     python analyses/benchmark_rounds.py tales-layerskip --cell 3,2 --cell 6,4 -o docs/results/decoding/rounds-layerskip
 
 The steps of a round with k drafts: k + 1 passes of layers 0..E-1 over one row, k times norm, head and argmax, and one
-pass of layers E..L-1 over k + 1 rows with norm, head and argmax. Each is timed in a loop of its own, at the context in
-the middle of the text, before and after the decoder runs; what the decoder does beside them (judging drafts, booking
-tokens, telling the host) keeps the ratio below 1. Medians on both sides: over a loop, and over the rounds of a text
-that draft all they may.
+pass of layers E..L-1 over k + 1 rows with norm, head and argmax. Each is timed by itself, without a decoder, at the
+context in the middle of the text, before and after the decoder runs. They take turns in the order of a round, so that
+weights come from where they come from in a round; in a loop of its own a step finds them in the processor's caches
+(those times are in the record too, as `alone_over_round`). What the decoder does beside them (judging drafts, booking
+tokens, telling the host) keeps the ratio below 1. Medians on both sides: over the turns of a step, and over the rounds
+of a text that draft all they may.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -25,16 +26,17 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from benchmarking import stopwatch
 from rich.console import Console
 
-from probekit.decoding.engine import Engine, Session
+from probekit.decoding.engine import Engine
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.errors import InputError
 from probekit.models.loading import Loaded, load
 from probekit.tracing.prompts import bundled_prompts_for
 
 QUANTILES = (0.2, 0.5, 0.8)
-LOOP_S = 0.15  # a step is repeated for so long each time that it is timed
+LOOP_S = 0.5  # the steps of a round are repeated for so long each time that they are timed
 
 
 def main(
@@ -93,60 +95,49 @@ def measured(
     with stopwatch() as ticks:
         done = method.decode([ids], max_new_tokens=budget)[0]
     after = steps(loaded, exit_layer, length, context)
-    step = {name: (before[name] + after[name]) / 2 for name in before}
     whole = np.diff(ticks)[np.array(done.drafted) == length]
-    foretold = (length + 1) * step["early"] + length * step["head"] + step["verify"]
     return {
         "prompt": prompt, "exit_layer": exit_layer, "draft_length": length, "rounds": len(whole),
-        "round_s": float(np.median(whole)), "steps_s": foretold,
-        "early_s": step["early"], "head_s": step["head"], "verify_s": step["verify"],
+        "round_s": float(np.median(whole)), **{name: (before[name] + after[name]) / 2 for name in before},
     }  # fmt: skip
-
-
-@contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """The moments at which rounds begin and end: those at which a session says so itself."""
-    ticks: list[float] = []
-    tick = Session.tick
-
-    def noted(session: Session, phase: str) -> None:
-        tick(session, phase)
-        if phase in ("prefill", "verify"):
-            ticks.append(perf_counter())
-
-    Session.tick = noted  # type: ignore[method-assign]
-    try:
-        yield ticks
-    finally:
-        Session.tick = tick  # type: ignore[method-assign]
 
 
 @torch.inference_mode()
 def steps(loaded: Loaded, exit_layer: int, length: int, context: int) -> dict[str, float]:
-    """Median seconds of each step at a context, each in a loop of its own."""
+    """Median seconds of the steps of a round at a context: `steps_s` in its order, `alone_s` in loops of their own."""
     engine = Engine(loaded.anatomy, 1, context + length + 1)
     token = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
     residual = engine.early(token, engine.places([context], 1), exit_layer)
 
     wide = residual.expand(1, length + 1, -1).contiguous()
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "early": lambda: engine.early(token, engine.places([context], 1), exit_layer),
         "head": lambda: engine.logits(engine.parts.norm(residual)).argmax(-1),
         "verify": lambda: engine.logits(engine.late(wide, engine.places([context], length + 1), exit_layer)).argmax(-1),
     }
-    return {name: timed(way, loaded.device) for name, way in ways.items()}
+    order = [*("early", "head") * length, "early", "verify"]
+    in_order = timed([ways[name] for name in order], LOOP_S, loaded.device)
+    alone = {name: timed([way], LOOP_S / len(ways), loaded.device)[0] for name, way in ways.items()}
+    return {
+        "steps_s": sum(in_order),
+        "alone_s": sum(alone[name] for name in order),
+        **{f"{name}_s": seconds for name, seconds in zip(order, in_order, strict=True)},
+    }
 
 
-def timed(way: Callable[[], Any], device: torch.device) -> float:
-    seconds = []
-    way()
-    while sum(seconds) < LOOP_S or len(seconds) < 3:
-        began = perf_counter()
+def timed(ways: list[Callable[[], Any]], loop_s: float, device: torch.device) -> list[float]:
+    """Median seconds of each, one after the other, again and again."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for way in ways:
         way()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(perf_counter() - began)
-    return float(np.median(seconds))
+    while sum(map(sum, seconds)) < loop_s or len(seconds[0]) < 3:
+        for way, own in zip(ways, seconds, strict=True):
+            began = perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            own.append(perf_counter() - began)
+    return [float(np.median(own)) for own in seconds]
 
 
 def summary(pair: tuple[int, int], rows: pd.DataFrame) -> dict[str, Any]:
@@ -159,6 +150,7 @@ def summary(pair: tuple[int, int], rows: pd.DataFrame) -> dict[str, Any]:
         "round_s": float(rows["round_s"].median()),
         "steps_over_round": float(single.median()),
         "steps_over_round_quantiles": single.quantile(list(QUANTILES)).tolist(),
+        "alone_over_round": float((rows["alone_s"] / rows["round_s"]).median()),
     }
 
 

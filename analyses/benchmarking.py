@@ -28,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.engine import Session
 from probekit.decoding.sampling import Sampling
 from probekit.errors import InputError
 from probekit.models.loading import TALES, Loaded, load
@@ -121,6 +122,24 @@ def turns(
 
 def _nothing() -> None:
     pass
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """The moments at which rounds of decoding begin and end: those at which a session says so itself."""
+    ticks: list[float] = []
+    tick = Session.tick
+
+    def noted(session: Session, phase: str) -> None:
+        tick(session, phase)
+        if phase in ("prefill", "verify"):
+            ticks.append(time.perf_counter())
+
+    Session.tick = noted  # type: ignore[method-assign]
+    try:
+        yield ticks
+    finally:
+        Session.tick = tick  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------------------ memory

@@ -20,10 +20,10 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "models": ("anatomy", "loading", "synthetic"),
+    "models": ("products", "anatomy", "loading", "synthetic"),
     "lens": ("lens", "heads", "recipe", "reductions", "draft_rows", "screen", "witness", "kernel", "statistics"),
     "decoding": (
-        "sampling", "caches", "policies", "results", "products", "quick", "engine",
+        "sampling", "caches", "policies", "results", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": ("shading", "prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),

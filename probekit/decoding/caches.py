@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -105,6 +104,5 @@ def lower_right_mask(positions: Tensor, visible: int, dtype: torch.dtype) -> Ten
 
     positions: (rows, tokens). Returns (rows, 1, tokens, visible).
     """
-    slots = torch.arange(visible, device=positions.device)
-    hidden = rearrange(positions, "rows tokens -> rows 1 tokens 1") < slots
-    return torch.zeros((), dtype=dtype, device=positions.device).masked_fill(hidden, torch.finfo(dtype).min)
+    hidden = positions[:, None, :, None] < torch.arange(visible, device=positions.device)
+    return hidden.to(dtype).mul_(torch.finfo(dtype).min)

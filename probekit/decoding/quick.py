@@ -21,9 +21,9 @@ from torch.nn.modules import module as modules
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
-from probekit.decoding.products import product
 from probekit.hooks import is_hooked
 from probekit.models.anatomy import Anatomy
+from probekit.models.products import product
 
 FOLDED = "probekit-folded"
 

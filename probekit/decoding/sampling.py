@@ -205,7 +205,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 def _run(accepted: Tensor, steps: Tensor, limits: Tensor) -> Tensor:
     """Length of the run of acceptances from the first draft, at most `limits`. accepted: (rows, k)."""
-    return (accepted & (steps < limits[:, None])).long().cumprod(1).sum(1)
+    return (accepted & (steps < limits[:, None])).cumprod(1).sum(1)
 
 
 def _probability(probabilities: Tensor, token: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from probekit.decoding.engine import Engine, Method, Session
 from probekit.decoding.policies import FixedLength, Policy
-from probekit.decoding.products import product
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
 from probekit.models.loading import Loaded
+from probekit.models.products import product
 
 
 class SelfSpeculative(Method):

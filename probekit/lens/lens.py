@@ -14,10 +14,11 @@ from torch import Tensor
 
 from probekit.errors import InputError, SelfCheckError
 from probekit.models.anatomy import Anatomy
+from probekit.models.products import many_rows
 
 Kind = Literal["final-norm", "raw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-WEIGHT_BLOCK_BYTES = 16 * 2**20  # of float32 head rows made at once where the weights are of another dtype
+WEIGHT_BLOCK_BYTES = 16 * 2**20  # of float32 head rows in one product, made for it where they are of another dtype
 CHECK_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -72,21 +73,27 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
     if out is None:
         out = states.new_empty(len(states), len(weight), dtype=torch.float32)
     states = states.float()
-    if weight.dtype == torch.float32:
+    if weight.is_cuda and weight.dtype == torch.float32:
         return torch.mm(states, weight.T, out=out)
-    block = max(1, WEIGHT_BLOCK_BYTES // (4 * weight.shape[1]))
+    block = _weight_block(weight)
     for first in range(0, len(weight), block):
-        torch.mm(states, weight[first : first + block].float().T, out=out[:, first : first + block])
+        many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
     return out
 
 
 def head_scratch_bytes(parts: Anatomy, rows: int) -> int:
     """Most bytes that `head_logits` takes beside its result, for `rows` rows."""
     weight = parts.head.weight
-    if weight.dtype == torch.float32:
+    if weight.is_cuda and weight.dtype == torch.float32:
         return 0
-    block = min(len(weight), max(1, WEIGHT_BLOCK_BYTES // (4 * weight.shape[1])))
-    return 4 * (rows * weight.shape[1] + block * weight.shape[1])
+    block = _weight_block(weight)
+    widened = 0 if weight.dtype == torch.float32 else (rows + block) * weight.shape[1]
+    return 4 * (widened + rows * block)
+
+
+def _weight_block(weight: Tensor) -> int:
+    """Rows of the head in one product."""
+    return min(len(weight), max(1, WEIGHT_BLOCK_BYTES // (4 * weight.shape[1])))
 
 
 def not_finite(kind: Kind, layer: int) -> SelfCheckError:

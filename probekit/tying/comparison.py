@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -94,7 +95,7 @@ class Comparison:
         parts = []
         for table in self.tables():
             frame = pd.DataFrame(table.rows, columns=table.columns)
-            parts.append(f"<h4>{table.title}</h4>{frame.to_html(index=False, float_format='{:.3f}'.format)}")
+            parts.append(f"<h4>{escape(table.title)}</h4>{frame.to_html(index=False, float_format='{:.3f}'.format)}")
         return "".join(parts)
 
     def _models_table(self) -> ComparisonTable:

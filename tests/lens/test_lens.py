@@ -47,7 +47,8 @@ def test_logits_of_small_dtypes_are_float32(dtype, monkeypatch):
     logits = head_logits(parts, states)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-5)
-    assert head_scratch_bytes(parts, 7) == 4 * parts.width * (7 + 10)
+    widened, product = parts.width * (7 + 10), 7 * 10
+    assert head_scratch_bytes(parts, 7) == 4 * (widened + product)
     assert len({*logits.flatten().tolist()}) > len({*logits.to(dtype).flatten().tolist()})
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from probekit.decoding import products
-from probekit.decoding.products import product
+from probekit.models import products
+from probekit.models.products import many_rows, product
 
 SIZES = [(36, 52), (128, 352), (352, 128), (128, 4096), (576, 576), (1536, 576), (576, 1536)]
 
@@ -61,3 +61,18 @@ def test_other_types_and_maps_with_a_bias_are_the_default(dtype):
     assert torch.equal(product(weight)(inputs[:, :3]), functional.linear(inputs[:, :3], weight))
     bias = weight[:, 0].clone()
     assert torch.equal(product(weight, bias)(inputs[:, :3]), functional.linear(inputs[:, :3], weight, bias))
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(36, 52), (512, 2048)])
+@torch.inference_mode()
+def test_many_rows_fill_a_part_of_a_buffer(width, outputs):
+    """Beside oneDNN's size, and from it on: as exact as float32 sums are, and nothing else is written."""
+    weight, inputs = of_size(width, outputs)
+    assert (weight.numel() >= products.HUGE) == (width == 512)
+    buffer = torch.full((40, outputs + 7), 3.0)
+    many_rows(inputs[0], weight, buffer[:, 5:-2])
+    truth = inputs[0].double() @ weight.double().T
+    bound = width * 2.0**-24 * (inputs[0].double().abs() @ weight.double().abs().T)
+    assert ((buffer[:, 5:-2] - truth).abs() <= bound).all()
+    assert (buffer[:, :5] == 3).all()
+    assert (buffer[:, -2:] == 3).all()
