@@ -90,6 +90,11 @@ def test_the_notebook_runs_in_a_kernel(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the references
+def test_the_benchmarks_page_is_what_the_records_say():
+    written = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert written == tool("benchmarks")["page"](), "make it again: `python docs/tools/benchmarks.py`"
+
+
 def test_the_commands_page_is_what_the_commands_say(capsys):
     from probekit.cli.app import run
 
