@@ -77,15 +77,23 @@ def way(loaded: Loaded, name: str) -> Any:
 
 @torch.inference_mode()
 def probekit_lens(loaded: Loaded, ids: Tensor, mode: str) -> Tensor:
-    """As a trace reads a batch. The witnesses start with nothing learned."""
+    """As a trace reads batches: a text in each, so that few residuals are held; for agreement, which pools rows, all.
+
+    The witnesses start with nothing learned.
+    """
     plan = StatisticsPlan(lenses=("final-norm",), mode=mode)  # type: ignore[arg-type]
-    with HooksBackend(loaded) as source:
-        reading = source.read({"input_ids": ids, "use_cache": False}, torch.ones_like(ids, dtype=torch.bool))
-    inputs, following = ids.flatten(), ids.roll(-1, 1).flatten()
     witnesses = Witnesses(loaded.anatomy) if mode == "agreement" else None
-    return layer_statistics(loaded.anatomy, reading.residuals, inputs, following, plan, witnesses=witnesses)["agrees"][
-        0
-    ]
+    found = []
+    for batch in ids.split(1 if mode == "all" else len(ids)):
+        with HooksBackend(loaded) as source:
+            reading = source.read({"input_ids": batch, "use_cache": False}, torch.ones_like(batch, dtype=torch.bool))
+        inputs, following = batch.flatten(), batch.roll(-1, 1).flatten()
+        found.append(
+            layer_statistics(loaded.anatomy, reading.residuals, inputs, following, plan, witnesses=witnesses)["agrees"][
+                0
+            ]
+        )
+    return torch.cat(found, 1)
 
 
 @torch.inference_mode()

@@ -66,10 +66,11 @@ class HooksBackend:
     @torch.inference_mode()
     def read(self, inputs: Mapping[str, Any], rows: Tensor) -> Reading:
         parts = self._anatomy
-        residuals = torch.empty((parts.depth + 1, int(rows.sum()), parts.width), dtype=parts.dtype, device=parts.device)
+        wanted = rows.flatten().nonzero()[:, 0]
+        residuals = torch.empty((parts.depth + 1, len(wanted), parts.width), dtype=parts.dtype, device=parts.device)
 
         def keep(site: int, residual: Tensor) -> None:
-            residuals[site] = residual[rows]
+            torch.index_select(residual.flatten(0, 1), 0, wanted, out=residuals[site])
 
         with Capture(parts, reduce=keep):
             logits = parts.model(**inputs, logits_to_keep=1).logits
