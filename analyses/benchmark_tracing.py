@@ -96,9 +96,10 @@ def capture(loaded: Loaded, ids: Tensor, prompts: Tensor, repeats: int, again: C
     def plain() -> None:
         loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
+    source = HooksBackend(loaded)  # one for all passes, as in a trace
+
     def captured() -> None:
-        with HooksBackend(loaded) as source:
-            source.read({"input_ids": ids, "use_cache": False}, rows)
+        source.read({"input_ids": ids, "use_cache": False}, rows)
 
     once = {PLAIN: plain, CAPTURED: captured}
     once |= {name: partial(peers.PEERS[name](loaded).states, ids) for name in peers.installed()}

@@ -509,7 +509,9 @@ class _Run:
                 top=self._top(reading, piece),
                 drafter=drafted,
                 draft_head=self._draft_head(reading, piece),
-                residuals={f"layer_{site}": reading.residuals[site].cpu() for site in manifest.keep_residuals},
+                residuals={
+                    f"layer_{site}": reading.residuals[site].to("cpu", copy=True) for site in manifest.keep_residuals
+                },
             )
 
     def _statistics(self, reading: Reading, keys: Mapping[str, np.ndarray], top: int = 0) -> dict[str, Tensor]:

@@ -46,6 +46,11 @@ def naive(model, inputs, rows) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(residuals, dim=1), torch.stack(logits)
 
 
+def kept(reading: Reading) -> Reading:
+    """The same, to be looked at after another one."""
+    return replace(reading, residuals=reading.residuals.clone())
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_each_backend_reads_what_transformers_computes(name, any_tiny, unchanged) -> None:
     model = unchanged(any_tiny.model)
@@ -70,23 +75,38 @@ def test_backends_give_the_same_numbers(any_tiny) -> None:
 def test_a_text_may_come_in_segments(name, tiny) -> None:
     inputs, rows = batch((12,), tiny.anatomy.vocabulary)
     with open_backend(name, tiny) as backend:
-        whole = backend.read(inputs, rows)
+        whole = kept(backend.read(inputs, rows))
         cache = DynamicCache(config=tiny.model.config)
         parts = [
-            backend.read(
-                {
-                    "input_ids": inputs["input_ids"][:, start : start + 5],
-                    "position_ids": inputs["position_ids"][:, start : start + 5],
-                    "past_key_values": cache,
-                    "use_cache": True,
-                },
-                rows[:, start : start + 5],
+            kept(
+                backend.read(
+                    {
+                        "input_ids": inputs["input_ids"][:, start : start + 5],
+                        "position_ids": inputs["position_ids"][:, start : start + 5],
+                        "past_key_values": cache,
+                        "use_cache": True,
+                    },
+                    rows[:, start : start + 5],
+                )
             )
             for start in (0, 5, 10)
         ]
     together = torch.cat([part.residuals for part in parts], dim=1)
     torch.testing.assert_close(together, whole.residuals, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(parts[-1].logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_passes_share_one_place(tiny) -> None:
+    """A shorter pass after a longer one, and a longer one after that: each is right, until the next one comes."""
+    with HooksBackend(tiny) as hooks:
+        places = []
+        for length in (9, 4, 12, 9):
+            inputs, rows = batch((length, 2), 97, seed=length)
+            reading = hooks.read(inputs, rows)
+            places.append(reading.residuals.data_ptr())
+            with HooksBackend(tiny) as fresh:
+                assert torch.equal(reading.residuals, fresh.read(inputs, rows).residuals)
+    assert places[0] == places[1] != places[2] == places[3]
 
 
 def test_nnsight_leaves_no_trace() -> None:
@@ -148,7 +168,7 @@ def test_noise_bounds_what_rows_alone_and_among_others_differ_by(any_tiny) -> No
     inputs, rows = batch((40, 25), any_tiny.anatomy.vocabulary)
     short, short_rows = {name: values[1:, 15:] for name, values in inputs.items() if name != "use_cache"}, rows[1:, 15:]
     with HooksBackend(any_tiny) as hooks:
-        among, alone = hooks.read(inputs, rows), hooks.read({**short, "use_cache": False}, short_rows)
+        among, alone = kept(hooks.read(inputs, rows)), hooks.read({**short, "use_cache": False}, short_rows)
     for site in any_tiny.anatomy.sites:
         apart.append((lens(among.residuals[site, 40:], site) - lens(alone.residuals[site], site)).abs().max())
     assert max(apart) <= max(noise, 1e-5)
