@@ -235,10 +235,7 @@ def judged(
         EVERY_THEIRS: bench.spread(theirs * cells * len(even)),
     }
     total = sum(spent.values())
-    mine = next(row for row in curves if row["way"] == TRACE and row["prompts"] == len(even))
-    rivals = [row for row in curves if row["way"] == HALVING]
-    equal = [row for row in rivals if row["regret"] <= mine["regret"]]
-    rival = min(equal, key=lambda row: row["seconds"]) if equal else min(rivals, key=lambda row: row["regret"])
+    mine, rival = at_equal_regret(curves)
     # per cell and prompt: the mean is what a sweep pays, so the quantiles are over means of resampled runs
     means = [float(random.choice(theirs, len(theirs)).mean()) * cells * len(even) / total for _ in range(1000)]
     best = int(regret.argmin())
@@ -247,7 +244,7 @@ def judged(
         "trace_s": {**spent, "total": total},
         "every_pair_s": every,
         "curves": curves,
-        "equal_regret": {"reached": bool(equal), "trace": mine, "halving": rival},
+        "equal_regret": {"trace": mine, "halving": rival},
         "best_pair": list(table.cells[best]),
         "rounds_measured_over_predicted": bench.spread(_over_predicted(runs, predicted, table)),
         "targets": [
@@ -259,6 +256,16 @@ def judged(
         ],
         "samples": {"runs": runs, "table_s": np.round(table.seconds, 5).tolist(), "tokens": table.tokens.tolist()},
     }  # fmt: skip
+
+
+def at_equal_regret(curves: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For each way the fewest seconds at a regret that both can reach: (one trace, successive halving)."""
+    ways = [[row for row in curves if row["way"] == way] for way in (TRACE, HALVING)]
+    level = max(min(row["regret"] for row in rows) for rows in ways)
+    mine, rival = (
+        min((row for row in rows if row["regret"] <= level), key=lambda row: row["seconds"]) for rows in ways
+    )
+    return mine, rival
 
 
 def _over_predicted(runs: Sequence[dict[str, Any]], predicted: np.ndarray, table: Table) -> list[float]:

@@ -125,7 +125,8 @@ def choice() -> Iterator[str]:
     yield "## Finding the best pair\n"
     yield command("python analyses/benchmark_choice.py --models path/to/model.gguf")
     yield (
-        "Seconds until a pair is chosen on half of the prompts, and its regret on the others. Sweeps are extrapolated "
+        "Seconds until a pair is chosen on some of the even prompts, and its regret on the odd ones: for each way the "
+        "fewest seconds at a regret that both can reach. Sweeps are extrapolated "
         "from the pairs that were run; successive halving is played on a table of every pair's seconds, "
         "`measured` or `replayed` from the exact rounds and the costs of a round.\n"
     )
@@ -136,7 +137,8 @@ def choice() -> Iterator[str]:
             f"tokens, table {settings['table']}. {where(record)}\n"
         )
         rows = [
-            [equal["trace"]["way"], f"{equal['trace']['seconds']:.1f}", f"{equal['trace']['regret']:.1%}"],
+            [f"{equal['trace']['way']}, of {equal['trace']['prompts']} prompts",
+             f"{equal['trace']['seconds']:.1f}", f"{equal['trace']['regret']:.1%}"],
             [f"{equal['halving']['way']}, from {equal['halving']['prompts']} prompts on",
              f"{equal['halving']['seconds']:.0f}", f"{equal['halving']['regret']:.1%}"],
             *([way, f"{seconds['p50']:,.0f}", ""] for way, seconds in record["every_pair_s"].items()),
