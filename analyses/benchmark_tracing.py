@@ -264,6 +264,8 @@ def draw(folder: Path) -> None:
                 bench.bars(axis, rows, field, 1.0, colours)
             if "growth" in record:
                 draw_growth(right, record["growth"])
+            else:
+                right.set_axis_off()
             left.set_title(str(record["model"]))
         axes[-1, 0].set_xlabel("forward pass with all residuals\nover a plain one")
         axes[-1, 1].set_xlabel("prompts to Parquet, seconds")
