@@ -290,10 +290,10 @@ def draw(folder: Path) -> None:
             for (way, style), colour in zip({EVERY_OWN: "--", EVERY_THEIRS: ":"}.items(), colours[2:], strict=True):
                 axis.axvline(record["every_pair_s"][way]["p50"], color=colour, linestyle=style, label=way)
             axis.set_xscale("log")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 110 * max(row["regret"] for row in record["curves"]) or 1)
             axis.set_title(f"{record['model']}, {record['cells']} pairs")
             axis.set_xlabel("seconds until the choice")
-            axis.set_ylabel("regret, % of the best speed")
+            axis.set_ylabel("regret, %")
         for axis in axes[len(found) :]:
             axis.set_axis_off()
         handles, labels = axes[0].get_legend_handles_labels()

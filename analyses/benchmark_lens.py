@@ -10,6 +10,7 @@ probekit with all statistics, and with agreement alone. A second run adds turns 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,10 @@ from probekit.tracing.backends import HooksBackend
 
 ALL, AGREEMENT = "probekit, all statistics", "probekit, agreement"
 WARM_UP = 16  # places of each text, for what is made once
+PANELS = (
+    ("seconds", 1.0, "seconds for {tokens:,} tokens on {device}"),
+    ("extra_bytes", 1 / bench.MIB, "peak memory beyond the model, MiB"),
+)
 
 
 def main(
@@ -81,18 +86,15 @@ def probekit_lens(loaded: Loaded, ids: Tensor, mode: str) -> Tensor:
 
     The witnesses start with nothing learned.
     """
-    plan = StatisticsPlan(lenses=("final-norm",), mode=mode)  # type: ignore[arg-type]
-    witnesses = Witnesses(loaded.anatomy) if mode == "agreement" else None
+    parts, plan = loaded.anatomy, StatisticsPlan(lenses=("final-norm",), mode=mode)  # type: ignore[arg-type]
+    witnesses = Witnesses(parts) if mode == "agreement" else None
     found = []
-    for batch in ids.split(1 if mode == "all" else len(ids)):
-        with HooksBackend(loaded) as source:
+    with HooksBackend(loaded) as source:
+        for batch in ids.split(1 if mode == "all" else len(ids)):
             reading = source.read({"input_ids": batch, "use_cache": False}, torch.ones_like(batch, dtype=torch.bool))
-        inputs, following = batch.flatten(), batch.roll(-1, 1).flatten()
-        found.append(
-            layer_statistics(loaded.anatomy, reading.residuals, inputs, following, plan, witnesses=witnesses)["agrees"][
-                0
-            ]
-        )
+            inputs, following = batch.flatten(), batch.roll(-1, 1).flatten()
+            agrees = layer_statistics(parts, reading.residuals, inputs, following, plan, witnesses=witnesses)["agrees"]
+            found.append(agrees[0])
     return torch.cat(found, 1)
 
 
@@ -146,20 +148,25 @@ def judged(seconds: Mapping[str, Sequence[float]], extra: Mapping[str, Sequence[
 
 
 def draw(folder: Path) -> None:
-    """Seconds and extra memory of each way, a row of panels for each model."""
-    found = bench.records(folder, "lens")
-    with bench.paper_figure(folder, "lens", 6.9, 0.55 + 1.25 * len(found)) as figure:
-        axes = figure.subplots(len(found), 2, squeeze=False)
-        for record, (left, right) in zip(found, axes, strict=True):
+    """Seconds of each way, and its extra memory where that was measured, for each model."""
+    panels = [
+        (record, field, scale, label)
+        for record in bench.records(folder, "lens")
+        for field, scale, label in PANELS
+        if any(row[field] for row in record["rows"])
+    ]
+    lines = math.ceil(len(panels) / 2)
+    with bench.paper_figure(folder, "lens", 6.9, 1.6 * lines) as figure:
+        axes = figure.subplots(lines, 2, squeeze=False).ravel()
+        for (record, field, scale, label), axis in zip(panels, axes, strict=False):
             rows = [{**row, "way": labelled(row["way"])} for row in record["rows"]]
             colours = {row["way"]: colour for row, colour in zip(rows, sns.color_palette(PALETTE), strict=False)}
-            for axis, field, scale in ((left, "seconds", 1.0), (right, "extra_bytes", 1 / bench.MIB)):
-                bench.bars(axis, rows, field, scale, colours)
-            layers = f"{record['settings']['tokens']:,} tokens on {record['machine']['device']}"
-            left.set_title(f"{record['model']}: {layers}")
-            right.tick_params(labelleft=False)
-        axes[-1, 0].set_xlabel("seconds, lower is better")
-        axes[-1, 1].set_xlabel("peak memory beyond the model, MiB")
+            bench.bars(axis, rows, field, scale, colours)
+            axis.set_title(record["model"])
+            tokens, device = record["settings"]["tokens"], record["machine"]["device"].upper()
+            axis.set_xlabel(label.format(tokens=tokens, device=device))
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
 
 
 def labelled(name: str) -> str:

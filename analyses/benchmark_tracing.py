@@ -279,9 +279,7 @@ def draw_growth(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     blue, orange = sns.color_palette(PALETTE, 2)
     axis.plot(tokens, [seconds[0] * each / tokens[0] for each in tokens], color="0.7", linewidth=0.8, linestyle="--")
     axis.plot(tokens, seconds, marker="o", color=blue)
-    axis.annotate(
-        "seconds", (tokens[-1], seconds[-1]), (-8, 0), textcoords="offset points", ha="right", color=blue, fontsize=7
-    )
+    axis.set_ylabel("seconds", color=blue)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(tokens, [f"{each:,}" for each in tokens])

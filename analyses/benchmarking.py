@@ -299,7 +299,7 @@ def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], field: str, scale: float
         low, middle, high = (row[field][name] * scale for name in ("p20", "p50", "p80"))
         axis.barh(place, middle, height=0.7, color=colours[row["way"]])
         axis.plot([low, high], [place, place], color="black", linewidth=0.8)
-        axis.text(high, place, f"  {middle:,.3g}" if middle < 100 else f"  {middle:,.0f}", va="center", fontsize=7)
+        axis.text(high, place, f"  {middle:#.3g}" if middle < 100 else f"  {middle:,.0f}", va="center", fontsize=7)
     axis.set_yticks(range(len(rows)), [row["way"] for row in rows])
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")

@@ -136,7 +136,7 @@ def test_smollm2(smollm2):
 def test_smollm2_at_length(smollm2):
     text = " ".join(["The history of the steam engine begins with a kettle.", "Write a poem about the sea."] * 3)
     savings = spared_on(smollm2, greedy_text(smollm2, text, 400))
-    assert savings.products_avoided > 0.6  # more where a screen in bfloat16 is quick enough to be used
+    assert savings.products_avoided > 0.68
 
 
 @pytest.mark.parametrize("name", TALES)
