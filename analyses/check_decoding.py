@@ -4,11 +4,13 @@
 
 Greedy. The prompts are the bundled ones, tales and general text, cut to 200 different beginnings. Prompt i has draft
 length 1 + i mod 8. Every exit decodes every prompt, in batches of the prompts of one draft length; and each prompt is
-decoded once alone. The draft model and a draft head of few rows do the same. Each run is held against the trace, round
-by round and token by token; a difference where two logits are closer than the noise is a near-tie, any other a bug.
+decoded once alone. The draft model, a draft head of few rows and exit heads do the same. Each run is held against the
+trace, round by round and token by token; a difference where two logits are closer than the noise is a near-tie, any
+other a bug.
 
 Sampled. Counts of a few cells against their expectation, which is exact given the text: measured - predicted, with
-joint 95 % intervals over prompts, and their half-widths relative to the prediction.
+joint 95 % intervals of all counts over texts, and their half-widths relative to the prediction. Each of the bundled
+prompts is traced a few times, and decoded as often, with other random numbers each time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,7 @@ from probekit.decoding.results import Decoded
 from probekit.decoding.sampling import Sampling
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.decoding.speculative import Speculative
+from probekit.lens.heads import fit_heads
 from probekit.models.loading import TALES, Loaded, load
 from probekit.prediction.acceptance import predict
 from probekit.prediction.costs import roofline_costs
@@ -41,6 +44,7 @@ from probekit.tracing.traces import Trace
 
 LENGTHS = 8  # draft lengths 1..8
 DRAFT_ROWS = 256
+HEAD_TEXTS = 4  # of each of the first prompts, that exit heads are fitted on
 SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=7)
 
 
@@ -50,7 +54,7 @@ def main(
     draft_model: Annotated[str, typer.Option(help="With the same tokenizer.")] = "tales-draft",
     prompts: Annotated[int, typer.Option(min=1)] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 40,
-    repeats: Annotated[int, typer.Option(min=1, help="Sampled texts of each prompt.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Sampled texts of each prompt.")] = 6,
 ) -> None:
     rows = []
     for reference in models or TALES:
@@ -93,7 +97,10 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
     traced = trace(
         loaded, prompts, max_new_tokens=budget, statistics="agreement", draft_model=drafter, draft_vocabulary=order
     )
-    found = Tally(traced, prompts)
+    heads = fit_heads(loaded.anatomy, (torch.tensor([text]) for text in own_texts(loaded, prompts[:24])))
+    through = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement", exit_heads=heads)
+    methods: dict[str, dict[str, int]] = {}
+    found, behind = Tally(traced, prompts, methods), Tally(through, prompts, methods)
     for length in range(1, LENGTHS + 1):
         mine = list(range(length - 1, count, LENGTHS))
         for exit_layer in loaded.anatomy.exits:
@@ -102,6 +109,8 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
             ids = torch.from_numpy(traced.draft_head_ids(DRAFT_ROWS))
             method = SelfSpeculative(loaded, exit_layer, length, draft_vocabulary=ids)
             found.run("draft head, batches", method, mine, DRAFT_ROWS)
+            method = SelfSpeculative(loaded, exit_layer, length, exit_head=heads[exit_layer])
+            behind.run("exit heads, batches", method, mine)
         found.run("two models, batches", Speculative(loaded, drafter, length), mine)
     for prompt in range(count):
         length = 1 + prompt % LENGTHS
@@ -110,17 +119,25 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
         found.run("two models, alone", Speculative(loaded, drafter, length), [prompt])
         found.run("autoregressive, alone", Autoregressive(loaded), [prompt])
     return {"texts": count, "tokens": int(traced.texts["new_tokens"].sum()), "noise": traced.manifest.noise,
-            "ended_by_eos": int((traced.texts["ended"] == "eos").sum()), "methods": found.methods}  # fmt: skip
+            "ended_by_eos": int((traced.texts["ended"] == "eos").sum()), "methods": methods}  # fmt: skip
+
+
+def own_texts(loaded: Loaded, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """What the model writes after some prompts."""
+    for seed in range(HEAD_TEXTS):
+        sampling = Sampling(temperature=0.8, seed=seed)
+        for done in Autoregressive(loaded).decode(prompts, max_new_tokens=128, sampling=sampling):
+            yield done.prompt_ids + done.tokens
 
 
 class Tally:
     """Counts runs, and what is different in them, by method."""
 
-    def __init__(self, traced: Trace, prompts: Sequence[list[int]]) -> None:
+    def __init__(self, traced: Trace, prompts: Sequence[list[int]], methods: dict[str, dict[str, int]]) -> None:
         self.traced = traced
         self.prompts = prompts
-        self.table = predict(traced, draft_lengths=range(1, LENGTHS + 1), drafter=True)
-        self.methods: dict[str, dict[str, int]] = {}
+        self.table = predict(traced, draft_lengths=range(1, LENGTHS + 1), drafter=traced.manifest.drafter is not None)
+        self.methods = methods
 
     def run(self, name: str, method: Method, chosen: Sequence[int], draft_rows: int | None = None) -> None:
         """Decode some prompts together, and hold each against the trace."""
@@ -152,11 +169,12 @@ class Tally:
 def check_sampled(loaded: Loaded, drafter: Loaded, repeats: int) -> dict[str, Any]:
     depth = loaded.depth
     cells = [(max(1, depth // 6), 4), (depth // 2, 2), (depth - 2, 8), (None, 3)]
-    traced = trace(loaded, bundled_prompts_for(loaded.name), max_new_tokens=64, sampling=SAMPLING, draft_model=drafter)
+    prompts = [prompt.text for prompt in bundled_prompts_for(loaded.name)] * repeats
+    traced = trace(loaded, prompts, max_new_tokens=64, sampling=SAMPLING, draft_model=drafter)
     costs = roofline_costs(loaded, bandwidth=1e10, flops=1e11, drafter=drafter)  # only counts are asked for here
-    found = validate(loaded, traced, cells, drafter=drafter, repeats=repeats, costs=costs)
+    found = validate(loaded, traced, cells, drafter=drafter, costs=costs)
     return {
-        "prompts": len(traced),
+        "texts": len(traced),
         "cells": [
             {
                 "exit_layer": cell.exit_layer,

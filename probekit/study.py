@@ -34,10 +34,12 @@ from probekit.prediction.validation import validate
 from probekit.presentation import tables
 from probekit.presentation.previews import draw_previews
 from probekit.presentation.report import write_report
-from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
+from probekit.tracing.draft_vocabulary import DraftVocabulary, check_draft_rows
+from probekit.tracing.prompts import Prompt, bundled_prompts_for, encode, load_prompts
 from probekit.tracing.traces import Trace, atomic_text
 
 if TYPE_CHECKING:
+    from probekit.lens.heads import ExitHead
     from probekit.models.loading import Loaded
 
 SCHEMA = "probekit/study/1"
@@ -45,6 +47,7 @@ TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
+OWN_TEXTS, OWN_TOKENS, OWN_TEMPERATURE = 8, 192, 0.8  # what drafting is learned from: texts of each even prompt
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 Progress = Callable[..., None]
@@ -63,6 +66,8 @@ class StudyPlan:
     chat: bool
     device: str | None
     dtype: str | None
+    draft_rows: int | None = None
+    fit_heads: bool = False
 
     def settings(self) -> dict[str, Any]:
         kept = asdict(self)
@@ -81,6 +86,8 @@ class ModelStudy:
     progress: Progress
     loaded: Loaded | None = None
     drafter: Loaded | None = None
+    heads: dict[int, ExitHead] | None = None
+    vocabulary: DraftVocabulary | None = None
     trace: Trace | None = None
     prediction: Prediction | None = None
     costs: Costs | None = None
@@ -102,6 +109,12 @@ class ModelStudy:
         """The chosen (exit layer, draft length), the exit layer None for a draft model; None: do not speculate."""
         choice = self.choice
         return choice.best.cell if choice is not None and choice.speculate else None
+
+    @property
+    def draft_ids(self) -> list[int] | None:
+        """Tokens that exit layers draft among; None: all."""
+        rows = self.plan.draft_rows
+        return None if rows is None or self.trace is None else self.trace.draft_head_ids(rows).tolist()
 
     @property
     def even(self) -> Trace:
@@ -155,6 +168,8 @@ def run_study(
     max_new_tokens: int = 96,
     draft_lengths: Iterable[int] = range(1, 9),
     draft_model: str | None = None,
+    draft_rows: int | None = None,
+    fit_heads: bool = False,
     chat: bool = False,
     device: str | None = None,
     dtype: str | None = None,
@@ -168,6 +183,9 @@ def run_study(
     folder: receives `summary.json`, `report.html`, `traces/`, `tables/`, `figures/`. An existing study with the same
         settings is resumed; one with other settings is refused.
     prompts: a prompts file; a bundled set of 24 by default.
+    draft_rows: exit layers draft with so many rows of the head only, those of the most frequent tokens.
+    fit_heads: fit exit heads, and draft through them. They, and the frequent tokens, are learned from text that the
+        model writes after the even prompts.
     progress: called as `progress(phase, done, total, **figures)`.
 
     Raises
@@ -176,7 +194,7 @@ def run_study(
     """
     started = time.perf_counter()
     plan, prompt_set = plan_study(
-        models, folder, prompts, max_new_tokens, draft_lengths, draft_model, chat, device, dtype
+        models, folder, prompts, max_new_tokens, draft_lengths, draft_model, draft_rows, fit_heads, chat, device, dtype
     )
     open_folder(plan)
     studies = []
@@ -204,6 +222,8 @@ def plan_study(
     max_new_tokens: int,
     draft_lengths: Iterable[int],
     draft_model: str | None,
+    draft_rows: int | None,
+    fit_heads: bool,
     chat: bool,
     device: str | None,
     dtype: str | None,
@@ -216,14 +236,16 @@ def plan_study(
         raise InputError(f"draft lengths are {list(lengths)}; expected one or more, each 1 or more.")
     if max_new_tokens < 1:
         raise InputError(f"the budget is {max_new_tokens} new tokens; expected 1 or more.")
+    if draft_rows is not None and draft_rows < 1:
+        raise InputError(f"a draft head of {draft_rows} rows is out of range: expected 1 or more.")
     references = tuple(models or TALES)
     labels = [_label(reference) for reference in references]
     if len(set(labels)) < len(labels):
         raise InputError(f"two models of this study are both called {_repeated(labels)!r}.", "Study them apart.")
     plan = StudyPlan(
         models=references, folder=Path(folder), prompts=str(prompts) if prompts else None,
-        max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model, chat=chat, device=device,
-        dtype=dtype,
+        max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model, draft_rows=draft_rows,
+        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype,
     )  # fmt: skip
     chosen = load_prompts(prompts, chat=chat) if prompts else bundled_prompts_for(labels[0])
     if len(chosen) < 2:
@@ -263,6 +285,8 @@ def load_model(study: ModelStudy) -> None:
 
     study.progress(f"{study.name}: load", 0, 1)
     study.loaded = load(study.reference, device=study.plan.device, dtype=study.plan.dtype)
+    if study.plan.draft_rows is not None:
+        check_draft_rows(study.plan.draft_rows, study.loaded.anatomy.vocabulary)
     if study.plan.draft_model:
         study.drafter = load(study.plan.draft_model, device=study.plan.device, dtype=study.plan.dtype)
     study.progress(f"{study.name}: load", 1, 1)
@@ -279,7 +303,6 @@ def settle_threads(study: ModelStudy) -> None:
 
     def run() -> dict[str, Any]:
         from probekit.decoding.autoregressive import Autoregressive
-        from probekit.tracing.prompts import encode
 
         ids = encode(study.prompts[0], study.model.tokenizer).ids
         best: dict[int, float] = {}
@@ -294,6 +317,41 @@ def settle_threads(study: ModelStudy) -> None:
     torch.set_num_threads(_once(study.kept("threads"), run)["threads"])
 
 
+def learn_drafting(study: ModelStudy) -> None:
+    """Fit exit heads, and count the frequent tokens, on what the model writes after the even prompts."""
+    if not study.plan.fit_heads and study.plan.draft_rows is None:
+        return
+    from probekit.lens.heads import fit_heads, load_heads, save_heads
+
+    texts = _once(study.kept("own_text"), lambda: {"texts": list(own_texts(study))})["texts"]
+    if study.plan.draft_rows is not None:
+        source = f"{len(texts)} texts of {study.name}"
+        study.vocabulary = DraftVocabulary.counted((text["tokens"] for text in texts), source)
+    if study.plan.fit_heads:
+        path = study.plan.folder / "exit_heads" / f"{study.name}.safetensors"
+        if not path.exists():
+            batches = (torch.tensor([text["prompt"] + text["tokens"]]) for text in texts)
+            heads = fit_heads(study.model.anatomy, batches)
+            path.parent.mkdir(exist_ok=True)
+            save_heads(path, heads)
+        study.heads = load_heads(path, study.model.anatomy)
+
+
+def own_texts(study: ModelStudy) -> Iterator[dict[str, list[int]]]:
+    """{"prompt", "tokens"}: ids of the texts that the model writes after the even prompts, one greedy, some sampled."""
+    from probekit.decoding.autoregressive import Autoregressive
+    from probekit.decoding.sampling import Sampling
+
+    prompts = [prompt for prompt in study.prompts if prompt.index % 2 == 0]
+    ids = [list(encode(prompt, study.model.tokenizer).ids) for prompt in prompts]
+    budget = max(1, min(OWN_TOKENS, study.model.anatomy.context - max(map(len, ids))))
+    for seed in range(OWN_TEXTS):
+        sampling = Sampling(temperature=OWN_TEMPERATURE if seed else 0.0, seed=seed)
+        for each in Autoregressive(study.model).decode(ids, max_new_tokens=budget, sampling=sampling):
+            yield {"prompt": each.prompt_ids, "tokens": each.tokens}
+        study.progress(f"{study.name}: learn drafting", seed + 1, OWN_TEXTS)
+
+
 def trace_prompts(study: ModelStudy) -> None:
     """Continue every prompt and read every layer of every token, once."""
     from probekit.tracing.tracer import trace
@@ -301,13 +359,14 @@ def trace_prompts(study: ModelStudy) -> None:
     folder = study.plan.folder / "traces" / study.name
     study.trace = trace(
         study.model, study.prompts, folder, max_new_tokens=study.plan.max_new_tokens, draft_model=study.drafter,
-        chat=study.plan.chat, top_prompts=3, resume=True, progress=_named(study),
+        draft_vocabulary=study.vocabulary, exit_heads=study.heads, chat=study.plan.chat, top_prompts=3, resume=True,
+        progress=_named(study),
     )  # fmt: skip
 
 
 def predict_rounds(study: ModelStudy) -> None:
     """Every round of every (exit layer, draft length), from the even prompts."""
-    study.prediction = predict(study.even, draft_lengths=study.plan.draft_lengths)
+    study.prediction = predict(study.even, draft_lengths=study.plan.draft_lengths, draft_rows=study.plan.draft_rows)
 
 
 def time_the_trace(study: ModelStudy) -> None:
@@ -318,10 +377,11 @@ def time_the_trace(study: ModelStudy) -> None:
     def run() -> dict[str, float]:
         some = trace(
             study.model, study.prompts[:TIMED_PROMPTS], max_new_tokens=study.plan.max_new_tokens, batch_size=1,
-            statistics="agreement", chat=study.plan.chat, progress=_named(study, "time the trace: "),
+            statistics="agreement", draft_vocabulary=study.vocabulary, exit_heads=study.heads, chat=study.plan.chat,
+            progress=_named(study, "time the trace: "),
         )  # fmt: skip
         with _elapsed() as predicting:
-            predict(some, draft_lengths=study.plan.draft_lengths)
+            predict(some, draft_lengths=study.plan.draft_lengths, draft_rows=study.plan.draft_rows)
         timings = some.manifest.timings
         return {
             "prompts": len(some.prompts),
@@ -339,7 +399,7 @@ def calibrate_costs(study: ModelStudy) -> None:
         study.kept("costs"),
         lambda: measure_costs(
             study.model, context=CONTEXT, draft_lengths=study.plan.draft_lengths, drafter=study.drafter,
-            progress=_named(study),
+            draft_vocabulary=study.draft_ids, exit_heads=study.heads, progress=_named(study),
         ).to_json(),
     )  # fmt: skip
     study.costs = Costs.from_json(kept)
@@ -359,7 +419,10 @@ def validate_choice(study: ModelStudy) -> None:
     def run() -> dict[str, Any]:
         best = [candidate.cell for candidate in choice.ranking[:3]]
         spread = spread_cells(loaded.depth, study.plan.draft_lengths, set(best))
-        hold = partial(validate, loaded, study.odd, costs=study.costs, drafter=study.drafter, progress=_named(study))
+        hold = partial(
+            validate, loaded, study.odd, costs=study.costs, drafter=study.drafter, draft_rows=study.plan.draft_rows,
+            progress=_named(study),
+        )  # fmt: skip
         thorough, wide = hold(best), hold(spread, limit=SPREAD_PROMPTS)
         return {
             "cells": [*thorough.to_json()["cells"], *wide.to_json()["cells"]],
@@ -372,6 +435,7 @@ def validate_choice(study: ModelStudy) -> None:
 PHASES: tuple[Callable[[ModelStudy], None], ...] = (
     load_model,
     settle_threads,
+    learn_drafting,
     trace_prompts,
     predict_rounds,
     time_the_trace,

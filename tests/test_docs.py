@@ -155,6 +155,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("predict", greedy, "--rounds"),
         ("predict", sampled, "--rounds"),
         ("choose", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "h100"),
+        ("fit-heads", greedy, "-o", folder / "heads.safetensors"),
         ("decode", tiny_folder, "abc", "--max-new-tokens", 4),
         ("validate", greedy, *cell),
         ("validate", sampled, *cell),
@@ -180,7 +181,7 @@ def printed(words: list[str]) -> dict[str, Any]:
 
 def test_the_json_page_has_every_key(documents):
     page = (DOCS / "reference" / "json.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## ([a-z]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## ([a-z-]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     assert set(sections) == set(documents) - {"study folder"}
     for command, section in sections.items():
         rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)

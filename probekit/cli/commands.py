@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from probekit.cli.deciding import choose, predict, validate
 from probekit.cli.looking import compare, inspect, lens, models, report
-from probekit.cli.running import decode, study, trace
+from probekit.cli.running import decode, fit_heads, study, trace
 
-ALL = (models, inspect, lens, trace, predict, choose, decode, validate, compare, report, study)
+ALL = (models, inspect, lens, trace, predict, choose, decode, validate, fit_heads, compare, report, study)

@@ -47,7 +47,8 @@ def predict(
         return
     print_table(
         f"{prediction.model}: predicted from {prediction.text} text, first round by {prediction.first_round}"
-        + ("" if draft_rows is None else f", draft head of {draft_rows:,} rows"),
+        + ("" if draft_rows is None else f", draft head of {draft_rows:,} rows")
+        + ("" if prediction.exit_heads is None else ", through exit heads"),
         ["drafts at", "length", "acceptance rate", "95 %", "alpha", "tokens per round", "95 %", "rounds"],
         [
             [
@@ -186,9 +187,11 @@ def _costs_of(trace, source, context, lengths, draft_rows, device, dtype, bars):
             drafter=trace.manifest.drafter, draft_rows=draft_rows,
         )  # fmt: skip
     from probekit.prediction.costs import measure_costs
+    from probekit.tracing.tracer import traced_heads
 
     loaded, drafter = _models_of(trace, device, dtype)
     kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
     return measure_costs(
-        loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept, progress=bars
+        loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept,
+        exit_heads=traced_heads(trace, loaded), progress=bars,
     )  # fmt: skip

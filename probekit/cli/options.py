@@ -39,6 +39,10 @@ DraftRows = Annotated[
     int | None,
     typer.Option("--draft-rows", help="Exit layers draft with the head's rows of so many tokens. [default: all]"),
 ]
+ExitHeads = Annotated[
+    Path | None,
+    typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these; see `probekit fit-heads`."),
+]
 
 
 def integers(text: str | None, name: str) -> list[int] | None:

@@ -1,7 +1,8 @@
-"""trace, decode, study: the commands that run a model for a while."""
+"""trace, fit-heads, decode, study: the commands that run a model for a while."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ def trace(
     ] = None,
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
+    exit_heads: options.ExitHeads = None,
     backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
@@ -67,6 +69,7 @@ def trace(
             keep_residuals=layers,
             draft_model=drafter,
             draft_vocabulary=draft_vocabulary,
+            exit_heads=exit_heads,
             backend=backend,
             resume=resume,
             chat=chat,
@@ -96,6 +99,67 @@ def trace(
     remark(f"Next: probekit predict {output}", quiet=quiet)
 
 
+def fit_heads(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders that `probekit trace` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Receives the heads, safetensors.")],
+    exit_layers: options.ExitLayers = None,
+    ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-3,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit exit heads on the texts of runs: exit layers that draft through them are accepted more often."""
+    import torch
+
+    from probekit.lens.heads import fingerprint, fit_heads, save_heads
+    from probekit.models.loading import load
+    from probekit.tracing.traces import Trace
+
+    traces = [Trace.open(run) for run in runs]
+    record = traces[0].manifest.model
+    if other := next((each for each in traces if each.manifest.model.weights_hash != record.weights_hash), None):
+        raise InputError(
+            f"these runs are of different models: {record.name} and {other.manifest.model.name}.",
+            "Fit the heads of each model on its own runs.",
+        )
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"{output} is no file that can be written: expected a file name in a folder that exists.")
+    layers = options.integers(exit_layers, "--exit-layers")
+    loaded = load(record.reference, device=device or traces[0].manifest.device, dtype=dtype or traces[0].manifest.dtype)
+    texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]
+    with progress_bars(quiet or as_json) as bars:
+        batches = _counted((torch.tensor([text]) for text in texts), len(texts), "reading texts", bars)
+        heads = fit_heads(loaded.anatomy, batches, layers, ridge=ridge)
+    save_heads(output, heads)
+    tokens = sum(map(len, texts))
+    if as_json:
+        print_json(
+            {
+                "schema": "probekit/fit-heads/1",
+                "model": record.name,
+                "output": str(output),
+                "exit_layers": list(heads),
+                "fingerprint": fingerprint(heads),
+                "runs": [str(run) for run in runs],
+                "texts": len(texts),
+                "tokens": tokens,
+                "ridge": ridge,
+            }
+        )
+        return
+    exits = len(heads)
+    remark(f"fitted heads for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
+    remark(f"Next: probekit trace {record.reference} --exit-heads {output} -o RUN, on other prompts.", quiet=quiet)
+
+
+def _counted(items: Iterable[Any], total: int, phase: str, progress: Callable[..., None]) -> Iterator[Any]:
+    """The same items, each reported when it has been used."""
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(phase, done, total)
+
+
 def decode(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
@@ -107,6 +171,7 @@ def decode(
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
     draft_rows: options.DraftRows = None,
+    exit_heads: options.ExitHeads = None,
     max_new_tokens: options.MaxNewTokens = 96,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -137,6 +202,7 @@ def decode(
         draft_length=draft_length,
         draft_model=drafter,
         draft_vocabulary=None if draft_rows is None else _kept(draft_vocabulary, draft_rows, loaded),
+        exit_heads=exit_heads,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=tuple(stop or ()),
@@ -194,6 +260,10 @@ def study(
     max_new_tokens: options.MaxNewTokens = 96,
     draft_lengths: options.DraftLengths = None,
     draft_model: options.DraftModel = None,
+    draft_rows: options.DraftRows = None,
+    fit_heads: Annotated[
+        bool, typer.Option("--fit-heads", help="Fit exit heads on the model's own text, and draft through them.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -212,6 +282,8 @@ def study(
             max_new_tokens=max_new_tokens,
             draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
             draft_model=draft_model,
+            draft_rows=draft_rows,
+            fit_heads=fit_heads,
             chat=chat,
             device=device,
             dtype=dtype,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from probekit.decoding.sampling import Sampling
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.decoding.speculative import Speculative
 from probekit.errors import InputError
+from probekit.lens.heads import ExitHead, check_heads, load_heads
 from probekit.models.loading import Loaded
 
 METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
@@ -27,6 +29,7 @@ def decode(
     draft_length: int | None = None,
     draft_model: Loaded | None = None,
     draft_vocabulary: Sequence[int] | None = None,
+    exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
     max_new_tokens: int = 96,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     stop: str | Sequence[str] = (),
@@ -40,6 +43,8 @@ def decode(
     method: one of METHODS. "self-speculative" needs exit_layer and draft_length, "speculative" draft_model and
         draft_length, "early-exit" exit_layer; a setting that the method has no use for is refused.
     draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
+    exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.heads`), of which the exit
+        layer's is put before norm and head when drafting; none by default.
     stop: strings that end the text.
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
 
@@ -47,7 +52,7 @@ def decode(
     ------
     InputError, ResourceError: before any work.
     """
-    run = _method(loaded, method, exit_layer, draft_length, draft_model, draft_vocabulary)
+    run = _method(loaded, method, exit_layer, draft_length, draft_model, draft_vocabulary, exit_heads)
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
@@ -75,6 +80,7 @@ def _method(
     draft_length: int | None,
     draft_model: Loaded | None,
     draft_vocabulary: Sequence[int] | None,
+    exit_heads: Mapping[int, ExitHead] | str | Path | None,
 ) -> Method:
     needs = {
         "autoregressive": (),
@@ -91,10 +97,22 @@ def _method(
         if name not in needs[method] and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
     if method == "self-speculative":
+        assert exit_layer is not None and draft_length is not None
         ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
-        return SelfSpeculative(loaded, exit_layer, draft_length, draft_vocabulary=ids)  # type: ignore[arg-type]
-    if draft_vocabulary is not None:
-        raise InputError(f"{method} decoding has no draft_vocabulary.", "Leave it out, or choose another method.")
+        head = None if exit_heads is None else _exit_head(exit_heads, exit_layer, loaded)
+        return SelfSpeculative(loaded, exit_layer, draft_length, exit_head=head, draft_vocabulary=ids)
+    for name, given_drafting in (("draft_vocabulary", draft_vocabulary), ("exit_heads", exit_heads)):
+        if given_drafting is not None:
+            raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
     if method == "speculative":
         return Speculative(loaded, draft_model, draft_length)  # type: ignore[arg-type]
     return EarlyExit(loaded, exit_layer) if method == "early-exit" else Autoregressive(loaded)  # type: ignore[arg-type]
+
+
+def _exit_head(given: Mapping[int, ExitHead] | str | Path, exit_layer: int, loaded: Loaded) -> ExitHead:
+    parts = loaded.anatomy
+    heads = load_heads(given, parts) if isinstance(given, (str, Path)) else check_heads(given, parts)
+    if parts.check_exit(exit_layer) not in heads:
+        known = ", ".join(map(str, heads))
+        raise InputError(f"there is no exit head of layer {exit_layer} among these: they have {known}.", "Fit one.")
+    return heads[exit_layer]

@@ -89,6 +89,12 @@ class DraftHead:
             bias = None if parts.head.bias is None else parts.head.bias[self.ids]
             self._head = product(rows, bias)
 
+    def behind(self, exit_head: Callable[[Tensor], Tensor] | None) -> DraftHead:
+        """The same with another exit head."""
+        made = copy(self)
+        made._exit_head = exit_head
+        return made
+
     def through(self, engine: Engine) -> DraftHead:
         """The same by the engine's norm and head, which are quicker to call."""
         made = copy(self)

@@ -15,6 +15,8 @@ the layers that agree with the model need the whole product.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -35,15 +37,22 @@ class DraftRows:
     ----------
     order: (vocabulary,), every token id once, the first to keep first.
     rounded_dtype: the decoder's dtype where it is smaller than float32.
+    heads: {exit layer: map} put before the norm, as in Lens.
     """
 
-    def __init__(self, parts: Anatomy, order: Tensor, rounded_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        parts: Anatomy,
+        order: Tensor,
+        rounded_dtype: torch.dtype | None = None,
+        heads: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
         if not torch.equal(order.sort().values.cpu(), torch.arange(parts.vocabulary)):
             raise InputError(f"the order of a draft head names each token of 0..{parts.vocabulary - 1} once.")
         self.parts = parts
         self.order = order.to(parts.device)
         self._rounded = rounded_dtype
-        self._lens = Lens(parts)
+        self._lens = Lens(parts, heads=heads)
 
     @torch.no_grad()
     def read(self, residuals: Tensor, noise: float = 0.0) -> dict[str, Tensor]:

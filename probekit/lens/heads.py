@@ -5,15 +5,18 @@ Fitted in closed form, in one pass over any amount of text: the sums that ridge 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn import functional
 
 from probekit.errors import InputError
 from probekit.hooks import Capture
@@ -45,7 +48,7 @@ class ExitHead:
     def __call__(self, residual: Tensor) -> Tensor:
         """(..., width) -> (..., width), in the residual's dtype; the product is in float32."""
         wide = residual.float()
-        return (wide + wide @ self.change.float().T + self.offset.float()).to(residual.dtype)
+        return (wide + functional.linear(wide, self.change.float(), self.offset.float())).to(residual.dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ExitHead:
         return ExitHead(self.change.to(device, dtype), self.offset.to(device, dtype))
@@ -124,30 +127,62 @@ def fit_heads(
     return fit.solve(ridge)
 
 
-def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
-    """Write heads, {exit: head}, to one safetensors file."""
+def check_heads(heads: Mapping[int, ExitHead], parts: Anatomy) -> dict[int, ExitHead]:
+    """Return heads, {exit: head}, in ascending order and on the model's device, or raise InputError."""
+    for layer, head in heads.items():
+        parts.check_exit(layer)
+        if not isinstance(head, ExitHead):
+            raise InputError(f"the head of exit {layer} is a {type(head).__name__}, not an ExitHead.", "Fit one.")
+        if len(head.offset) != parts.width:
+            raise InputError(f"the head of exit {layer} is {len(head.offset)} wide; this model is {parts.width} wide.")
+    if not heads:
+        raise InputError("there are no exit heads among those that were given.", "Fit some, or leave them out.")
+    return {layer: heads[layer].to(parts.device) for layer in sorted(heads)}
+
+
+def fingerprint(heads: Mapping[int, ExitHead]) -> str:
+    """Names heads, {exit: head}, by their numbers: equal ones have equal names."""
+    numbers = hashlib.sha256()
+    for layer in sorted(heads):
+        numbers.update(str(layer).encode())
+        for tensor in (heads[layer].change, heads[layer].offset):
+            numbers.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return numbers.hexdigest()[:12]
+
+
+def pack_heads(heads: Mapping[int, ExitHead]) -> bytes:
+    """Heads, {exit: head}, as the contents of a safetensors file."""
     tensors = {}
     for layer, head in heads.items():
         tensors[f"{layer}.change"] = head.change.contiguous()
         tensors[f"{layer}.offset"] = head.offset.contiguous()
-    save_file(tensors, path, metadata={"schema": SCHEMA})
+    return save(tensors, metadata={"schema": SCHEMA})
+
+
+def unpack_heads(content: bytes, parts: Anatomy, source: str = "this file") -> dict[int, ExitHead]:
+    """The heads that `pack_heads` wrote, for a model: onto its device, and checked against it."""
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")  # of the header (the format's own description)
+        schema = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("schema")
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as exit heads: {error}") from error
+    if schema != SCHEMA:
+        raise InputError(f"{source} is no file of exit heads: its schema is {schema!r}, not {SCHEMA!r}.")
+    layers = {int(name.partition(".")[0]) for name in tensors}
+    heads = {layer: ExitHead(tensors[f"{layer}.change"], tensors[f"{layer}.offset"]) for layer in layers}
+    return check_heads(heads, parts)
+
+
+def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
+    """Write heads, {exit: head}, to one safetensors file."""
+    Path(path).write_bytes(pack_heads(heads))
 
 
 def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
     """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it."""
     try:
-        with safe_open(path, framework="pt", device=str(parts.device)) as file:
-            schema = (file.metadata() or {}).get("schema")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as exit heads: {error}") from error
-    if schema != SCHEMA:
-        raise InputError(f"{path} is no file of exit heads: its schema is {schema!r}, not {SCHEMA!r}.")
-    layers = sorted({int(name.partition(".")[0]) for name in tensors})
-    heads = {
-        parts.check_exit(layer): ExitHead(tensors[f"{layer}.change"], tensors[f"{layer}.offset"]) for layer in layers
-    }
-    for layer, head in heads.items():
-        if len(head.offset) != parts.width:
-            raise InputError(f"the head of exit {layer} is {len(head.offset)} wide; this model is {parts.width} wide.")
-    return heads
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as exit heads: {error.strerror or error}") from error
+    return unpack_heads(content, parts, str(path))

@@ -469,6 +469,7 @@ class Prediction:
     text: "greedy", "sampled" or "given". exact: False for given text, which is taken for a sample of the model.
     decoding: the run's temperature, top_k, top_p. budget: M. prompts: their indices. rounds: only when asked for.
     draft_rows: F, the rows of the head that exit layers draft with; None: all of them.
+    exit_heads: the name (fingerprint) of the exit heads that exit layers draft through; None: none.
     """
 
     model: str
@@ -481,6 +482,7 @@ class Prediction:
     cells: tuple[Cell, ...]
     rounds: tuple[PromptRounds, ...] | None = None
     draft_rows: int | None = None
+    exit_heads: str | None = None
 
     def cell(self, exit_layer: int | None, draft_length: int) -> Cell:
         """The cell of an exit layer (None: the draft model) and a draft length."""
@@ -498,6 +500,7 @@ class Prediction:
             "first_round": self.first_round,
             "budget": self.budget,
             "draft_rows": self.draft_rows,
+            "exit_heads": self.exit_heads,
             "exact": self.exact,
             "cells": [cell.to_json() for cell in self.cells],
         }
@@ -621,6 +624,7 @@ def predict(
         ),
         rounds=tuple(sorted(rounds, key=lambda row: row.prompt)) if with_rounds else None,
         draft_rows=draft_rows,
+        exit_heads=None if trace.manifest.exit_heads is None else trace.manifest.exit_heads.fingerprint,
     )
 
 

@@ -89,6 +89,11 @@ class Choice:
         return self.costs.draft_rows
 
     @property
+    def exit_heads(self) -> str | None:
+        """The name of the exit heads that exit layers draft through; None: none."""
+        return self.costs.exit_heads
+
+    @property
     def best(self) -> Candidate:
         """The fastest way of all: NO_DRAFTS where nothing exceeds 1."""
         return self.ranking[0] if self.ranking[0].speedup > 1 else NO_DRAFTS
@@ -152,6 +157,8 @@ class Choice:
         )
         if best.interval is not None and best.interval[0] <= 1:
             sentence += " The interval reaches down to 1: on other prompts it may gain nothing."
+        if self.exit_heads is not None and best.exit_layer is not None:
+            sentence += " Drafts go through exit heads."
         if self.draft_rows is not None and best.exit_layer is not None:
             sentence += f" Drafts are chosen among the {self.draft_rows:,} most frequent tokens only."
         if self.text == "given":
@@ -168,6 +175,7 @@ class Choice:
             "draft_length": self.draft_length,
             "drafter": self.drafter,
             "draft_rows": self.draft_rows,
+            "exit_heads": self.exit_heads,
             "speedup": self.speedup,
             "interval": None if self.interval is None else list(self.interval),
             "speculate": self.speculate,
@@ -225,7 +233,7 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
 
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
     """
-    check_draft_head(prediction.draft_rows, costs)
+    check_draft_head(prediction.draft_rows, prediction.exit_heads, costs)
     exits = [cell.exit_layer for cell in prediction.cells if cell.exit_layer is not None]
     unknown = sorted({exit_layer for exit_layer in exits if exit_layer not in costs.early_s})
     if unknown:
@@ -266,15 +274,17 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
     return Choice(prediction.model, prediction.text, ranking, costs, len(prediction.prompts))
 
 
-def check_draft_head(draft_rows: int | None, costs: Costs) -> None:
-    """Raise InputError for costs of another draft head than the one that is predicted."""
+def check_draft_head(draft_rows: int | None, exit_heads: str | None, costs: Costs) -> None:
+    """Raise InputError for costs of another draft head, or of other exit heads, than those that are predicted."""
 
-    def head(rows: int | None) -> str:
-        return "drafts with the whole head" if rows is None else f"a draft head of {rows:,} rows"
+    def head(rows: int | None, exit_heads: str | None) -> str:
+        whole = "drafts with the whole head" if rows is None else f"a draft head of {rows:,} rows"
+        return whole if exit_heads is None else f"{whole} behind exit heads {exit_heads}"
 
-    if draft_rows != costs.draft_rows:
+    if (draft_rows, exit_heads) != (costs.draft_rows, costs.exit_heads):
         raise InputError(
-            f"the prediction is for {head(draft_rows)}, and these costs are of {head(costs.draft_rows)}.",
+            f"the prediction is for {head(draft_rows, exit_heads)}, and these costs are of "
+            f"{head(costs.draft_rows, costs.exit_heads)}.",
             "Make the costs with the same draft head.",
         )
 
@@ -333,8 +343,10 @@ def transformers_settings(choice: Choice) -> dict[str, dict[str, Any]]:
 
 
 def _in_transformers(choice: Choice) -> str:
-    if choice.draft_rows is None or choice.exit_layer is None:
+    if choice.exit_layer is None or (choice.draft_rows is None and choice.exit_heads is None):
         return "The accepted drafts are the same in transformers:"
+    if choice.exit_heads is not None:
+        return "transformers knows no exit heads, so it accepts fewer drafts there, and may decode slower than alone:"
     return "transformers drafts with the whole head, so it accepts more drafts there, each of which costs more:"
 
 

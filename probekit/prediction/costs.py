@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from probekit.decoding.engine import Drafts
     from probekit.decoding.sampling import Sampling
+    from probekit.lens.heads import ExitHead
     from probekit.models.loading import Loaded
 
 QUANTILES = (0.2, 0.5, 0.8)
@@ -55,7 +56,8 @@ class Costs:
     verify_s: {(E, rows): layers E..L-1, norm and head over `rows` rows}.
     overhead_s: what each round costs beside its steps.
     cold_s: {E: what the first pass and head of a round take longer than the next: the late layers were in the caches}.
-    draft_rows: rows of the head that drafts are chosen with; None: all of them. It is in `head_s` and `heads_s`.
+    draft_rows: rows of the head that drafts are chosen with; None: all of them. exit_heads: the name (fingerprint) of
+        the exit heads that drafts go through; None: none. Both are in `head_s` and `heads_s`.
     drafter: the draft model's name; the next three are None without one.
     drafter_step_s, drafter_first_s: a step of the drafter, and the first of a round, over two rows.
     verify_all_s: {rows: the whole model over `rows` rows}.
@@ -77,6 +79,7 @@ class Costs:
     heads_s: Mapping[int, float] = field(default_factory=dict)
     cold_s: Mapping[int, float] = field(default_factory=dict)
     draft_rows: int | None = None
+    exit_heads: str | None = None
     drafter: str | None = None
     drafter_step_s: float | None = None
     drafter_first_s: float | None = None
@@ -142,6 +145,7 @@ class Costs:
                 for (exit_layer, rows), each in self.verify_s.items()
             ],
             "draft_rows": self.draft_rows,
+            "exit_heads": self.exit_heads,
             "drafter": self.drafter,
             "drafter_step_s": self.drafter_step_s,
             "drafter_first_s": self.drafter_first_s,
@@ -215,6 +219,7 @@ def measure_costs(
     draft_lengths: Iterable[int] = range(1, 9),
     drafter: Loaded | None = None,
     draft_vocabulary: Sequence[int] | None = None,
+    exit_heads: Mapping[int, ExitHead] | None = None,
     sampling: Sampling | None = None,
     repeats: int | None = None,
     progress: Progress | None = None,
@@ -229,6 +234,7 @@ def measure_costs(
     draft_lengths: the longest decides how wide a verification pass can be.
     drafter: a draft model, to be timed too.
     draft_vocabulary: the tokens whose rows of the head exit layers draft with (`Trace.draft_head_ids`); all by default.
+    exit_heads: {exit: head} that drafts go through (`traced_heads`); none by default.
     sampling: how tokens are chosen; greedy by default.
     repeats: sweeps over all steps; by default as many as take a few seconds.
     progress: called as `progress(phase, done, total)`.
@@ -241,7 +247,9 @@ def measure_costs(
 
     from probekit.decoding.sampling import Sampling
     from probekit.decoding.speculative import check_drafter
+    from probekit.lens.heads import check_heads, fingerprint
 
+    heads = check_heads(exit_heads, loaded.anatomy) if exit_heads else {}
     longest = max(2, *_checked_lengths(draft_lengths))
     inner = exit_layers or [max(1, loaded.depth // 4), max(1, loaded.depth // 2)]
     exits = sorted({1, loaded.depth - 1, *map(loaded.anatomy.check_exit, inner)})
@@ -259,7 +267,7 @@ def measure_costs(
     order = random.Random(0)
     times: dict[str, list[float]] = defaultdict(list)
     with torch.inference_mode():
-        bench = _Bench(loaded, drafter, context, longest, sampling or Sampling(), draft_vocabulary)
+        bench = _Bench(loaded, drafter, context, longest, sampling or Sampling(), draft_vocabulary, heads)
         jobs: list[int | None] = [*exits, None] if drafter is not None else [*exits]
         for job in jobs:  # to warm up
             deque(bench.measure(job, rows[-2:]), maxlen=0)
@@ -286,6 +294,7 @@ def measure_costs(
         head_s=1.0,
         verify_s={},
         draft_rows=None if draft_vocabulary is None else len(draft_vocabulary),
+        exit_heads=fingerprint(heads) if heads else None,
         drafter=None if drafter is None else drafter.name,
         seconds=time.perf_counter() - started,
         sweeps=sweeps,
@@ -323,6 +332,7 @@ class _Bench:
         longest: int,
         sampling: Sampling,
         draft_vocabulary: Sequence[int] | None,
+        heads: Mapping[int, ExitHead],
     ) -> None:
         import torch
 
@@ -334,7 +344,8 @@ class _Bench:
         self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
         self.helper = None if drafter is None else Engine(drafter.anatomy, 1, context + longest + 1)
         ids = None if draft_vocabulary is None else torch.as_tensor(draft_vocabulary)
-        self.head = DraftHead(loaded.anatomy, ids=ids).through(self.engine)
+        plain = DraftHead(loaded.anatomy, ids=ids).through(self.engine)
+        self.heads = {exit_layer: plain.behind(heads.get(exit_layer)) for exit_layer in loaded.anatomy.exits}
         prompt = [0] * context
         plan = Plan([prompt], [0], _ENDLESS, sampling, (), None)
         self.session = Session(plan, loaded, {})
@@ -366,6 +377,7 @@ class _Bench:
     def _round(self, exit_layer: int, rows: int) -> Iterator[tuple[str, float]]:
         """A round with a few drafts; its verification is as wide as if there had been rows - 1."""
         passes, heads, states = [], [], []
+        head = self.heads[exit_layer]
 
         def early(tokens: Tensor, place: int) -> Tensor:
             started = self.clock()
@@ -376,12 +388,12 @@ class _Bench:
         def step(tokens: Tensor, place: int) -> Tensor:
             residual = early(tokens, place)
             started = self.clock()
-            logits = self.head(residual)
+            logits = head(residual)
             heads.append(self.clock() - started)
             return logits
 
         started = self.clock()
-        drafts = self._draft(min(rows - 1, DRAFTS), step, self.head.ids)
+        drafts = self._draft(min(rows - 1, DRAFTS), step, head.ids)
         booking = self.clock() - started - sum(passes) - sum(heads)
         early(drafts.written[:, -1:], drafts.tokens.shape[1])
         yield f"early first {exit_layer}", passes[0]  # it finds the late layers in the processor's caches
@@ -521,6 +533,10 @@ class Dimensions:
     vocabulary: int
     key_value_width: int | None = None
 
+    @property
+    def width(self) -> int:
+        return self.head_parameters // self.vocabulary
+
     @classmethod
     def of(cls, source: Any) -> Dimensions:
         """From a Loaded, a Trace, a ModelRecord, or the name of a shape of probekit.models.synthetic.
@@ -558,6 +574,7 @@ def roofline_costs(
     longest_draft: int = 32,
     drafter: Any = None,
     draft_rows: int | None = None,
+    exit_heads: str | None = None,
 ) -> Costs:
     """The least that each step can take: the larger of its bytes over bandwidth and its products over speed.
 
@@ -570,6 +587,8 @@ def roofline_costs(
     device: a name in DEVICES, or "cpu", whose bandwidth and speed are measured here, in a moment. By default the
         trace's, or the CPU.
     draft_rows: rows of the head that exit layers draft with; all by default.
+    exit_heads: the name of the exit heads that they draft through: a map of width x width more. A trace's own by
+        default.
     bandwidth, flops: bytes and operations a second, instead of a device's.
     dtype: of the weights; by default the trace's or the model's, or bfloat16.
     """
@@ -587,6 +606,8 @@ def roofline_costs(
         raise InputError(f"a device moves and computes something: {bandwidth} bytes and {flops} operations a second.")
     if context < 0 or longest_draft < 1:
         raise InputError(f"a context of {context} and drafts of {longest_draft} tokens make no round.")
+    record = getattr(manifest, "exit_heads", None)
+    exit_heads = exit_heads or (None if record is None else record.fingerprint)
     share = 1.0 if draft_rows is None else check_draft_rows(draft_rows, model.vocabulary) / model.vocabulary
 
     def seconds(of: Dimensions, layers: int, heads: float, rows: int) -> float:
@@ -604,11 +625,12 @@ def roofline_costs(
         depth=L,
         autoregressive_s=seconds(model, L, 1, 1),
         early_s={exit_layer: seconds(model, exit_layer, 0, 1) for exit_layer in exits},
-        head_s=seconds(model, 0, share, 1),
+        head_s=seconds(model, 0, share + (0.0 if exit_heads is None else model.width / model.vocabulary), 1),
         verify_s={
             (exit_layer, rows): seconds(model, L - exit_layer, 1, rows) for exit_layer in exits for rows in widths
         },
         draft_rows=draft_rows,
+        exit_heads=exit_heads,
         drafter=None if helper is None else helper.name,
         drafter_step_s=None if helper is None else seconds(helper, helper.depth, 1, 1),
         drafter_first_s=None if helper is None else seconds(helper, helper.depth, 1, 2),

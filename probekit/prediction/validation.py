@@ -6,9 +6,10 @@ that difference can change places: such a near-tie is counted and named. Any oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -25,11 +26,13 @@ from probekit.decoding.sampling import Sampling
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.decoding.speculative import Speculative
 from probekit.errors import InputError
+from probekit.lens.heads import ExitHead
 from probekit.models.loading import Loaded
 from probekit.prediction.acceptance import Cell, bootstrap_ratio, predict, rounds_of
 from probekit.prediction.choice import check_draft_head, speedups
 from probekit.prediction.costs import FEWEST, Costs, measure_costs
 from probekit.tracing.shading import Colour, Shaded, shaded_table
+from probekit.tracing.tracer import traced_heads
 from probekit.tracing.traces import Trace
 
 SCHEMA = "probekit/validate/1"
@@ -65,7 +68,7 @@ class CellValidation:
         sampled text.
     differences: where not, each place once.
     differ_interval: {count: (low, high)} of measured - predicted, for sampled text only: joint 95 % intervals of the
-        three counts (Bonferroni: each at 98.3 %), by bootstrap over prompts.
+        three counts of all cells of a validation (Bonferroni: each at 1 - 5 % / counts), by bootstrap over prompts.
     speedup_measured: time of autoregressive decoding over the cell's, decoding only, all prompts together, the median
         of each prompt's runs; end to end, with the prefill. speedup_measured_quantiles: 20 % and 80 % of single runs.
     rounds: (prompt, round, drafted, accepted as predicted, accepted as measured), greedy text only.
@@ -161,6 +164,7 @@ class Validation:
     text: str
     cells: tuple[CellValidation, ...]
     draft_rows: int | None = None
+    exit_heads: str | None = None
 
     @property
     def holds(self) -> bool:
@@ -186,6 +190,7 @@ class Validation:
             "model": self.model,
             "text": self.text,
             "draft_rows": self.draft_rows,
+            "exit_heads": self.exit_heads,
             "cells": [cell.to_json() for cell in self.cells],
         }
 
@@ -250,17 +255,21 @@ def validate(
         raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
     chosen = trace.select(trace.prompts[:limit])
     predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows)
+    heads = traced_heads(trace, loaded)
+    name = None if trace.manifest.exit_heads is None else trace.manifest.exit_heads.fingerprint
     ids = None if draft_rows is None else torch.from_numpy(trace.draft_head_ids(draft_rows))
     methods: list[Method] = [
-        SelfSpeculative(loaded, cell.exit_layer, cell.draft_length, draft_vocabulary=ids)
+        SelfSpeculative(
+            loaded, cell.exit_layer, cell.draft_length, exit_head=heads.get(cell.exit_layer), draft_vocabulary=ids
+        )
         if cell.exit_layer is not None
         else Speculative(loaded, drafter, cell.draft_length)  # type: ignore[arg-type]
         for cell in predicted
     ]
-    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids)
-    check_draft_head(draft_rows, costs)
+    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids, heads)
+    check_draft_head(draft_rows, name, costs)
     plain, *runs = _decode(chosen, [Autoregressive(loaded), *methods], repeats, progress)
-    compare = _greedy if trace.manifest.text == "greedy" else _sampled
+    compare = _greedy if trace.manifest.text == "greedy" else partial(_sampled, cells=len(predicted))
     return Validation(
         trace.manifest.model.name,
         trace.manifest.text,
@@ -278,6 +287,7 @@ def validate(
             for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
         ),
         draft_rows,
+        name,
     )
 
 
@@ -330,7 +340,12 @@ def _predicted(
 
 
 def _quick_costs(
-    loaded: Loaded, trace: Trace, cells: Sequence[Cell], drafter: Loaded | None, ids: Tensor | None
+    loaded: Loaded,
+    trace: Trace,
+    cells: Sequence[Cell],
+    drafter: Loaded | None,
+    ids: Tensor | None,
+    heads: Mapping[int, ExitHead],
 ) -> Costs:
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
@@ -343,6 +358,7 @@ def _quick_costs(
         draft_lengths=[longest],
         drafter=used,
         draft_vocabulary=None if ids is None else ids.tolist(),
+        exit_heads=heads,
         repeats=FEWEST,
     )
 
@@ -573,6 +589,8 @@ def _sampled(
     own: Sequence[Sequence[Decoded]],
     plain: Sequence[Sequence[Decoded]],
     draft_rows: int | None,
+    *,
+    cells: int,
 ) -> dict[str, Any]:
     """The fields of CellValidation that say whether counts agree: measured - predicted, prompt by prompt.
 
@@ -580,12 +598,11 @@ def _sampled(
     centred at 0, whatever the prompts.
     """
     share = np.full(len(own), 1 / len(own))  # a ratio to the number of prompts: the interval of a sum
+    confidence = 1 - 0.05 / (len(_COMPARED) * cells)
     intervals: dict[str, tuple[float, float] | None] = {}
     for name in _COMPARED:
         measured = np.array([np.mean([_counts([run])[name] for run in runs]) for runs in own])
-        low, high = bootstrap_ratio(
-            measured - getattr(cell, f"{name}_of_prompt"), share, confidence=1 - 0.05 / len(_COMPARED)
-        )
+        low, high = bootstrap_ratio(measured - getattr(cell, f"{name}_of_prompt"), share, confidence=confidence)
         intervals[name] = None if np.isnan(low) else (float(low), float(high))
     repeats = len(own[0])
     total = _counts(run for runs in own for run in runs)

@@ -66,7 +66,7 @@ class HooksBackend:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._place = self._place[:0].clone()
+        self._place = self._place.new_empty(0)
 
     @torch.inference_mode()
     def read(self, inputs: Mapping[str, Any], rows: Tensor) -> Reading:
@@ -193,13 +193,18 @@ def self_check(parts: Anatomy, reading: Reading) -> None:
 
 
 @torch.inference_mode()
-def row_noise(loaded: Loaded, ids: Sequence[int], sites: Iterable[int]) -> float:
+def row_noise(
+    loaded: Loaded,
+    ids: Sequence[int],
+    sites: Iterable[int],
+    heads: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+) -> float:
     """How far logits of a row computed alone may lie from those of the same row among others.
 
     The last rows of a text (of its beginning, where it is long) are computed among all of its rows, and again one by
     one with a cache, as a decoder does. The largest difference of their final-norm logits over `sites`, times a
     safety factor; where the dtype is smaller than float32, plus the spacing of numbers as large as the largest logit,
-    to which a decoder rounds.
+    to which a decoder rounds. heads: {exit layer: map} put before the norm, as in Lens.
     """
     parts = loaded.anatomy
     text = torch.tensor([list(ids)[:NOISE_TOKENS]], device=parts.device)
@@ -213,7 +218,7 @@ def row_noise(loaded: Loaded, ids: Sequence[int], sites: Iterable[int]) -> float
     with Capture(parts, sites) as single:
         for column in text[:, -alone:].split(1, dim=1):
             parts.decoder(input_ids=column, past_key_values=cache, use_cache=True)
-    lens, difference, largest = Lens(parts), 0.0, 0.0
+    lens, difference, largest = Lens(parts, heads=heads), 0.0, 0.0
     for site in sites:
         together = lens(among[site][0, -2 * alone :], site)[-alone:]
         apart = torch.cat([lens(step[site][0], site) for step in single.passes])

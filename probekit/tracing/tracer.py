@@ -31,6 +31,7 @@ from probekit.decoding.sampling import Sampling, warp
 from probekit.decoding.speculative import check_drafter
 from probekit.errors import InputError, ResourceError
 from probekit.lens.draft_rows import DraftRows
+from probekit.lens.heads import ExitHead, check_heads, fingerprint, load_heads, pack_heads, unpack_heads
 from probekit.lens.lens import KINDS, Lens
 from probekit.lens.statistics import StatisticsPlan, layer_statistics
 from probekit.lens.witness import Savings, Witnesses
@@ -54,7 +55,16 @@ from probekit.tracing.prompts import (
     prompts_hash,
     prompts_source,
 )
-from probekit.tracing.traces import Manifest, ModelRecord, Trace, TraceWriter, looped, spelled_bytes, visible
+from probekit.tracing.traces import (
+    ExitHeadsRecord,
+    Manifest,
+    ModelRecord,
+    Trace,
+    TraceWriter,
+    looped,
+    spelled_bytes,
+    visible,
+)
 
 # A batch of the plan: at most so many rows, and so many bytes of residuals, and so many prompts.
 MOST_ROWS = 4096
@@ -79,6 +89,7 @@ def trace(
     keep_residuals: Iterable[int] = (),
     draft_model: Loaded | str | Path | None = None,
     draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None = None,
+    exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
     backend: str = "hooks",
     resume: bool = False,
     chat: bool = False,
@@ -100,6 +111,8 @@ def trace(
     draft_model: a drafter with the same tokenizer, read on the same text.
     draft_vocabulary: a trace (or its folder), whose most frequent tokens a draft head would keep first, or token ids in
         that order: `predict` then answers for heads of any number of rows. Greedy text only.
+    exit_heads: {exit: head}, or a file of them (`probekit.lens.heads`): the final-norm lens is read through them, so
+        that predictions are for a decoder that drafts through them. They stay with the run.
     backend: "hooks" or "nnsight".
     resume: go on with the run in `folder`, by its own batch plan.
     chat: put plain prompts through the chat template, as a user's message.
@@ -115,10 +128,11 @@ def trace(
     """
     plan = plan_trace(
         loaded, prompts, max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
-        keep_residuals=keep_residuals, draft_model=draft_model, draft_vocabulary=draft_vocabulary, backend=backend,
-        chat=chat, batch_size=batch_size, top_prompts=top_prompts,
+        keep_residuals=keep_residuals, draft_model=draft_model, draft_vocabulary=draft_vocabulary,
+        exit_heads=exit_heads, backend=backend, chat=chat, batch_size=batch_size, top_prompts=top_prompts,
     )  # fmt: skip
-    writer = TraceWriter(folder, plan.manifest, resume=resume)
+    packed = None if plan.heads is None else pack_heads(plan.heads)
+    writer = TraceWriter(folder, plan.manifest, resume=resume, exit_heads=packed)
     if writer.pending:
         run = _Run(plan, writer, open_backend(backend, loaded), progress or _silent)
         with torch.inference_mode():
@@ -134,12 +148,14 @@ def trace(
 class TracePlan:
     """A trace after all checks that need no forward pass.
 
-    encoded: each prompt's ids, by its index. sampling: of the text. warp: logits -> log-probabilities of the
-    decoder; None for greedy text. manifest: the run's settings and its batches; `segment_rows` is the row budget.
+    heads: {exit: head} of the final-norm lens. encoded: each prompt's ids, by its index. sampling: of the text.
+    warp: logits -> log-probabilities of the decoder; None for greedy text. manifest: the run's settings and its
+        batches; `segment_rows` is the row budget.
     """
 
     loaded: Loaded
     drafter: Loaded | None
+    heads: Mapping[int, ExitHead] | None
     encoded: Mapping[int, Encoded]
     sampling: Sampling
     warp: Callable[[Tensor], Tensor] | None
@@ -161,6 +177,7 @@ def plan_trace(
     keep_residuals: Iterable[int],
     draft_model: Loaded | str | Path | None,
     draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None,
+    exit_heads: Mapping[int, ExitHead] | str | Path | None,
     backend: str,
     chat: bool,
     batch_size: int | None,
@@ -180,6 +197,7 @@ def plan_trace(
             "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
         )
     order = _draft_vocabulary(draft_vocabulary, loaded)
+    heads, heads_record = _exit_heads(exit_heads, loaded)
     sites = tuple(sorted({loaded.anatomy.check_site(site) for site in keep_residuals}))
     chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
     chosen = as_prompts(chosen, chat=chat, given=given)
@@ -200,6 +218,7 @@ def plan_trace(
         model=_record(loaded),
         drafter=None if drafter is None else _record(drafter),
         draft_vocabulary=order,
+        exit_heads=heads_record,
         prompts_hash=prompts_hash(chosen),
         prompts_source=prompts_source(chosen),
         batches=_batches(rows, row_budget, batch_size or MOST_PROMPTS[loaded.device.type]),
@@ -220,7 +239,7 @@ def plan_trace(
         | {name: version(name) for name in libraries},
     )
     warping = None if text == "greedy" else partial(warp, sampling=decoding)
-    return TracePlan(loaded, drafter, encoded, sampling, warping, manifest)
+    return TracePlan(loaded, drafter, heads, encoded, sampling, warping, manifest)
 
 
 def _check_at_least_one(what: str, number: Any) -> None:
@@ -240,6 +259,31 @@ def _draft_vocabulary(
     if not isinstance(given, DraftVocabulary):
         given = DraftVocabulary("given", tuple(int(token) for token in given))
     return given.fit(loaded.anatomy.vocabulary)
+
+
+def _exit_heads(
+    given: Mapping[int, ExitHead] | str | Path | None, loaded: Loaded
+) -> tuple[dict[int, ExitHead] | None, ExitHeadsRecord | None]:
+    if given is None:
+        return None, None
+    if isinstance(given, (str, Path)):
+        heads, source = load_heads(given, loaded.anatomy), str(given)
+    else:
+        heads, source = check_heads(given, loaded.anatomy), "given"
+    return heads, ExitHeadsRecord(source, fingerprint(heads), tuple(heads))
+
+
+def traced_heads(trace: Trace, loaded: Loaded) -> dict[int, ExitHead]:
+    """{exit: head} that a trace was read through, for the model that was traced; empty where there were none."""
+    record, packed = trace.manifest.exit_heads, trace.exit_heads
+    if record is None or packed is None:
+        return {}
+    heads = unpack_heads(packed, loaded.anatomy, "the run's file of exit heads")
+    if fingerprint(heads) != record.fingerprint:
+        raise InputError(
+            f"the exit heads in this run are not those that it was traced with ({record.fingerprint}).", "Trace again."
+        )
+    return heads
 
 
 def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
@@ -373,7 +417,7 @@ class _Run:
         self.rounded = None if self.loaded.dtype == torch.float32 else self.loaded.dtype
         order = self.writer.manifest.draft_vocabulary
         whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
-        self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded)
+        self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded, self.plan.heads)
         self.witnesses: Witnesses | None = None  # what agreement-only reading learned, from batch to batch
         self.seconds = dict(self.writer.manifest.timings)
 
@@ -448,7 +492,7 @@ class _Run:
         began = perf_counter()
         if self.writer.manifest.noise is None:
             ids = texts[0].sequence[:-1]
-            self.writer.update(noise=row_noise(self.loaded, ids, self.parts.sites))
+            self.writer.update(noise=row_noise(self.loaded, ids, self.parts.sites, self.plan.heads))
             if self.drafter is not None:
                 self.writer.update(drafter_noise=row_noise(self.drafter, ids, [self.drafter.depth]))
         return perf_counter() - began
@@ -523,6 +567,7 @@ class _Run:
             rounded_dtype=self.rounded,
             noise=manifest.noise or 0.0,
             top=top,
+            heads=self.plan.heads,
         )
         if plan.mode == "agreement" and self.witnesses is None:
             before = manifest.savings

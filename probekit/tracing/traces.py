@@ -32,6 +32,7 @@ from probekit.tracing.shading import Shaded, shaded_table
 
 SCHEMA = "probekit/trace/1"
 LENSES = ("final-norm", "raw")
+EXIT_HEADS = "exit_heads.safetensors"  # beside the manifest, where the run was read through some
 LOOP_TOKENS = 8
 _UNFINISHED = ".unfinished"
 
@@ -149,6 +150,19 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class ExitHeadsRecord:
+    """Which exit heads the final-norm lens was read through: where they came from, their name, the exits with one."""
+
+    source: str
+    fingerprint: str
+    exits: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ExitHeadsRecord:
+        return cls(**{**document, "exits": tuple(document["exits"])})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that a run was made with, and what it found out about itself.
 
@@ -156,6 +170,8 @@ class Manifest:
     decoding: {"temperature", "top_k", "top_p"}; temperature 0 is greedy.
     max_new_tokens: the budget M.
     draft_vocabulary: the order in which a draft head keeps rows, where the trace answers for such heads.
+    exit_heads: put before the norm where a layer has one: the final-norm lens is then read through them. The heads
+        themselves are in the run, too (`Trace.exit_heads`).
     batches: the plan: prompt indices, one list for each part.
     segment_rows: the most rows of one prompt that one forward pass reads; None: all of them.
     noise: largest difference, in logits, between a row computed alone and the same row among others, measured on
@@ -173,6 +189,7 @@ class Manifest:
     batches: tuple[tuple[int, ...], ...]
     drafter: ModelRecord | None = None
     draft_vocabulary: DraftVocabulary | None = None
+    exit_heads: ExitHeadsRecord | None = None
     dtype: str = "float32"
     device: str = "cpu"
     text: str = "greedy"
@@ -222,6 +239,8 @@ class Manifest:
         values["model"] = ModelRecord.from_json(values["model"])
         values["drafter"] = None if drafter is None else ModelRecord.from_json(drafter)
         values["draft_vocabulary"] = None if order is None else DraftVocabulary.from_json(order)
+        heads = values.get("exit_heads")
+        values["exit_heads"] = None if heads is None else ExitHeadsRecord.from_json(heads)
         values["batches"] = tuple(tuple(batch) for batch in values["batches"])
         for name in ("lenses", "keep_residuals", "ignored_processors", "backoffs"):
             values[name] = tuple(values[name])
@@ -242,6 +261,8 @@ class Manifest:
         ]  # fmt: skip
         mine, theirs = (one and one.fingerprint for one in (self.draft_vocabulary, other.draft_vocabulary))
         pairs.append(("draft_vocabulary", mine, theirs))
+        mine, theirs = (one and one.fingerprint for one in (self.exit_heads, other.exit_heads))
+        pairs.append(("exit_heads", mine, theirs))
         for role in ("model", "drafter"):
             mine, theirs = getattr(self, role), getattr(other, role)
             if mine is None or theirs is None:
@@ -322,8 +343,10 @@ class Trace:
         folder: Path | None = None,
         prompts: Sequence[int] | None = None,
         pivots: dict[tuple[str, str, str], dict[int, np.ndarray]] | None = None,
+        exit_heads: bytes | None = None,
     ) -> None:
         self.manifest = manifest
+        self._exit_heads = exit_heads
         self.folder = folder
         self._source = source
         self._chosen = None if prompts is None else tuple(prompts)
@@ -341,13 +364,13 @@ class Trace:
         top: pd.DataFrame | None = None,
         drafter: pd.DataFrame | None = None,
         draft_head: pd.DataFrame | None = None,
+        exit_heads: bytes | None = None,
     ) -> Trace:
         """A trace in memory. Columns are those of `COLUMNS`; their order and types are put right here."""
         given = {"texts": texts, "tokens": tokens, "layers": layers, "top": top, "drafter": drafter,
                  "draft_head": draft_head}  # fmt: skip
-        return cls(
-            manifest, _Frames({name: conform(name, frame) for name, frame in given.items() if frame is not None})
-        )
+        frames = _Frames({name: conform(name, frame) for name, frame in given.items() if frame is not None})
+        return cls(manifest, frames, exit_heads=exit_heads)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trace:
@@ -407,7 +430,23 @@ class Trace:
             self._check(prompt)
         if not chosen:
             raise InputError("a trace needs at least one prompt; none was selected.")
-        return Trace(self.manifest, self._source, folder=self.folder, prompts=chosen, pivots=self._pivots)
+        return Trace(
+            self.manifest, self._source, folder=self.folder, prompts=chosen, pivots=self._pivots,
+            exit_heads=self._exit_heads,
+        )  # fmt: skip
+
+    @property
+    def exit_heads(self) -> bytes | None:
+        """The exit heads that the run was read through, as `probekit.lens.heads.pack_heads` writes them."""
+        if self.manifest.exit_heads is None or self._exit_heads is not None or self.folder is None:
+            return self._exit_heads
+        path = self.folder / EXIT_HEADS
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read: {error.strerror or error}.", "Trace again with --exit-heads."
+            ) from None
 
     # -- one prompt
     def agreement(self, prompt: int, lens: Lens = "final-norm", *, rounded: bool = False) -> np.ndarray:
@@ -537,7 +576,7 @@ class Trace:
             raise InputError("a selection of prompts is not a run: save the whole trace.")
         if self.manifest.keep_residuals:
             raise InputError("this trace keeps residuals beside its tables.", "Copy its folder instead.")
-        writer = TraceWriter(folder, self.manifest)
+        writer = TraceWriter(folder, self.manifest, exit_heads=self.exit_heads)
         for part, batch in enumerate(self.manifest.batches):
             frames = {name: self._table(name) for name in _tables(self.manifest)}
             writer.write(part, {name: frame[frame["prompt"].isin(batch)] for name, frame in frames.items()})
@@ -794,8 +833,16 @@ class TraceWriter:
     first part.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, manifest: Manifest, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        manifest: Manifest,
+        *,
+        resume: bool = False,
+        exit_heads: bytes | None = None,
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._exit_heads = exit_heads
         self.manifest = manifest
         self._memory: dict[int, dict[str, pd.DataFrame]] = {}
         self._begun = False
@@ -835,6 +882,8 @@ class TraceWriter:
             self._begun = True
             self.folder.mkdir(parents=True, exist_ok=True)
             self.update()
+        if self._exit_heads is not None and not (self.folder / EXIT_HEADS).is_file():
+            atomic_bytes(self.folder / EXIT_HEADS, self._exit_heads)
         if residuals is not None:
             atomic_bytes(self.folder / _part_name("residuals", part), residuals)
         for name in tables:
@@ -848,7 +897,7 @@ class TraceWriter:
             return Trace.open(self.folder)
         parts = [self._memory[part] for part in range(len(self.manifest.batches))]
         frames = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
-        return Trace(self.manifest, _Frames(frames))
+        return Trace(self.manifest, _Frames(frames), exit_heads=self._exit_heads)
 
 
 def check_run_folder(folder: str | os.PathLike[str], manifest: Manifest, *, resume: bool) -> Manifest | None:

@@ -1,0 +1,106 @@
+"""Exit heads on the command line: fitted on one run, traced on other prompts, chosen, validated, decoded, studied."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from probekit.cli.app import run
+
+
+def document(capsys, *arguments: object) -> dict:
+    assert run([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def places(tiny_folder, tiny_tied_folder, tmp_path_factory):
+    """A run to fit on, the heads, and a run through them."""
+    folder = tmp_path_factory.mktemp("exit-heads")
+    names = {name: str(folder / name) for name in ("fitted", "heads.safetensors", "run", "other")}
+    (folder / "some.txt").write_text("abc\ndefg\nhij\n")
+    (folder / "others.txt").write_text("xyz\nklmn\n")
+    common = ["--max-new-tokens", "12", "--device", "cpu", "--quiet"]
+    sampled = ["--temperature", "0.8", "--seed", "1"]
+    some, others = ["--prompts", str(folder / "some.txt")], ["--prompts", str(folder / "others.txt")]
+    assert run(["trace", str(tiny_folder), *some, "-o", names["fitted"], *common, *sampled]) == 0
+    assert run(["trace", str(tiny_tied_folder), *some, "-o", names["other"], *common]) == 0
+    assert run(["fit-heads", names["fitted"], "-o", names["heads.safetensors"], "--quiet"]) == 0
+    through = ["--exit-heads", names["heads.safetensors"]]
+    assert run(["trace", str(tiny_folder), *others, "-o", names["run"], *common, *through]) == 0
+    return {**names, "model": str(tiny_folder), "prompts": str(folder / "others.txt"), "folder": str(folder)}
+
+
+def test_fit_heads_says_what_it_did(capsys, places, tmp_path):
+    arguments = [places["fitted"], "-o", tmp_path / "some.safetensors", "--exit-layers", "2,4", "--ridge", "0.01"]
+    found = document(capsys, "fit-heads", *arguments)
+    assert found["schema"] == "probekit/fit-heads/1"
+    assert (found["exit_layers"], found["texts"], found["ridge"]) == ([2, 4], 3, 0.01)
+    assert found["tokens"] > 3 * 12
+    assert run(["fit-heads", *map(str, arguments)]) == 0
+    assert "probekit trace" in capsys.readouterr().err
+
+
+def test_trace_predict_choose_and_validate(capsys, places):
+    name = document(capsys, "fit-heads", places["fitted"], "-o", places["heads.safetensors"])["fingerprint"]
+    assert document(capsys, "predict", places["run"])["exit_heads"] == name
+    for costs in ("roofline", "measured"):
+        found = document(capsys, "choose", places["run"], "--costs", costs, "--context", 16, "--draft-lengths", "1,2")
+        assert found["exit_heads"] == found["costs"]["exit_heads"] == name
+    found = document(capsys, "validate", places["run"], "--exit-layers", "1,2,4", "--draft-lengths", "3")
+    assert found["exit_heads"] == name
+    assert all(cell["rounds_equal"] and cell["tokens_equal"] for cell in found["cells"])
+    assert run(["predict", places["run"]]) == 0
+    assert "through exit heads" in capsys.readouterr().out
+
+
+def test_decode(capsys, places):
+    plain = document(capsys, "decode", places["model"], "abc", "--max-new-tokens", 9)
+    how = ["--method", "self-speculative", "--exit-layer", 2, "--draft-length", 3, "--max-new-tokens", 9]
+    through = document(capsys, "decode", places["model"], "abc", *how, "--exit-heads", places["heads.safetensors"])
+    assert through["tokens"] == plain["tokens"]
+
+
+def test_a_study_fits_counts_and_validates(capsys, places, tmp_path):
+    arguments = ["study", places["model"], "--prompts", places["prompts"], "-o", tmp_path / "study",
+                 "--max-new-tokens", 8, "--draft-lengths", "1,2", "--fit-heads", "--draft-rows", 30]  # fmt: skip
+    found = document(capsys, *arguments)
+    (model,) = found["models"]
+    assert (found["settings"]["fit_heads"], found["settings"]["draft_rows"]) == (True, 30)
+    assert model["choice"]["exit_heads"] and model["choice"]["draft_rows"] == 30
+    assert all(cell["rounds_equal"] and cell["tokens_equal"] for cell in model["validation"]["cells"])
+    (heads,) = (tmp_path / "study" / "exit_heads").iterdir()
+    before = heads.stat().st_mtime_ns
+    again = document(capsys, *arguments)
+    assert heads.stat().st_mtime_ns == before, "a study that is resumed fits nothing again"
+    assert again["models"][0]["choice"]["exit_heads"] == model["choice"]["exit_heads"]
+    assert run([*map(str, arguments[:-2]), "--quiet"]) == 2
+    assert "draft_rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit-heads", "{fitted}", "{other}", "-o", "{folder}/x"], "different models"),
+        (["fit-heads", "{fitted}", "-o", "{folder}"], "expected a file name"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/nowhere/x"], "a folder that exists"),
+        (["fit-heads", "{folder}/none", "-o", "{folder}/x"], "no run folder"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/x", "--ridge", "0"], "must exceed 0"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/x", "--exit-layers", "7"], "exit layer 7"),
+        (["trace", "{model}", "-o", "{folder}/x", "--exit-heads", "{prompts}"], "cannot be read as exit heads"),
+        (["decode", "{model}", "abc", "--exit-heads", "{heads.safetensors}"], "exit_heads"),
+        (["study", "{model}", "-o", "{folder}/y", "--prompts", "{prompts}", "--draft-rows", "0"], "out of range"),
+        (["study", "{model}", "-o", "{folder}/z", "--prompts", "{prompts}", "--draft-rows", "98"], "out of range"),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, places, arguments, message):
+    filled = []
+    for argument in arguments:
+        for name, value in places.items():
+            argument = argument.replace(f"{{{name}}}", value)
+        filled.append(argument)
+    assert run(filled) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
