@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,13 +38,13 @@ from probekit.models.loading import TALES, Loaded, load
 from probekit.prediction.acceptance import predict
 from probekit.prediction.costs import roofline_costs
 from probekit.prediction.validation import differences_from, validate
-from probekit.tracing.prompts import bundled_prompts, bundled_prompts_for
+from probekit.tracing.own_text import own_texts
+from probekit.tracing.prompts import as_prompts, bundled_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.tracing.traces import Trace
 
 LENGTHS = 8  # draft lengths 1..8
 DRAFT_ROWS = 256
-HEAD_TEXTS = 4  # of each of the first prompts, that exit heads are fitted on
 SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=7)
 
 
@@ -97,7 +97,8 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
     traced = trace(
         loaded, prompts, max_new_tokens=budget, statistics="agreement", draft_model=drafter, draft_vocabulary=order
     )
-    heads = fit_heads(loaded.anatomy, (torch.tensor([text]) for text in own_texts(loaded, prompts[:24])))
+    texts = own_texts(loaded, as_prompts(prompts[:24]))
+    heads = fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts))
     through = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement", exit_heads=heads)
     methods: dict[str, dict[str, int]] = {}
     found, behind = Tally(traced, prompts, methods), Tally(through, prompts, methods)
@@ -120,14 +121,6 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
         found.run("autoregressive, alone", Autoregressive(loaded), [prompt])
     return {"texts": count, "tokens": int(traced.texts["new_tokens"].sum()), "noise": traced.manifest.noise,
             "ended_by_eos": int((traced.texts["ended"] == "eos").sum()), "methods": methods}  # fmt: skip
-
-
-def own_texts(loaded: Loaded, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """What the model writes after some prompts."""
-    for seed in range(HEAD_TEXTS):
-        sampling = Sampling(temperature=0.8, seed=seed)
-        for done in Autoregressive(loaded).decode(prompts, max_new_tokens=128, sampling=sampling):
-            yield done.prompt_ids + done.tokens
 
 
 class Tally:

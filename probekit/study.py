@@ -47,7 +47,6 @@ TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
-OWN_TEXTS, OWN_TOKENS, OWN_TEMPERATURE = 8, 192, 0.8  # what drafting is learned from: texts of each even prompt
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 Progress = Callable[..., None]
@@ -318,38 +317,27 @@ def settle_threads(study: ModelStudy) -> None:
 
 
 def learn_drafting(study: ModelStudy) -> None:
-    """Fit exit heads, and count the frequent tokens, on what the model writes after the even prompts."""
+    """Fit exit heads, and count the frequent tokens, on what the model writes after the even prompts, greedily."""
     if not study.plan.fit_heads and study.plan.draft_rows is None:
         return
     from probekit.lens.heads import fit_heads, load_heads, save_heads
+    from probekit.tracing.own_text import own_texts
 
-    texts = _once(study.kept("own_text"), lambda: {"texts": list(own_texts(study))})["texts"]
+    def run() -> dict[str, Any]:
+        even = [prompt for prompt in study.prompts if prompt.index % 2 == 0]
+        return {"texts": list(own_texts(study.model, even, study.plan.max_new_tokens, progress=_named(study)))}
+
+    texts = _once(study.kept("own_text"), run)["texts"]
     if study.plan.draft_rows is not None:
         source = f"{len(texts)} texts of {study.name}"
-        study.vocabulary = DraftVocabulary.counted((text["tokens"] for text in texts), source)
+        study.vocabulary = DraftVocabulary.counted((tokens for _, tokens in texts), source)
     if study.plan.fit_heads:
         path = study.plan.folder / "exit_heads" / f"{study.name}.safetensors"
         if not path.exists():
-            batches = (torch.tensor([text["prompt"] + text["tokens"]]) for text in texts)
-            heads = fit_heads(study.model.anatomy, batches)
+            heads = fit_heads(study.model.anatomy, (torch.tensor([prompt + tokens]) for prompt, tokens in texts))
             path.parent.mkdir(exist_ok=True)
             save_heads(path, heads)
         study.heads = load_heads(path, study.model.anatomy)
-
-
-def own_texts(study: ModelStudy) -> Iterator[dict[str, list[int]]]:
-    """{"prompt", "tokens"}: ids of the texts that the model writes after the even prompts, one greedy, some sampled."""
-    from probekit.decoding.autoregressive import Autoregressive
-    from probekit.decoding.sampling import Sampling
-
-    prompts = [prompt for prompt in study.prompts if prompt.index % 2 == 0]
-    ids = [list(encode(prompt, study.model.tokenizer).ids) for prompt in prompts]
-    budget = max(1, min(OWN_TOKENS, study.model.anatomy.context - max(map(len, ids))))
-    for seed in range(OWN_TEXTS):
-        sampling = Sampling(temperature=OWN_TEMPERATURE if seed else 0.0, seed=seed)
-        for each in Autoregressive(study.model).decode(ids, max_new_tokens=budget, sampling=sampling):
-            yield {"prompt": each.prompt_ids, "tokens": each.tokens}
-        study.progress(f"{study.name}: learn drafting", seed + 1, OWN_TEXTS)
 
 
 def trace_prompts(study: ModelStudy) -> None:

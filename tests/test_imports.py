@@ -26,7 +26,7 @@ ROWS = {
         "sampling", "caches", "policies", "results", "quick", "engine",
         "autoregressive", "self_speculative", "speculative", "device_round", "device_decoding", "decode",
     ),
-    "tracing": ("shading", "prompts", "draft_vocabulary", "traces", "backends", "tracer", "inner_look"),
+    "tracing": ("shading", "prompts", "draft_vocabulary", "traces", "backends", "own_text", "tracer", "inner_look"),
     "prediction": ("grids", "acceptance", "costs", "choice", "validation"),
     "tying": (
         "pooling", "shares", "text_kinds", "certainty", "factorial", "geometry", "interventions", "comparison",
