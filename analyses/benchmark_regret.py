@@ -1,12 +1,14 @@
 """Was the chosen pair the best one? Every exit layer and draft length, really run, on prompts that had no say in it.
 
     python analyses/benchmark_regret.py tales-layerskip -o docs/results/decoding/regret-tales-layerskip
-    python analyses/benchmark_regret.py tales-layerskip --draft-rows 512 -o docs/results/decoding/regret-rows-512
+    python analyses/benchmark_regret.py tales-layerskip --draft-rows 512 --fit-heads -o \
+        docs/results/decoding/regret-exit-heads
 
-The pair is chosen on the even-numbered bundled prompts: one trace, and costs measured on this machine. Then every pair
-decodes the odd-numbered ones. All take turns on a prompt, autoregressive decoding twice among them, before the next
-prompt comes: a machine that slows down slows all of them. A run stops after `--minutes`, behind a whole prompt, and the
-same command goes on with the others.
+Exit heads, and the tokens whose rows a small draft head keeps, are learned from what the model writes after the
+even-numbered bundled prompts. The pair is chosen on the same prompts: one trace, and costs measured on this machine.
+Then every pair decodes the odd-numbered ones. All take turns on a prompt, autoregressive decoding twice among them,
+before the next prompt comes: a machine that slows down slows all of them. A run stops after `--minutes`, behind a whole
+prompt, and the same command goes on with the others.
 
 Regret: 1 - speedup of the chosen pair / speedup of the best pair, all prompts together; "no drafts" is among the pairs,
 at 1. The time of a pair is that of its rounds: their number, which no noise touches, times the median over the prompts
@@ -39,10 +41,13 @@ from rich.console import Console
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.engine import Method
 from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.lens.heads import ExitHead, fingerprint, fit_heads
 from probekit.models.loading import Loaded, load
 from probekit.prediction.acceptance import predict
 from probekit.prediction.choice import Choice, choose
 from probekit.prediction.costs import measure_costs
+from probekit.tracing.draft_vocabulary import DraftVocabulary
+from probekit.tracing.own_text import own_texts
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.tracing.traces import Trace
@@ -63,8 +68,9 @@ def main(
     longest: Annotated[int, typer.Option(min=1, help="Draft lengths 1..LONGEST.")] = 8,
     draft_rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Draft with the head's rows of so many tokens, counted on the even prompts."),
+        typer.Option(min=1, help="Draft with the head's rows of so many tokens, the most frequent ones."),
     ] = None,
+    heads: Annotated[bool, typer.Option("--fit-heads", help="Draft through exit heads.")] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Start no further prompt after so long.")] = 3.5,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
     device: Annotated[str | None, typer.Option()] = None,
@@ -75,6 +81,7 @@ def main(
         torch.set_num_threads(threads)
     loaded = load(model, device=device, dtype=dtype)
     prompts = bundled_prompts_for(loaded.name)
+    drafting = Drafting.learned(loaded, prompts[::2], max_new_tokens, draft_rows, heads)
     record_path, raw_path = output.with_suffix(".json"), output.with_suffix(".csv")
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -82,22 +89,21 @@ def main(
         "weights_hash": loaded.weights_hash,
         "threads": torch.get_num_threads(),
         "draft_rows": draft_rows,
+        "exit_heads": fingerprint(drafting.heads) if drafting.heads else None,
     }
     if record_path.is_file() and json.loads(record_path.read_text())["settings"] == settings:
         record, raw = json.loads(record_path.read_text()), pd.read_csv(raw_path)
     else:
-        traced = trace(loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement")
-        if draft_rows is not None:  # once more, on the tokens that the first trace counted
-            traced = trace(
-                loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement", draft_vocabulary=traced
-            )
-        record = described(loaded, choice_on(loaded, traced, longest, draft_rows), settings)
-        record["draft_vocabulary"] = draft_rows and traced.draft_head_ids(draft_rows).tolist()
+        traced = trace(
+            loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement",
+            draft_vocabulary=drafting.ids, exit_heads=drafting.heads,
+        )  # fmt: skip
+        record = described(loaded, choice_on(loaded, traced, longest, drafting), settings)
         raw = pd.DataFrame(columns=list(RAW))
     todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
-    methods = methods_of(loaded, longest, record["draft_vocabulary"])
-    for prompt in todo:
-        if perf_counter() - began > 60 * minutes:
+    methods = methods_of(loaded, longest, drafting)
+    for place, prompt in enumerate(todo):
+        if place and perf_counter() - began > 60 * minutes:
             break
         rows = measured(loaded, prompt, methods, max_new_tokens)
         raw = rows if raw.empty else pd.concat([raw, rows], ignore_index=True)
@@ -108,13 +114,43 @@ def main(
     Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
 
 
-def choice_on(loaded: Loaded, traced: Trace, longest: int, draft_rows: int | None) -> Choice:
+@dataclass(frozen=True, eq=False)
+class Drafting:
+    """What exit layers draft with beside the model's own norm and head.
+
+    ids: the tokens whose rows of the head they keep; None: all. heads: {exit: head}; None: none.
+    """
+
+    ids: list[int] | None = None
+    heads: dict[int, ExitHead] | None = None
+
+    @classmethod
+    def learned(
+        cls, loaded: Loaded, prompts: Sequence[Prompt], budget: int, draft_rows: int | None, heads: bool
+    ) -> Drafting:
+        """From what the model writes after some prompts and their beginnings."""
+        if draft_rows is None and not heads:
+            return cls()
+        texts = list(own_texts(loaded, prompts, budget))
+        order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
+        return cls(
+            None if draft_rows is None else order[:draft_rows].tolist(),
+            fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts)) if heads else None,
+        )
+
+    @property
+    def rows(self) -> int | None:
+        return None if self.ids is None else len(self.ids)
+
+
+def choice_on(loaded: Loaded, traced: Trace, longest: int, drafting: Drafting) -> Choice:
     """What probekit recommends after a trace, with costs measured at the context in the middle of the texts."""
     context = int((traced.texts["prompt_tokens"] + traced.texts["new_tokens"] / 2).median())
     lengths = range(1, longest + 1)
-    ids = None if draft_rows is None else traced.draft_head_ids(draft_rows)
-    costs = measure_costs(loaded, context, draft_lengths=lengths, draft_vocabulary=ids)
-    return choose(predict(traced, draft_lengths=lengths, draft_rows=draft_rows), costs)
+    costs = measure_costs(
+        loaded, context, draft_lengths=lengths, draft_vocabulary=drafting.ids, exit_heads=drafting.heads
+    )
+    return choose(predict(traced, draft_lengths=lengths, draft_rows=drafting.rows), costs)
 
 
 def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +171,15 @@ def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[
     }
 
 
-def methods_of(
-    loaded: Loaded, longest: int, draft_vocabulary: list[int] | None
-) -> list[tuple[tuple[int, int], Method]]:
+def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[tuple[int, int], Method]]:
     """Every pair, and autoregressive decoding at the beginning and in the middle."""
-    ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
+    ids = None if drafting.ids is None else torch.tensor(drafting.ids)
+    heads = drafting.heads or {}
     pairs = [
-        ((exit_layer, length), SelfSpeculative(loaded, exit_layer, length, draft_vocabulary=ids))
+        (
+            (exit_layer, length),
+            SelfSpeculative(loaded, exit_layer, length, exit_head=heads.get(exit_layer), draft_vocabulary=ids),
+        )
         for exit_layer in loaded.anatomy.exits
         for length in range(1, longest + 1)
     ]

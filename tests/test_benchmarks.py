@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from probekit.tracing.prompts import bundled_prompts
+
 ANALYSES = Path(__file__).parent.parent / "analyses"
-NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice")
+NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret")
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +199,23 @@ def test_halving_by_hand(room):
     assert cell == 1  # the last two went too early; 4 s in all beat 10 s
     assert spent == pytest.approx(1 + 2 + 3 + 4 + 9 + 2)  # nothing is run twice
     assert table.speeds([0, 1]).tolist() == pytest.approx([2.0, 5.0, 5.0, 4.0])
+
+
+# ---------------------------------------------------------------------------------------------------------- regret
+@pytest.mark.parametrize("drafting", [(None, False), (30, True)], ids=["plain", "rows-and-heads"])
+def test_regret_is_resumed_with_what_it_learned(room, tiny_folder, tmp_path, drafting, monkeypatch):
+    script, output = room["benchmark_regret"], tmp_path / "regret"
+    monkeypatch.setattr(script, "bundled_prompts_for", lambda name: bundled_prompts("general")[:8])
+
+    def run(minutes):
+        script.main(str(tiny_folder), output, 6, 2, *drafting, minutes, 1, "cpu", "float32")
+        return json.loads(output.with_suffix(".json").read_text())
+
+    begun = run(1e-3)
+    assert begun["settings"]["draft_rows"] == begun["choice"]["draft_rows"] == drafting[0]
+    assert (begun["choice"]["exit_heads"] is not None) == drafting[1]
+    whole = run(60)
+    assert whole["choice"] == begun["choice"], "the second command went on"
+    assert (begun["regret"]["prompts"], whole["regret"]["prompts"]) == (1, 4)
+    assert whole["regret"]["pairs"] == 4 * 2
+    assert whole["regret"]["chosen_rank"] >= 1

@@ -215,25 +215,27 @@ def regret() -> Iterator[str]:
         "python analyses/benchmark_regret.py tales-layerskip -o regret-tales-layerskip",
         "The pair is chosen on the even prompts; then every pair really decodes the odd ones, taking turns. Regret: "
         "the share of the best pair's speed that the chosen one gives away, and its 95 % interval over prompts. Noise: "
-        "the same for autoregressive decoding against itself, at 95 %. `rows`: drafts are chosen among so many tokens, "
-        "the most frequent ones of the even prompts' texts.",
+        "the same for autoregressive decoding against itself, at 95 %. `head`: the rows of the head that drafts are "
+        "chosen with, those of the most frequent tokens, and whether they go through exit heads; both are learned from "
+        "what the model writes after the even prompts and their beginnings.",
     )
     rows = []
     for record in records("decoding", "regret-*.json"):
         found, settings = record["regret"], record["settings"]
+        head = f"{settings.get('draft_rows') or 'all'} rows" + (", exit heads" if settings.get("exit_heads") else "")
         yield (
-            f"**{record['model']}**, {settings.get('draft_rows') or 'all'} rows: {prompts(found['prompts'])}, "
+            f"**{record['model']}**, {head}: {prompts(found['prompts'])}, "
             f"{found['pairs']} pairs, {settings['max_new_tokens']} new tokens. {where(record)}\n"
         )
         pair = ["no drafts" if not exit_layer else f"{exit_layer}, {length}" for exit_layer, length in
                 (found["chosen"], found["best"])]  # fmt: skip
         low, high = found["chosen_speedup_interval"]
-        rows.append([record["model"], str(settings.get("draft_rows") or "all"), *pair,
+        rows.append([record["model"], head, *pair,
                      f"{found['chosen_speedup_predicted']:.2f}", ranged(found["chosen_speedup"], low, high),
                      f"{found['chosen_speedup_of_totals']:.2f}",
                      f"{found['regret']:.1%} [{found['regret_interval'][0]:.1%}, {found['regret_interval'][1]:.1%}]",
                      f"{found['noise_95']:.1%}"])  # fmt: skip
-    heads = ["model", "rows", "chosen", "best", "speedup predicted", "measured", "of totals", "regret", "noise"]
+    heads = ["model", "head", "chosen", "best", "speedup predicted", "measured", "of totals", "regret", "noise"]
     yield from table(heads, rows)
 
 
