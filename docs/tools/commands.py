@@ -73,7 +73,10 @@ def is_option(parameter: Any) -> bool:
 
 
 def argument_of(parameter: Any) -> str:
-    return parameter.metavar or parameter.name.upper()
+    name = parameter.metavar or parameter.name.upper()
+    if is_option(parameter) or parameter.nargs == 1:
+        return name
+    return f"{name} ..." if parameter.required else f"[{name} ...]"
 
 
 def value_of(parameter: Any) -> str:

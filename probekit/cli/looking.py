@@ -153,7 +153,7 @@ def _shade(probability: float, generated: bool) -> str:
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Folders that `probekit trace` wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `probekit trace` wrote.")],
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,

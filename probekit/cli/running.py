@@ -100,7 +100,7 @@ def trace(
 
 
 def fit_heads(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders that `probekit trace` wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `probekit trace` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Receives the heads, safetensors.")],
     exit_layers: options.ExitLayers = None,
     ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-3,
@@ -253,7 +253,7 @@ def _stream(text: str, how: str) -> None:
 
 def study(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL ...]", help="[default: the bundled models]")
+        list[str] | None, typer.Argument(metavar="MODEL", help="[default: the bundled models]")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the study.")] = Path("study"),
     prompts: options.Prompts = None,
