@@ -252,9 +252,7 @@ def _stream(text: str, how: str) -> None:
 
 
 def study(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL", help="[default: the bundled models]")
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="[default: the bundled models]")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the study.")] = Path("study"),
     prompts: options.Prompts = None,
     max_new_tokens: options.MaxNewTokens = 96,

@@ -47,6 +47,11 @@ class Source:
     costs: Costs | None = None
     pair: tuple[int | None, int] | None = None
 
+    @property
+    def draft_rows(self) -> int | None:
+        """Rows of the head that exit layers draft with; None: all."""
+        return None if self.costs is None else self.costs.draft_rows
+
 
 def pack_models(sources: Sequence[Source], limit: int = LIMIT_BYTES - _ROOM_FOR_THE_REST) -> list[dict[str, Any]]:
     """The models as the page's scripts read them, in at most `limit` bytes where that is possible.
@@ -119,9 +124,12 @@ class _Packer:
 
     def _signal(self, prompt: int) -> np.ndarray:
         """(exits, N), the draft model last: agreement, bool, for greedy text, else chances of acceptance."""
-        trace, rounded = self.trace, self._rounded
+        trace, rounded, kept = self.trace, self._rounded, self.source.draft_rows
         greedy = self.manifest.text == "greedy"
-        rows = trace.agreement(prompt, rounded=rounded) if greedy else trace.accept_probability(prompt)
+        if kept is not None:
+            rows = trace.draft_head_agreement(prompt, kept, rounded=True)
+        else:
+            rows = trace.agreement(prompt, rounded=rounded) if greedy else trace.accept_probability(prompt)
         rows = rows[1:-1]
         if self.manifest.drafter is None:
             return rows
@@ -134,8 +142,11 @@ class _Packer:
         return self.manifest.dtype != "float32" and self.manifest.statistics == "all"
 
     def drafts(self, place: int) -> dict[str, Any] | None:
-        """(exits, N) tokens that each exit layer, and last the draft model, would draft."""
-        if self.manifest.statistics != "all":
+        """(exits, N) tokens that each exit layer, and last the draft model, would draft.
+
+        A trace knows whether a draft head of fewer rows agrees, not what it says instead.
+        """
+        if self.manifest.statistics != "all" or self.source.draft_rows is not None:
             return None
         prompt, column = self.prompts[place]["prompt"], "argmax_rounded" if self._rounded else "argmax"
         rows = self.trace.values(prompt, column)[1:-1]

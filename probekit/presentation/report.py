@@ -26,7 +26,7 @@ import probekit
 from probekit.errors import InputError
 from probekit.prediction.costs import Costs
 from probekit.presentation.packing import Source, number, pack_models, safe_json
-from probekit.tracing.traces import Trace, atomic_text
+from probekit.tracing.traces import Manifest, Trace, atomic_text
 
 SCHEMA = "probekit/study/1"
 
@@ -87,6 +87,7 @@ def write_report(study_folder: str | Path) -> Path:
         standfirst=_standfirst(study),
         data=data,
         study=_study_view(study),
+        heads_note=_heads_note([trace for _, trace in study.models]),
     )
     path = study.folder / "report.html"
     atomic_text(path, page)
@@ -103,13 +104,20 @@ def write_lens_page(trace: Trace, path: str | Path) -> Path:
         standfirst=f"{trace.depth} layers, {trace.manifest.text} text.",
         data={"models": models},
         study=None,
+        heads_note=_heads_note([trace]),
     )
     path = Path(path)
     atomic_text(path, page)
     return path
 
 
-def _page(title: str, standfirst: str, data: dict[str, Any], study: dict[str, Any] | None) -> str:
+def _heads_note(traces: Sequence[Trace]) -> str:
+    """Which models' final-norm lens is not the plain one."""
+    names = [trace.manifest.model.name for trace in traces if trace.manifest.exit_heads is not None]
+    return f"The final-norm lens of {_listed(names)} is read through exit heads; the raw lens is not." if names else ""
+
+
+def _page(title: str, standfirst: str, data: dict[str, Any], study: dict[str, Any] | None, heads_note: str) -> str:
     script, style, dark_style = joined_scripts(), _asset("report.css"), _asset("dark.css")
     with_lens = sum(prompt["lens"] is not None for model in data["models"] for prompt in model["prompts"])
     prompts = sum(len(model["prompts"]) for model in data["models"])
@@ -125,6 +133,7 @@ def _page(title: str, standfirst: str, data: dict[str, Any], study: dict[str, An
         data=safe_json(data),
         study=study,
         has_lens=with_lens > 0,
+        heads_note=heads_note,
         lens_note=f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",
         definitions=WORDS,
         measures=MEASURES.items(),
@@ -401,6 +410,7 @@ def _provenance(study: StudyFolder) -> list[tuple[str, list[str]]]:
 def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
     manifest, model, timings = trace.manifest, trace.manifest.model, entry.get("timings") or {}
     decoding = ", ".join(f"{name} {value:g}" for name, value in manifest.decoding.items())
+    order, rows = manifest.draft_vocabulary, (entry.get("choice") or {}).get("draft_rows")
     looped = np.average(trace.texts["looped"], weights=trace.texts["new_tokens"])
     return {
         "reference": model.reference + (f" @ {model.revision}" if model.revision else ""),
@@ -409,6 +419,8 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "parameters": f"{model.parameters:,}",
         "embeddings": "tied" if model.tied else "untied",
         "drafter": manifest.drafter.name if manifest.drafter else "none",
+        "exit heads": _exit_heads(manifest),
+        "draft head": f"{rows:,} rows, the most frequent tokens of {order.source}" if rows and order else "all rows",
         "arithmetic": f"{manifest.dtype} on {manifest.device}",
         "text": f"{manifest.text} ({decoding}), seed {manifest.seed}, at most {manifest.max_new_tokens} new tokens",
         "prompts": f"{manifest.prompt_count} from {manifest.prompts_source}, hash {manifest.prompts_hash}",
@@ -419,6 +431,11 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "time": _took(timings),
         "traced with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()) or "unknown versions",
     }
+
+
+def _exit_heads(manifest: Manifest) -> str:
+    heads = manifest.exit_heads
+    return "none" if heads is None else f"{heads.fingerprint}, of exits {_listed([str(each) for each in heads.exits])}"
 
 
 def _took(timings: Mapping[str, Any]) -> str:

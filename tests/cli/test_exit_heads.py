@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from probekit.cli.app import run
+from probekit.prediction.costs import Costs
+from probekit.presentation.packing import Source, pack_models
+from probekit.tracing.traces import Trace
 
 
 def document(capsys, *arguments: object) -> dict:
@@ -70,6 +76,10 @@ def test_a_study_fits_counts_and_validates(capsys, places, tmp_path):
     assert (found["settings"]["fit_heads"], found["settings"]["draft_rows"]) == (True, 30)
     assert model["choice"]["exit_heads"] and model["choice"]["draft_rows"] == 30
     assert all(cell["rounds_equal"] and cell["tokens_equal"] for cell in model["validation"]["cells"])
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "is read through exit heads; the raw lens is not." in page
+    assert "30 rows, the most frequent tokens of" in page
+    replays_the_draft_head(tmp_path / "study", model)
     (heads,) = (tmp_path / "study" / "exit_heads").iterdir()
     before = heads.stat().st_mtime_ns
     again = document(capsys, *arguments)
@@ -77,6 +87,18 @@ def test_a_study_fits_counts_and_validates(capsys, places, tmp_path):
     assert again["models"][0]["choice"]["exit_heads"] == model["choice"]["exit_heads"]
     assert run([*map(str, arguments[:-2]), "--quiet"]) == 2
     assert "draft_rows" in capsys.readouterr().err
+
+
+def replays_the_draft_head(folder, model):
+    """What the report's replay reads is the agreement of the draft head, and no token that it does not know."""
+    trace = Trace.open(folder / model["trace"])
+    costs = Costs.from_json(model["choice"]["costs"])
+    (packed,) = pack_models([Source("tiny", trace, pd.read_csv(folder / "tables" / "cells.csv"), costs)])
+    for row in packed["prompts"]:
+        expected = trace.draft_head_agreement(row["prompt"], 30)[1:-1]
+        data = np.frombuffer(base64.b64decode(row["signal"]["data"]), dtype=np.uint8)
+        np.testing.assert_array_equal(np.unpackbits(data, count=row["signal"]["length"]), expected.ravel())
+        assert row["drafts"] is None
 
 
 @pytest.mark.parametrize(
