@@ -4,11 +4,11 @@
     python analyses/benchmark_regret.py tales-layerskip --draft-rows 512 --fit-heads -o \
         docs/results/decoding/regret-exit-heads
 
-Exit heads, and the tokens whose rows a small draft head keeps, are learned from what the model writes after the
-even-numbered bundled prompts. The pair is chosen on the same prompts: one trace, and costs measured on this machine.
-Then every pair decodes the odd-numbered ones. All take turns on a prompt, autoregressive decoding twice among them,
-before the next prompt comes: a machine that slows down slows all of them. A run stops after `--minutes`, behind a whole
-prompt, and the same command goes on with the others.
+The pair is chosen on the even-numbered bundled prompts: one trace, and costs measured on this machine. Exit heads, and
+the tokens whose rows a small draft head keeps, are learned from what the model writes after every fourth prompt, which
+then has no part in the choice. Every pair decodes the odd-numbered ones. All take turns on a prompt, autoregressive
+decoding twice among them, before the next prompt comes: a machine that slows down slows all of them. A run stops after
+`--minutes`, behind a whole prompt, and the same command goes on with the others.
 
 Regret: 1 - speedup of the chosen pair / speedup of the best pair, all prompts together; "no drafts" is among the pairs,
 at 1. The time of a pair is that of its rounds: their number, which no noise touches, times the median over the prompts
@@ -81,7 +81,8 @@ def main(
         torch.set_num_threads(threads)
     loaded = load(model, device=device, dtype=dtype)
     prompts = bundled_prompts_for(loaded.name)
-    drafting = Drafting.learned(loaded, prompts[::2], max_new_tokens, draft_rows, heads)
+    learns = heads or draft_rows is not None
+    drafting = Drafting.learned(loaded, prompts[::4], max_new_tokens, draft_rows, heads) if learns else Drafting()
     record_path, raw_path = output.with_suffix(".json"), output.with_suffix(".csv")
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -95,7 +96,7 @@ def main(
         record, raw = json.loads(record_path.read_text()), pd.read_csv(raw_path)
     else:
         traced = trace(
-            loaded, prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement",
+            loaded, prompts[2::4] if learns else prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement",
             draft_vocabulary=drafting.ids, exit_heads=drafting.heads,
         )  # fmt: skip
         record = described(loaded, choice_on(loaded, traced, longest, drafting), settings)
@@ -129,8 +130,6 @@ class Drafting:
         cls, loaded: Loaded, prompts: Sequence[Prompt], budget: int, draft_rows: int | None, heads: bool
     ) -> Drafting:
         """From what the model writes after some prompts and their beginnings."""
-        if draft_rows is None and not heads:
-            return cls()
         texts = list(own_texts(loaded, prompts, budget))
         order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
         return cls(

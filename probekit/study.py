@@ -47,6 +47,7 @@ TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
+LEARNED_ON = 4  # where drafting is learned, on every fourth prompt; heads are too good on what they were fitted on
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 Progress = Callable[..., None]
@@ -67,6 +68,11 @@ class StudyPlan:
     dtype: str | None
     draft_rows: int | None = None
     fit_heads: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether drafting is learned from text: on prompts 0, 4, 8, .., which are then not traced."""
+        return self.fit_heads or self.draft_rows is not None
 
     def settings(self) -> dict[str, Any]:
         kept = asdict(self)
@@ -94,6 +100,10 @@ class ModelStudy:
     validation: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def traced_prompts(self) -> list[Prompt]:
+        return [prompt for prompt in self.prompts if not (self.plan.learns and prompt.index % LEARNED_ON == 0)]
 
     def kept(self, phase: str) -> Path:
         return self.plan.folder / "phases" / self.name / f"{phase}.json"
@@ -184,7 +194,7 @@ def run_study(
     prompts: a prompts file; a bundled set of 24 by default.
     draft_rows: exit layers draft with so many rows of the head only, those of the most frequent tokens.
     fit_heads: fit exit heads, and draft through them. They, and the frequent tokens, are learned from text that the
-        model writes after the even prompts.
+        model writes after every fourth prompt and its beginnings; these prompts then have no part in the rest.
     progress: called as `progress(phase, done, total, **figures)`.
 
     Raises
@@ -247,10 +257,12 @@ def plan_study(
         fit_heads=fit_heads, chat=chat, device=device, dtype=dtype,
     )  # fmt: skip
     chosen = load_prompts(prompts, chat=chat) if prompts else bundled_prompts_for(labels[0])
-    if len(chosen) < 2:
+    least = 3 if plan.learns else 2
+    if len(chosen) < least:
         raise InputError(
-            f"a study needs at least 2 prompts, and {plan.prompts} has {len(chosen)}.",
-            "It chooses on the even-numbered ones and validates on the odd ones.",
+            f"a study needs at least {least} prompts, and {plan.prompts} has {len(chosen)}.",
+            "It chooses on the even-numbered ones and validates on the odd ones"
+            + (", and learns drafting on every fourth." if plan.learns else "."),
         )
     return plan, chosen
 
@@ -317,15 +329,15 @@ def settle_threads(study: ModelStudy) -> None:
 
 
 def learn_drafting(study: ModelStudy) -> None:
-    """Fit exit heads, and count the frequent tokens, on what the model writes after the even prompts, greedily."""
-    if not study.plan.fit_heads and study.plan.draft_rows is None:
+    """Fit exit heads, and count the frequent tokens, on what the model writes after prompts that are not traced."""
+    if not study.plan.learns:
         return
     from probekit.lens.heads import fit_heads, load_heads, save_heads
     from probekit.tracing.own_text import own_texts
 
     def run() -> dict[str, Any]:
-        even = [prompt for prompt in study.prompts if prompt.index % 2 == 0]
-        return {"texts": list(own_texts(study.model, even, study.plan.max_new_tokens, progress=_named(study)))}
+        others = [prompt for prompt in study.prompts if prompt not in study.traced_prompts]
+        return {"texts": list(own_texts(study.model, others, study.plan.max_new_tokens, progress=_named(study)))}
 
     texts = _once(study.kept("own_text"), run)["texts"]
     if study.plan.draft_rows is not None:
@@ -346,7 +358,7 @@ def trace_prompts(study: ModelStudy) -> None:
 
     folder = study.plan.folder / "traces" / study.name
     study.trace = trace(
-        study.model, study.prompts, folder, max_new_tokens=study.plan.max_new_tokens, draft_model=study.drafter,
+        study.model, study.traced_prompts, folder, max_new_tokens=study.plan.max_new_tokens, draft_model=study.drafter,
         draft_vocabulary=study.vocabulary, exit_heads=study.heads, chat=study.plan.chat, top_prompts=3, resume=True,
         progress=_named(study),
     )  # fmt: skip
@@ -364,7 +376,7 @@ def time_the_trace(study: ModelStudy) -> None:
 
     def run() -> dict[str, float]:
         some = trace(
-            study.model, study.prompts[:TIMED_PROMPTS], max_new_tokens=study.plan.max_new_tokens, batch_size=1,
+            study.model, study.traced_prompts[:TIMED_PROMPTS], max_new_tokens=study.plan.max_new_tokens, batch_size=1,
             statistics="agreement", draft_vocabulary=study.vocabulary, exit_heads=study.heads, chat=study.plan.chat,
             progress=_named(study, "time the trace: "),
         )  # fmt: skip

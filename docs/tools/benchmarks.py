@@ -217,7 +217,7 @@ def regret() -> Iterator[str]:
         "the share of the best pair's speed that the chosen one gives away, and its 95 % interval over prompts. Noise: "
         "the same for autoregressive decoding against itself, at 95 %. `head`: the rows of the head that drafts are "
         "chosen with, those of the most frequent tokens, and whether they go through exit heads; both are learned from "
-        "what the model writes after the even prompts and their beginnings.",
+        "what the model writes after every fourth prompt and its beginnings, on which then nothing is chosen.",
     )
     rows = []
     for record in records("decoding", "regret-*.json"):

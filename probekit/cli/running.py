@@ -103,7 +103,7 @@ def fit_heads(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `probekit trace` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Receives the heads, safetensors.")],
     exit_layers: options.ExitLayers = None,
-    ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-3,
+    ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-2,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,

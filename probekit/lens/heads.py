@@ -96,7 +96,7 @@ class HeadFit:
             self._products[layer] += (x.T @ wanted).double()
         self.rows += len(last)
 
-    def solve(self, ridge: float = 1e-3) -> dict[int, ExitHead]:
+    def solve(self, ridge: float = 1e-2) -> dict[int, ExitHead]:
         """The head of each exit. ridge: relative to the mean square of the residual's median component; above 0."""
         if not ridge > 0:
             raise InputError(f"the ridge must exceed 0, not {ridge}.", "Without one the fit is not determined.")
@@ -113,7 +113,7 @@ class HeadFit:
 
 
 def fit_heads(
-    parts: Anatomy, batches: Iterable[Tensor], exits: Iterable[int] | None = None, *, ridge: float = 1e-3
+    parts: Anatomy, batches: Iterable[Tensor], exits: Iterable[int] | None = None, *, ridge: float = 1e-2
 ) -> dict[int, ExitHead]:
     """Fit a head for each exit on the text of `batches`.
 

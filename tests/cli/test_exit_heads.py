@@ -27,6 +27,7 @@ def places(tiny_folder, tiny_tied_folder, tmp_path_factory):
     names = {name: str(folder / name) for name in ("fitted", "heads.safetensors", "run", "other")}
     (folder / "some.txt").write_text("abc\ndefg\nhij\n")
     (folder / "others.txt").write_text("xyz\nklmn\n")
+    (folder / "many.txt").write_text("xyz\nklmn\npq\nrs\ntuv\nwx\n")
     common = ["--max-new-tokens", "12", "--device", "cpu", "--quiet"]
     sampled = ["--temperature", "0.8", "--seed", "1"]
     some, others = ["--prompts", str(folder / "some.txt")], ["--prompts", str(folder / "others.txt")]
@@ -35,7 +36,13 @@ def places(tiny_folder, tiny_tied_folder, tmp_path_factory):
     assert run(["fit-heads", names["fitted"], "-o", names["heads.safetensors"], "--quiet"]) == 0
     through = ["--exit-heads", names["heads.safetensors"]]
     assert run(["trace", str(tiny_folder), *others, "-o", names["run"], *common, *through]) == 0
-    return {**names, "model": str(tiny_folder), "prompts": str(folder / "others.txt"), "folder": str(folder)}
+    return {
+        **names,
+        "model": str(tiny_folder),
+        "prompts": str(folder / "others.txt"),
+        "many": str(folder / "many.txt"),
+        "folder": str(folder),
+    }
 
 
 def test_fit_heads_says_what_it_did(capsys, places, tmp_path):
@@ -69,10 +76,11 @@ def test_decode(capsys, places):
 
 
 def test_a_study_fits_counts_and_validates(capsys, places, tmp_path):
-    arguments = ["study", places["model"], "--prompts", places["prompts"], "-o", tmp_path / "study",
+    arguments = ["study", places["model"], "--prompts", places["many"], "-o", tmp_path / "study",
                  "--max-new-tokens", 8, "--draft-lengths", "1,2", "--fit-heads", "--draft-rows", 30]  # fmt: skip
     found = document(capsys, *arguments)
     (model,) = found["models"]
+    assert Trace.open(tmp_path / "study" / model["trace"]).prompts == [1, 2, 3, 5], "0 and 4 are learned on"
     assert (found["settings"]["fit_heads"], found["settings"]["draft_rows"]) == (True, 30)
     assert model["choice"]["exit_heads"] and model["choice"]["draft_rows"] == 30
     assert all(cell["rounds_equal"] and cell["tokens_equal"] for cell in model["validation"]["cells"])
@@ -112,8 +120,9 @@ def replays_the_draft_head(folder, model):
         (["fit-heads", "{fitted}", "-o", "{folder}/x", "--exit-layers", "7"], "exit layer 7"),
         (["trace", "{model}", "-o", "{folder}/x", "--exit-heads", "{prompts}"], "cannot be read as exit heads"),
         (["decode", "{model}", "abc", "--exit-heads", "{heads.safetensors}"], "exit_heads"),
-        (["study", "{model}", "-o", "{folder}/y", "--prompts", "{prompts}", "--draft-rows", "0"], "out of range"),
-        (["study", "{model}", "-o", "{folder}/z", "--prompts", "{prompts}", "--draft-rows", "98"], "out of range"),
+        (["study", "{model}", "-o", "{folder}/y", "--prompts", "{many}", "--draft-rows", "0"], "out of range"),
+        (["study", "{model}", "-o", "{folder}/z", "--prompts", "{many}", "--draft-rows", "98"], "out of range"),
+        (["study", "{model}", "-o", "{folder}/x", "--prompts", "{prompts}", "--fit-heads"], "at least 3 prompts"),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, places, arguments, message):
