@@ -212,7 +212,7 @@ def rounds() -> Iterator[str]:
 def regret() -> Iterator[str]:
     yield from section(
         "Regret: was the chosen pair the best one?",
-        "python analyses/benchmark_regret.py tales-layerskip -o regret-tales-layerskip",
+        "python analyses/benchmark_regret.py tales-layerskip --draft-rows 512 --fit-heads -o regret-exit-heads",
         "The pair is chosen on the even prompts; then every pair really decodes the odd ones, taking turns. Regret: "
         "the share of the best pair's speed that the chosen one gives away, and its 95 % interval over prompts. Noise: "
         "the same for autoregressive decoding against itself, at 95 %. `head`: the rows of the head that drafts are "
