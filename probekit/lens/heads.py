@@ -1,6 +1,7 @@
 """Exit heads: an affine map of an exit's residual, put before the model's own norm and head when drafting.
 
 Fitted in closed form, in one pass over any amount of text: the sums that ridge regression needs have a fixed size.
+(Linear maps between layers for early exit: Yom Din et al., arXiv 2303.09435.)
 """
 
 from __future__ import annotations
