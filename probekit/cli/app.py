@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in commands.ALL:
-    app.command(name=command.__name__.rstrip("_").replace("_", "-"))(command)
+    app.command(name=commands.name_of(command))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from probekit.cli.app import run
-from probekit.cli.commands import ALL
+from probekit.cli.commands import ALL, name_of
 
 CELL_KEYS = {
     "exit_layer", "draft_length", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -166,12 +166,13 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "choose": ["choose", run_folder, "--costs", "roofline"],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
         "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
+        "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],
         "compare": ["compare", run_folder, run_folder],
         "study": ["study", tiny_folder, "--prompts", prompts, "-o", study, "--max-new-tokens", 6,
                   "--draft-lengths", 2],
         "report": ["report", study],
     }  # fmt: skip
-    assert set(lines) == {command.__name__.rstrip("_") for command in ALL}
+    assert set(lines) == set(map(name_of, ALL))
     for name, arguments in lines.items():
         status = run([*map(str, arguments), "--json", "--device", "cpu", "--quiet"])
         captured = capsys.readouterr()
@@ -186,8 +187,8 @@ def test_help_and_wrong_use(capsys):
     assert run(["--help"]) == 0
     helped = capsys.readouterr().out
     for command in ALL:
-        assert command.__name__.rstrip("_") in helped
-        assert run([command.__name__.rstrip("_"), "--help"]) == 0
+        assert name_of(command) in helped
+        assert run([name_of(command), "--help"]) == 0
         assert {"--device", "--dtype", "--json", "--quiet"} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     for wrong in (["predict"], ["nonsense"], ["lens", "x"], ["decode", "x", "y", "--max-new-tokens", "many"]):
         assert run(wrong) == 2

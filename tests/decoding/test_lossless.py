@@ -12,6 +12,7 @@ from probekit.decoding.policies import ConfidenceThreshold
 from probekit.decoding.sampling import Sampling, warp
 from probekit.decoding.self_speculative import SelfSpeculative
 from probekit.decoding.speculative import Speculative
+from probekit.lens.heads import ExitHead
 from probekit.models.synthetic import synthetic
 
 PROMPT = [0, 2, 1]
@@ -29,16 +30,19 @@ def chain_draft():
 
 @pytest.fixture(scope="module")
 def methods(tiny_chain, chain_draft):
+    generator, width = torch.Generator().manual_seed(6), tiny_chain.anatomy.width
+    head = ExitHead(torch.randn(width, width, generator=generator) / 4, torch.randn(width, generator=generator))
     return {
         "autoregressive": Autoregressive(tiny_chain),
         "self-speculative": SelfSpeculative(tiny_chain, 2, 3),
         "threshold": SelfSpeculative(tiny_chain, 2, 3, policy=ConfidenceThreshold(0.4)),
         "draft-vocabulary": SelfSpeculative(tiny_chain, 2, 3, draft_vocabulary=torch.tensor([3, 0])),
+        "exit-head": SelfSpeculative(tiny_chain, 2, 3, exit_head=head),
         "speculative": Speculative(tiny_chain, chain_draft, 3),
     }
 
 
-METHODS = ("autoregressive", "self-speculative", "threshold", "draft-vocabulary", "speculative")
+METHODS = ("autoregressive", "self-speculative", "threshold", "draft-vocabulary", "exit-head", "speculative")
 
 
 def enumerated(loaded, sampling, layers=None):
