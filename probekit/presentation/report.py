@@ -284,7 +284,6 @@ def _recommendation(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": entry["label"],
         "sentence": _capital(entry["sentence"].removeprefix(f"{entry['label']}: ")),
-        "outcome": _outcome(cell.get("speedup_measured")) if pair else "",
         "pair": pair and {"drafter": _drafter(pair[0], choice), "length": pair[1]},
         "predicted": choice.get("speedup") if pair else None,
         "interval": choice.get("interval") if pair else None,
@@ -298,14 +297,6 @@ def _recommendation(entry: Mapping[str, Any]) -> dict[str, Any]:
             for each in runners_up
         ],
     }
-
-
-def _outcome(measured: float | None) -> str:
-    """What the running decoder says of the recommendation."""
-    if measured is None:
-        return ""
-    told = f"{measured:.2f}× on the texts that the choice had not seen"
-    return f"Measured: {told}." if measured >= 1 else f"But measured, it is a loss: {told}."
 
 
 def _capital(sentence: str) -> str:

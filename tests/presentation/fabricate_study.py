@@ -16,6 +16,7 @@ from probekit.prediction.acceptance import predict
 from probekit.prediction.choice import Choice, choose
 from probekit.prediction.costs import Costs
 from probekit.presentation import tables
+from probekit.study import recommendation
 from probekit.tracing.traces import Trace, atomic_text
 
 MODELS = ("tales-untied", "tales-tied", "tales-layerskip")
@@ -169,6 +170,8 @@ def fabricate_validation(trace: Trace, choice: Choice, name: str) -> tuple[dict[
 def _entry(name: str, trace: Trace, choice: Choice, validation: dict[str, Any]) -> dict[str, Any]:
     model = trace.manifest.model
     everything = np.concatenate([trace.agreement(prompt) for prompt in trace.prompts], axis=1)
+    pair = (choice.exit_layer, choice.draft_length)
+    chosen = next((cell for cell in validation["cells"] if (cell["exit_layer"], cell["draft_length"]) == pair), None)
     return {
         "name": name,
         "label": name,
@@ -176,7 +179,7 @@ def _entry(name: str, trace: Trace, choice: Choice, validation: dict[str, Any]) 
         "trace": f"traces/{name}",
         "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
                     "parameters": model.parameters},
-        "sentence": choice.sentence(),
+        "sentence": recommendation(choice, chosen),
         "choice": choice.to_json(),
         "validation": validation,
         "agreement": everything.mean(axis=1).tolist(),

@@ -219,18 +219,6 @@ def test_the_recommendation_comes_first(page, study):
             assert f"{low:.2f} to {high:.2f}" in page.text
 
 
-def test_a_measured_loss_is_said(study, tmp_path):
-    folder = _copy(study, tmp_path)
-    summary = json.loads((folder / "summary.json").read_text())
-    model = next(model for model in summary["models"] if model["choice"]["speculate"])
-    pair = model["choice"]["exit_layer"], model["choice"]["draft_length"]
-    for cell in model["validation"]["cells"]:
-        if (cell["exit_layer"], cell["draft_length"]) == pair:
-            cell["speedup_measured"] = 0.91
-    (folder / "summary.json").write_text(json.dumps(summary))
-    assert "But measured, it is a loss: 0.91×" in Page(write_report(folder)).text
-
-
 def test_do_not_speculate_is_said(study, tmp_path):
     folder = _copy(study, tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
