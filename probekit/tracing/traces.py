@@ -259,10 +259,9 @@ class Manifest:
                 "keep_residuals", "top_prompts", "backend", "prompts_hash",
             )
         ]  # fmt: skip
-        mine, theirs = (one and one.fingerprint for one in (self.draft_vocabulary, other.draft_vocabulary))
-        pairs.append(("draft_vocabulary", mine, theirs))
-        mine, theirs = (one and one.fingerprint for one in (self.exit_heads, other.exit_heads))
-        pairs.append(("exit_heads", mine, theirs))
+        for name in ("draft_vocabulary", "exit_heads"):
+            named = [one and one.fingerprint for one in (getattr(self, name), getattr(other, name))]
+            pairs.append((name, *named))
         for role in ("model", "drafter"):
             mine, theirs = getattr(self, role), getattr(other, role)
             if mine is None or theirs is None:
