@@ -71,8 +71,12 @@ class StudyPlan:
 
     @property
     def learns(self) -> bool:
-        """Whether drafting is learned from text: on prompts 0, 4, 8, .., which are then not traced."""
+        """Whether drafting is learned from text."""
         return self.fit_heads or self.draft_rows is not None
+
+    def learns_on(self, prompt: Prompt) -> bool:
+        """Drafting is learned on prompts 0, 4, 8, .., which are then not traced."""
+        return self.learns and prompt.index % LEARNED_ON == 0
 
     def settings(self) -> dict[str, Any]:
         kept = asdict(self)
@@ -102,8 +106,12 @@ class ModelStudy:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def learned_prompts(self) -> list[Prompt]:
+        return [prompt for prompt in self.prompts if self.plan.learns_on(prompt)]
+
+    @property
     def traced_prompts(self) -> list[Prompt]:
-        return [prompt for prompt in self.prompts if not (self.plan.learns and prompt.index % LEARNED_ON == 0)]
+        return [prompt for prompt in self.prompts if not self.plan.learns_on(prompt)]
 
     def kept(self, phase: str) -> Path:
         return self.plan.folder / "phases" / self.name / f"{phase}.json"
@@ -336,8 +344,8 @@ def learn_drafting(study: ModelStudy) -> None:
     from probekit.tracing.own_text import own_texts
 
     def run() -> dict[str, Any]:
-        others = [prompt for prompt in study.prompts if prompt not in study.traced_prompts]
-        return {"texts": list(own_texts(study.model, others, study.plan.max_new_tokens, progress=_named(study)))}
+        texts = own_texts(study.model, study.learned_prompts, study.plan.max_new_tokens, progress=_named(study))
+        return {"texts": list(texts)}
 
     texts = _once(study.kept("own_text"), run)["texts"]
     if study.plan.draft_rows is not None:

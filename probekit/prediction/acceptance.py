@@ -624,7 +624,7 @@ def predict(
         ),
         rounds=tuple(sorted(rounds, key=lambda row: row.prompt)) if with_rounds else None,
         draft_rows=draft_rows,
-        exit_heads=None if trace.manifest.exit_heads is None else trace.manifest.exit_heads.fingerprint,
+        exit_heads=trace.manifest.heads_name,
     )
 
 

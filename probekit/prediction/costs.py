@@ -606,8 +606,7 @@ def roofline_costs(
         raise InputError(f"a device moves and computes something: {bandwidth} bytes and {flops} operations a second.")
     if context < 0 or longest_draft < 1:
         raise InputError(f"a context of {context} and drafts of {longest_draft} tokens make no round.")
-    record = getattr(manifest, "exit_heads", None)
-    exit_heads = exit_heads or (None if record is None else record.fingerprint)
+    exit_heads = exit_heads or getattr(manifest, "heads_name", None)
     share = 1.0 if draft_rows is None else check_draft_rows(draft_rows, model.vocabulary) / model.vocabulary
 
     def seconds(of: Dimensions, layers: int, heads: float, rows: int) -> float:

@@ -256,7 +256,6 @@ def validate(
     chosen = trace.select(trace.prompts[:limit])
     predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows)
     heads = traced_heads(trace, loaded)
-    name = None if trace.manifest.exit_heads is None else trace.manifest.exit_heads.fingerprint
     ids = None if draft_rows is None else torch.from_numpy(trace.draft_head_ids(draft_rows))
     methods: list[Method] = [
         SelfSpeculative(
@@ -267,7 +266,7 @@ def validate(
         for cell in predicted
     ]
     costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids, heads)
-    check_draft_head(draft_rows, name, costs)
+    check_draft_head(draft_rows, trace.manifest.heads_name, costs)
     plain, *runs = _decode(chosen, [Autoregressive(loaded), *methods], repeats, progress)
     compare = _greedy if trace.manifest.text == "greedy" else partial(_sampled, cells=len(predicted))
     return Validation(
@@ -287,7 +286,7 @@ def validate(
             for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
         ),
         draft_rows,
-        name,
+        trace.manifest.heads_name,
     )
 
 

@@ -225,6 +225,11 @@ class Manifest:
         return self.model.depth
 
     @property
+    def heads_name(self) -> str | None:
+        """The fingerprint of the exit heads, None without any: what names them in predictions and costs."""
+        return None if self.exit_heads is None else self.exit_heads.fingerprint
+
+    @property
     def prompt_count(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
