@@ -16,9 +16,10 @@ import workbench
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.presentation.plots import PALETTE, plain
-from probekit.tracing.traces import Trace
-from probekit.tying.pooling import Estimate, Share
+from probekit.prediction.intervals import Estimate, Share
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
+from probekit.traces.trace import Trace
 from probekit.tying.shares import CLASSES, class_shares, half_agreement, layer_means, valley
 from probekit.tying.text_kinds import looped_tokens
 

@@ -15,7 +15,8 @@ import workbench
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.presentation.plots import PALETTE, plain
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
 from probekit.tying.shares import norm_or_raw
 
 NAME = "02_norm_or_raw"

@@ -24,11 +24,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.presentation.plots import PALETTE, plain
-from probekit.tying.comparison import compare_traces
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
+from probekit.tying.compare import compare_traces
 from probekit.tying.factorial import factorial_effects
 from probekit.tying.geometry import geometry_table, token_counts
-from probekit.tying.interventions import head_effects, standard_heads, weights_digest
+from probekit.tying.head_swaps import head_effects, standard_heads, weights_digest
 from probekit.tying.text_kinds import before_loops
 
 NAME = "03_tied_or_untied"

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.presentation.plots import PALETTE, plain
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
 from probekit.tying.text_kinds import acceptance_by_kind, side_by_side
 
 NAME = "04_acceptance_by_exit"

@@ -21,12 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.models.loading import Loaded
-from probekit.prediction.costs import Costs, measure_costs, roofline_costs
-from probekit.prediction.validation import Validation, validate
-from probekit.presentation.plots import PALETTE, plain
-from probekit.tracing.traces import Trace
-from probekit.tying.certainty import autocorrelation, closed_form_error, runs_against_geometric
+from probekit.choice.robustness import autocorrelation, closed_form_error, runs_against_geometric
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.costs.roofline import roofline_costs
+from probekit.models.loaded import Loaded
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
+from probekit.traces.trace import Trace
+from probekit.validation.results import Validation
+from probekit.validation.run import validate
 
 NAME = "05_predicted_against_measured"
 DRAFT_LENGTHS = (2, 4, 8)

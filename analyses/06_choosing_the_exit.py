@@ -20,13 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.models.loading import Loaded
-from probekit.prediction.acceptance import predict
-from probekit.prediction.choice import choose
-from probekit.prediction.costs import Costs, measure_costs, roofline_costs
-from probekit.presentation.plots import PALETTE, plain
-from probekit.tracing.traces import Trace
-from probekit.tying.certainty import NONE, Timed, learning_curve, timed, transfer
+from probekit.choice.choose import choose
+from probekit.choice.robustness import NONE, Timed, learning_curve, timed, transfer
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.costs.roofline import roofline_costs
+from probekit.models.loaded import Loaded
+from probekit.prediction.predict import predict
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import PALETTE
+from probekit.traces.trace import Trace
 from probekit.tying.text_kinds import before_loops
 
 NAME = "06_choosing_the_exit"

@@ -23,16 +23,18 @@ import numpy as np
 import seaborn as sns
 import typer
 
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.models.loading import Loaded
-from probekit.prediction.acceptance import Prediction, predict
-from probekit.prediction.choice import choose, decoding_seconds
-from probekit.prediction.costs import Costs, measure_costs
-from probekit.prediction.validation import transformers_accepted
-from probekit.presentation.plots import PALETTE
+from probekit.choice.choose import choose, decoding_seconds
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.decoding.speculative import SelfSpeculative
+from probekit.models.loaded import Loaded
+from probekit.prediction.predict import predict
+from probekit.prediction.table import Prediction
+from probekit.presentation.plots.style import PALETTE
+from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
+from probekit.validation.transformers import transformers_accepted
 
 Cell = tuple[int, int]
 

@@ -23,11 +23,11 @@ import torch
 import typer
 from torch import Tensor
 
-from probekit.lens.statistics import StatisticsPlan, layer_statistics
-from probekit.lens.witness import Witnesses
-from probekit.models.loading import Loaded
-from probekit.presentation.plots import PALETTE
-from probekit.tracing.backends import HooksBackend
+from probekit.lens.agreement import AgreementSearch
+from probekit.lens.chunked import StatisticsPlan, layer_statistics
+from probekit.models.loaded import Loaded
+from probekit.presentation.plots.style import PALETTE
+from probekit.tracing.backend import HooksBackend
 
 ALL, AGREEMENT = "probekit, all statistics", "probekit, agreement"
 WARM_UP = 16  # places of each text, for what is made once
@@ -87,7 +87,7 @@ def probekit_lens(loaded: Loaded, ids: Tensor, mode: str) -> Tensor:
     The witnesses start with nothing learned.
     """
     parts, plan = loaded.anatomy, StatisticsPlan(lenses=("final-norm",), mode=mode)  # type: ignore[arg-type]
-    witnesses = Witnesses(parts) if mode == "agreement" else None
+    witnesses = AgreementSearch(parts) if mode == "agreement" else None
     found = []
     with HooksBackend(loaded) as source:
         for batch in ids.split(1 if mode == "all" else len(ids)):

@@ -38,19 +38,19 @@ import typer
 from benchmarking import stopwatch
 from rich.console import Console
 
+from probekit.choice.choose import Choice, choose
+from probekit.costs.measure import measure_costs
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.engine import Method
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.lens.heads import ExitHead, fingerprint, fit_heads
-from probekit.models.loading import Loaded, load
-from probekit.prediction.acceptance import predict
-from probekit.prediction.choice import Choice, choose
-from probekit.prediction.costs import measure_costs
-from probekit.tracing.draft_vocabulary import DraftVocabulary
-from probekit.tracing.own_text import own_texts
+from probekit.decoding.decoder import Decoder
+from probekit.decoding.speculative import SelfSpeculative
+from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads
+from probekit.models.loaded import Loaded, load
+from probekit.prediction.predict import predict
+from probekit.traces.draft_vocabulary import DraftVocabulary
+from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
+from probekit.tracing.self_generated import self_generated_texts
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
 
 QUANTILES = (0.2, 0.5, 0.8)
 INTERVAL = (0.025, 0.975)  # bootstrap over prompts
@@ -130,7 +130,7 @@ class Drafting:
         cls, loaded: Loaded, prompts: Sequence[Prompt], budget: int, draft_rows: int | None, heads: bool
     ) -> Drafting:
         """From what the model writes after some prompts and their beginnings."""
-        texts = list(own_texts(loaded, prompts, budget))
+        texts = list(self_generated_texts(loaded, prompts, budget))
         order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
         return cls(
             None if draft_rows is None else order[:draft_rows].tolist(),
@@ -170,7 +170,7 @@ def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[
     }
 
 
-def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[tuple[int, int], Method]]:
+def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[tuple[int, int], Decoder]]:
     """Every pair, and autoregressive decoding at the beginning and in the middle."""
     ids = None if drafting.ids is None else torch.tensor(drafting.ids)
     heads = drafting.heads or {}
@@ -188,7 +188,7 @@ def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[t
 
 
 def measured(
-    loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Method]], budget: int
+    loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Decoder]], budget: int
 ) -> pd.DataFrame:
     """All methods on one prompt, in an order of its own. Seconds of decoding only."""
     ids = loaded.tokenizer(prompt.text)["input_ids"]

@@ -30,9 +30,9 @@ from benchmarking import stopwatch
 from rich.console import Console
 
 from probekit.decoding.engine import Engine
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
-from probekit.models.loading import Loaded, load
+from probekit.models.loaded import Loaded, load
 from probekit.tracing.prompts import bundled_prompts_for
 
 QUANTILES = (0.2, 0.5, 0.8)

@@ -27,9 +27,9 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from probekit.models.loading import Loaded
-from probekit.presentation.plots import PALETTE
-from probekit.tracing.backends import HooksBackend
+from probekit.models.loaded import Loaded
+from probekit.presentation.plots.style import PALETTE
+from probekit.tracing.backend import HooksBackend
 from probekit.tracing.tracer import trace
 
 PLAIN, CAPTURED = "plain forward", "probekit, all residuals"

@@ -28,11 +28,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.engine import Session
-from probekit.decoding.sampling import Sampling
+from probekit.decoding.batch import DecodeBatch
 from probekit.errors import InputError
-from probekit.models.loading import TALES, Loaded, load
-from probekit.presentation.plots import STYLE
+from probekit.models.loaded import Loaded, load
+from probekit.models.reference import TALES
+from probekit.presentation.plots.style import STYLE
+from probekit.settings import Sampling
 from probekit.tracing.prompts import bundled_prompts_for
 
 RESULTS = Path("docs/results/benchmarks")
@@ -128,18 +129,18 @@ def _nothing() -> None:
 def stopwatch() -> Iterator[list[float]]:
     """The moments at which rounds of decoding begin and end: those at which a session says so itself."""
     ticks: list[float] = []
-    tick = Session.tick
+    tick = DecodeBatch.tick
 
-    def noted(session: Session, phase: str) -> None:
+    def noted(session: DecodeBatch, phase: str) -> None:
         tick(session, phase)
         if phase in ("prefill", "verify"):
             ticks.append(time.perf_counter())
 
-    Session.tick = noted  # type: ignore[method-assign]
+    DecodeBatch.tick = noted  # type: ignore[method-assign]
     try:
         yield ticks
     finally:
-        Session.tick = tick  # type: ignore[method-assign]
+        DecodeBatch.tick = tick  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------------------ memory

@@ -27,21 +27,22 @@ import torch
 import typer
 from rich.console import Console
 
+from probekit.costs.roofline import roofline_costs
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.engine import Method
+from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
-from probekit.decoding.sampling import Sampling
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.decoding.speculative import Speculative
-from probekit.lens.heads import fit_heads
-from probekit.models.loading import TALES, Loaded, load
-from probekit.prediction.acceptance import predict
-from probekit.prediction.costs import roofline_costs
-from probekit.prediction.validation import differences_from, validate
-from probekit.tracing.own_text import own_texts
+from probekit.decoding.speculative import SelfSpeculative, Speculative
+from probekit.lens.exit_heads import fit_heads
+from probekit.models.loaded import Loaded, load
+from probekit.models.reference import TALES
+from probekit.prediction.predict import predict
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
 from probekit.tracing.prompts import as_prompts, bundled_prompts, bundled_prompts_for
+from probekit.tracing.self_generated import self_generated_texts
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
+from probekit.validation.differences import differences_from
+from probekit.validation.run import validate
 
 LENGTHS = 8  # draft lengths 1..8
 DRAFT_ROWS = 256
@@ -97,7 +98,7 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
     traced = trace(
         loaded, prompts, max_new_tokens=budget, statistics="agreement", draft_model=drafter, draft_vocabulary=order
     )
-    texts = own_texts(loaded, as_prompts(prompts[:24]))
+    texts = self_generated_texts(loaded, as_prompts(prompts[:24]))
     heads = fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts))
     through = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement", exit_heads=heads)
     methods: dict[str, dict[str, int]] = {}
@@ -132,7 +133,7 @@ class Tally:
         self.table = predict(traced, draft_lengths=range(1, LENGTHS + 1), drafter=traced.manifest.drafter is not None)
         self.methods = methods
 
-    def run(self, name: str, method: Method, chosen: Sequence[int], draft_rows: int | None = None) -> None:
+    def run(self, name: str, method: Decoder, chosen: Sequence[int], draft_rows: int | None = None) -> None:
         """Decode some prompts together, and hold each against the trace."""
         names = ("runs", "rounds", "tokens", "runs_equal", "near_ties", "unexplained")
         count = self.methods.setdefault(name, dict.fromkeys(names, 0))
@@ -146,7 +147,7 @@ class Tally:
             count["near_ties"] += kinds.count("near-tie")
             count["unexplained"] += len(kinds) - kinds.count("near-tie")
 
-    def _differences(self, method: Method, done: Decoded, draft_rows: int | None) -> list[str]:
+    def _differences(self, method: Decoder, done: Decoded, draft_rows: int | None) -> list[str]:
         """Kinds of what is different: rounds, and tokens from those that the model wrote for the trace, alone."""
         if method.draft_length:
             cell = self.table.cell(method.exit_layer, method.draft_length)

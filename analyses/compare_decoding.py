@@ -26,13 +26,12 @@ from rich.console import Console
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
-from probekit.decoding.engine import Method
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.decoding.speculative import Speculative
+from probekit.decoding.decoder import Decoder
+from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.errors import InputError
-from probekit.models.loading import Loaded, load
-from probekit.prediction.validation import transformers_accepted
+from probekit.models.loaded import Loaded, load
 from probekit.tracing.prompts import bundled_prompts_for
+from probekit.validation.transformers import transformers_accepted
 
 QUANTILES = (0.2, 0.5, 0.8)
 Run = Callable[[list[int]], tuple[list[int], float | None]]  # prompt ids -> new tokens, acceptance rate
@@ -95,7 +94,7 @@ def pair_of(text: str) -> tuple[int, int]:
 def probekit_ways(
     loaded: Loaded, drafter: Loaded | None, cells: Sequence[tuple[int, int]], budget: int
 ) -> dict[tuple[str, str], Run]:
-    def way(method: Method) -> Run:
+    def way(method: Decoder) -> Run:
         def run(ids: list[int]) -> tuple[list[int], float | None]:
             decoded = method.decode([ids], max_new_tokens=budget)[0]
             return decoded.tokens, decoded.acceptance_rate

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from probekit.models.loading import Loaded
+from probekit.models.loaded import Loaded
 
 
 class Peer(Protocol):

@@ -33,11 +33,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.core import TyperGroup
 
-from probekit.hooks import Capture
-from probekit.lens.recipe import LayerSkip, LayerSkipLoss, exit_loss
+from probekit.hooks.capture import Capture
 from probekit.models.anatomy import anatomy
-from probekit.models.loading import Loaded
+from probekit.models.loaded import Loaded
 from probekit.tracing.prompts import Prompt, bundled_prompts
+from probekit.training.layerskip import LayerSkip, LayerSkipLoss, exit_loss
 
 SEED = 20240425
 DEPTH, WIDTH, INNER, HEADS, KEY_VALUE_HEADS, VOCABULARY, CONTEXT = 12, 128, 352, 4, 2, 4096, 512
@@ -204,7 +204,7 @@ def measure(
     variant: Variant, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, given: list[Prompt], budget: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trace one model on its own greedy text and on given text: figures by layer, and by exit and draft length."""
-    from probekit.prediction.acceptance import predict
+    from probekit.prediction.predict import predict
     from probekit.tracing.tracer import trace
     from probekit.tying.shares import class_shares
 

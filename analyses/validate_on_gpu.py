@@ -28,23 +28,28 @@ import typer
 from benchmarking import machine, paper_figure, ratios, say, spread, target, timed, turns, versions, write
 from transformers import GenerationConfig
 
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.costs.roofline import roofline_costs
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.decoder import Decoder
 from probekit.decoding.device_decoding import DeviceAutoregressive, DeviceSelfSpeculative
-from probekit.decoding.engine import Method
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.decoding.speculative import Speculative
+from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.errors import ProbekitError
-from probekit.hooks import Capture
+from probekit.hooks.capture import Capture
 from probekit.lens.lens import Lens
-from probekit.models.loading import TALES, Loaded, check_device
+from probekit.models.checkpoint import check_device
+from probekit.models.loaded import Loaded
+from probekit.models.reference import TALES
 from probekit.models.synthetic import SHAPES, Shape, synthetic
-from probekit.prediction.acceptance import predict
-from probekit.prediction.costs import Costs, measure_costs, roofline_costs
-from probekit.prediction.validation import CellValidation, transformers_accepted, validate
-from probekit.presentation.plots import predicted_against_measured
-from probekit.study import run_study
+from probekit.prediction.predict import predict
+from probekit.presentation.plots.rounds import predicted_against_measured
+from probekit.study.run import run_study
+from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
+from probekit.validation.results import CellValidation
+from probekit.validation.run import validate
+from probekit.validation.transformers import transformers_accepted
 
 RESULTS = Path("docs/results/gpu")
 GIB = 2**30
@@ -364,7 +369,7 @@ def tutorial_predicted(
 
 
 def our_ways(plan: Plan, loaded: Loaded, drafter: Loaded, ids: list[int]) -> dict[str, Way]:
-    methods: dict[str, Method] = {
+    methods: dict[str, Decoder] = {
         "autoregressive": Autoregressive(loaded),
         "autoregressive, rounds of the device": DeviceAutoregressive(loaded),
     }
@@ -376,7 +381,7 @@ def our_ways(plan: Plan, loaded: Loaded, drafter: Loaded, ids: list[int]) -> dic
         )
     methods[f"two models, {plan.draft_lengths[0]} drafts"] = Speculative(loaded, drafter, plan.draft_lengths[0])
 
-    def way(method: Method) -> Way:
+    def way(method: Decoder) -> Way:
         return lambda: method.decode([ids], max_new_tokens=plan.tutorial_tokens)[0].tokens
 
     return {name: way(method) for name, method in methods.items()}

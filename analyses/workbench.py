@@ -21,13 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probekit.decoding.sampling import Sampling
 from probekit.errors import ProbekitError
-from probekit.models.loading import TALES, Loaded, load
-from probekit.presentation.plots import STYLE
+from probekit.models.loaded import Loaded, load
+from probekit.models.reference import TALES
+from probekit.presentation.plots.style import STYLE
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
 from probekit.tying.text_kinds import before_loops
 
 SCHEMA = "probekit/analysis/1"

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.tracing.traces import Trace
+from probekit.traces.trace import Trace
 
 SCHEMA = "probekit/study/1"
 

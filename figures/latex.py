@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from figures.artefacts import TABLES, Study
-from probekit.presentation.tables import to_latex
-from probekit.tracing.traces import atomic_text
+from probekit.presentation.latex import to_latex
+from probekit.traces.storage import atomic_text
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from probekit.presentation import plots
-from probekit.tracing.traces import atomic_bytes
+from probekit.traces.storage import atomic_bytes
 
 ONE_COLUMN = 3.35
 TWO_COLUMNS = 6.9

@@ -8,54 +8,60 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from probekit import moved
+
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "Capture": "probekit.hooks",
-    "Edit": "probekit.hooks",
+    "Capture": "probekit.hooks.capture",
+    "Edit": "probekit.hooks.edit",
     "InputError": "probekit.errors",
     "Lens": "probekit.lens.lens",
     "ProbekitError": "probekit.errors",
-    "Resume": "probekit.hooks",
-    "Sampling": "probekit.decoding.sampling",
-    "Stop": "probekit.hooks",
-    "Trace": "probekit.tracing.traces",
+    "Resume": "probekit.hooks.stop_resume",
+    "Sampling": "probekit.settings",
+    "Stop": "probekit.hooks.stop_resume",
+    "Trace": "probekit.traces.trace",
     "anatomy": "probekit.models.anatomy",
-    "choose": "probekit.prediction.choice",
+    "choose": "probekit.choice.choose",
     "decode": "probekit.decoding.decode",
-    "load": "probekit.models.loading",
+    "inspect_prompt": "probekit.tracing.inspect_prompt",
+    "load": "probekit.models.loaded",
     "load_prompts": "probekit.tracing.prompts",
-    "look_inside": "probekit.tracing.inner_look",
-    "measure_costs": "probekit.prediction.costs",
-    "predict": "probekit.prediction.acceptance",
-    "run_study": "probekit.study",
+    "look_inside": "probekit.tracing.inspect_prompt",
+    "measure_costs": "probekit.costs.measure",
+    "predict": "probekit.prediction.predict",
+    "run_study": "probekit.study.run",
     "trace": "probekit.tracing.tracer",
-    "validate": "probekit.prediction.validation",
+    "validate": "probekit.validation.run",
 }
 
 __all__ = sorted(_ROOMS)  # pyright: ignore[reportUnsupportedDunderAll]
 
+moved.install()
+
 if TYPE_CHECKING:
+    from probekit.choice.choose import choose as choose
+    from probekit.costs.measure import measure_costs as measure_costs
     from probekit.decoding.decode import decode as decode
-    from probekit.decoding.sampling import Sampling as Sampling
     from probekit.errors import InputError as InputError
     from probekit.errors import ProbekitError as ProbekitError
-    from probekit.hooks import Capture as Capture
-    from probekit.hooks import Edit as Edit
-    from probekit.hooks import Resume as Resume
-    from probekit.hooks import Stop as Stop
+    from probekit.hooks.capture import Capture as Capture
+    from probekit.hooks.edit import Edit as Edit
+    from probekit.hooks.stop_resume import Resume as Resume
+    from probekit.hooks.stop_resume import Stop as Stop
     from probekit.lens.lens import Lens as Lens
     from probekit.models.anatomy import anatomy as anatomy
-    from probekit.models.loading import load as load
-    from probekit.prediction.acceptance import predict as predict
-    from probekit.prediction.choice import choose as choose
-    from probekit.prediction.costs import measure_costs as measure_costs
-    from probekit.prediction.validation import validate as validate
-    from probekit.study import run_study as run_study
-    from probekit.tracing.inner_look import look_inside as look_inside
+    from probekit.models.loaded import load as load
+    from probekit.prediction.predict import predict as predict
+    from probekit.settings import Sampling as Sampling
+    from probekit.study.run import run_study as run_study
+    from probekit.traces.trace import Trace as Trace
+    from probekit.tracing.inspect_prompt import inspect_prompt as inspect_prompt
+    from probekit.tracing.inspect_prompt import look_inside as look_inside
     from probekit.tracing.prompts import load_prompts as load_prompts
     from probekit.tracing.tracer import trace as trace
-    from probekit.tracing.traces import Trace as Trace
+    from probekit.validation.run import validate as validate
 
 
 def __getattr__(name: str) -> Any:

@@ -109,7 +109,7 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path):
     """SmolLM2-135M-Instruct, loaded once in float32 on the CPU: 30 layers, tied. Never change it."""
-    from probekit.models.loading import load
+    from probekit.models.loaded import load
 
     return load(smollm2_path, device="cpu", dtype="float32")
 
@@ -117,7 +117,7 @@ def smollm2(smollm2_path):
 @pytest.fixture
 def unchanged():
     """`unchanged(model)` remembers a model; at the end of the test it must carry no hook and the same config."""
-    from probekit.hooks import open_hooks
+    from probekit.hooks.sites import open_hooks
 
     kept = []
 

@@ -125,8 +125,8 @@ def test_peers_read_and_write_what_probekit_does(room, any_tiny):
 def test_plain_statistics_are_those_of_a_trace(room, tiny):
     from lens.spelled import random_texts, read
 
+    from probekit.lens.chunked import StatisticsPlan, layer_statistics
     from probekit.lens.lens import Lens
-    from probekit.lens.statistics import StatisticsPlan, layer_statistics
 
     residuals, inputs, texts, _ = read(tiny, random_texts(tiny, 2, 9))
     ours = layer_statistics(tiny.anatomy, residuals, inputs, texts, StatisticsPlan(lenses=("final-norm",)))

@@ -125,7 +125,7 @@ def test_the_api_has_every_public_name():
 
 
 def test_the_files_page_has_the_columns_of_a_trace():
-    from probekit.tracing.traces import COLUMNS
+    from probekit.traces.schema import COLUMNS
 
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
     for table, columns in COLUMNS.items():

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from probekit.cli.deciding import choose, predict, validate
-from probekit.cli.looking import compare, inspect, lens, models, report
-from probekit.cli.running import decode, fit_heads, study, trace
+from probekit.cli.choose import choose
+from probekit.cli.compare import compare
+from probekit.cli.decode import decode
+from probekit.cli.fit_heads import fit_heads
+from probekit.cli.inspect import inspect
+from probekit.cli.lens import lens
+from probekit.cli.models import models
+from probekit.cli.predict import predict
+from probekit.cli.report import report
+from probekit.cli.study import study
+from probekit.cli.trace import trace
+from probekit.cli.validate import validate
 
 ALL: tuple[Callable[..., None], ...] = (
     models,

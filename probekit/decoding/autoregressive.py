@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from probekit.decoding.caches import Places
-from probekit.decoding.engine import Drafts, Engine, Method, Session
-from probekit.models.loading import Loaded
+from probekit.decoding.batch import DecodeBatch, Drafts
+from probekit.decoding.caches import PassPositions
+from probekit.decoding.decoder import Decoder
+from probekit.decoding.engine import Engine
+from probekit.models.loaded import Loaded
 
 
-class Autoregressive(Method):
+class Autoregressive(Decoder):
     """The model's own decoding: what every lossless method must reproduce, and what speedups are measured against."""
 
     name = "autoregressive"
 
-    def _run(self, session: Session) -> None:
+    def _run(self, session: DecodeBatch) -> None:
         engine = self._engine(session.plan)
         prompt = session.prompt_tokens()
         session.begin([engine], self._pass(engine, prompt, engine.places([0], prompt.shape[1])))
@@ -22,7 +24,7 @@ class Autoregressive(Method):
             states = self._pass(engine, session.last, engine.places(session.positions, 1))
             session.verify(Drafts(session.last, None, [0] * len(session.rows)), engine.logits(states))
 
-    def _pass(self, engine: Engine, tokens: Tensor, places: Places) -> Tensor:
+    def _pass(self, engine: Engine, tokens: Tensor, places: PassPositions) -> Tensor:
         """Hidden states that the head reads, (rows, tokens, width)."""
         return engine.full(tokens, places)
 
@@ -40,5 +42,5 @@ class EarlyExit(Autoregressive):
         super().__init__(loaded)
         self.exit_layer: int = loaded.anatomy.check_exit(exit_layer)
 
-    def _pass(self, engine: Engine, tokens: Tensor, places: Places) -> Tensor:
+    def _pass(self, engine: Engine, tokens: Tensor, places: PassPositions) -> Tensor:
         return engine.parts.norm(engine.early(tokens, places, self.exit_layer))

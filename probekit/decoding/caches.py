@@ -18,7 +18,7 @@ from probekit.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class PassPositions:
     """Where the tokens of one pass stand: computed once, used by every layer that the pass runs through.
 
     Parameters
@@ -48,7 +48,7 @@ class PositionCache(Cache):
         self.values = torch.zeros(shape, dtype=parts.dtype, device=parts.device)
         self.rows = rows
         self.length = length
-        self.places: Places | None = None
+        self.places: PassPositions | None = None
         self._views = list(zip(self.keys, self.values, strict=True))
 
     def update(
@@ -63,7 +63,7 @@ class PositionCache(Cache):
         return keys[:, :, : places.visible], values[:, :, : places.visible]
 
     def slots(self, positions: Tensor) -> Tensor:
-        """positions: (rows, tokens) or (1, tokens) for all rows. Returns the slots for Places."""
+        """positions: (rows, tokens) or (1, tokens) for all rows. Returns the slots for PassPositions."""
         heads, width = self.keys.shape[2], self.keys.shape[4]
         return positions[:, None, :, None].expand(self.rows, heads, -1, width)
 

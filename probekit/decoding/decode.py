@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
-from probekit.decoding.engine import Method
+from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded, Piece
-from probekit.decoding.sampling import Sampling
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.decoding.speculative import Speculative
+from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.errors import InputError
-from probekit.lens.heads import ExitHead, check_heads, load_heads
-from probekit.models.loading import Loaded
+from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
+from probekit.models.loaded import Loaded
+from probekit.settings import Sampling
 
 METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
 
@@ -43,7 +42,7 @@ def decode(
     method: one of METHODS. "self-speculative" needs exit_layer and draft_length, "speculative" draft_model and
         draft_length, "early-exit" exit_layer; a setting that the method has no use for is refused.
     draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
-    exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.heads`), of which the exit
+    exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.exit_heads`), of which the exit
         layer's is put before norm and head when drafting; none by default.
     stop: strings that end the text.
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
@@ -81,7 +80,7 @@ def _method(
     draft_model: Loaded | None,
     draft_vocabulary: Sequence[int] | None,
     exit_heads: Mapping[int, ExitHead] | str | Path | None,
-) -> Method:
+) -> Decoder:
     needs = {
         "autoregressive": (),
         "self-speculative": ("exit_layer", "draft_length"),

@@ -11,23 +11,24 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.device_round import DeviceEngine, Round, Standing, bucket
-from probekit.decoding.engine import Method, Plan, Session
-from probekit.decoding.results import Transcript
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.models.loading import Loaded
+from probekit.decoding.batch import DecodeBatch, DecodePlan
+from probekit.decoding.decoder import Decoder
+from probekit.decoding.device_round import DeviceEngine, DeviceState, Round, bucket
+from probekit.decoding.sequence import SequenceState
+from probekit.decoding.speculative import SelfSpeculative
+from probekit.models.loaded import Loaded
 
 
-class _InRounds(Method):
+class _InRounds(Decoder):
     """A method whose rounds the device runs alone, after a prefill like any other."""
 
-    def _run(self, session: Session) -> None:
+    def _run(self, session: DecodeBatch) -> None:
         engine = DeviceEngine(self.loaded.anatomy, len(session.rows), self._length(session.plan))
         prompt = session.prompt_tokens()
         session.begin([engine], engine.full(prompt, engine.places([0], prompt.shape[1])))
         if not session.rows:
             return
-        standing = Standing.of(session, self.draft_length)
+        standing = DeviceState.of(session, self.draft_length)
         head = self.head if isinstance(self, SelfSpeculative) else None
         rounds: dict[int, Round] = {}
         sent = read = 0
@@ -43,19 +44,19 @@ class _InRounds(Method):
         session.tick("verify")
         session.let_go()
 
-    def _visible(self, rows: Sequence[Transcript], unread: int) -> int:
+    def _visible(self, rows: Sequence[SequenceState], unread: int) -> int:
         """The slots that the next round must see, wherever the rounds that were not read yet have led."""
         most = unread * (self.draft_length + 1)
         furthest = max(min(row.position + most, row.position + row.budget - len(row.tokens)) for row in rows)
         return bucket(furthest + self.draft_length + 1)
 
-    def _book(self, rows: Sequence[Transcript], told: Tensor) -> None:
+    def _book(self, rows: Sequence[SequenceState], told: Tensor) -> None:
         """told: (rows, K + 2), a round's entry in the log."""
         for row, (run, token, *drafts) in zip(rows, told.tolist(), strict=True):
             if row.ended is None:
                 row.round(drafts, row.limit(self.draft_length), run, token)
 
-    def _length(self, plan: Plan) -> int:
+    def _length(self, plan: DecodePlan) -> int:
         return bucket(super()._length(plan))
 
 

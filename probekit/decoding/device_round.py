@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from probekit.decoding.caches import Places
-from probekit.decoding.engine import Engine, Session
-from probekit.decoding.sampling import Rule, spread
-from probekit.decoding.self_speculative import DraftHead
+from probekit.decoding.batch import DecodeBatch
+from probekit.decoding.caches import PassPositions
+from probekit.decoding.engine import Engine
+from probekit.decoding.sampling import Sampler, scatter
+from probekit.decoding.speculative import DraftHead
 from probekit.errors import InputError
-from probekit.hooks import unreplayable_hooks
+from probekit.hooks.sites import unreplayable_hooks
 from probekit.models.anatomy import Anatomy
 
 BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings serve every length
@@ -47,13 +48,13 @@ class DeviceEngine(Engine):
             )
         super().__init__(parts, rows, bucket(length))
 
-    def places_at(self, positions: Tensor, visible: int) -> Places:
+    def places_at(self, positions: Tensor, visible: int) -> PassPositions:
         """positions: (rows, tokens) int64 on the device, below `visible`, a number of slots that the host chooses."""
         rotary = (self._cos[0][positions], self._sin[0][positions])
         return self._places(positions, visible, rotary, needs_mask=True)
 
 
-def one_place(places: Places, token: int) -> Places:
+def one_place(places: PassPositions, token: int) -> PassPositions:
     """The places of one of a pass's tokens: views."""
     here = slice(token, token + 1)
     cos, sin = places.inputs["position_embeddings"]
@@ -66,7 +67,7 @@ def one_place(places: Places, token: int) -> Places:
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class DeviceState:
     """Where the rows of a batch stand: buffers of the device, int64.
 
     last: (rows, 1) each row's last token. position: (rows, 1) where that stands.
@@ -85,7 +86,7 @@ class Standing:
     done: Tensor
 
     @classmethod
-    def of(cls, session: Session, draft_length: int) -> Standing:
+    def of(cls, session: DecodeBatch, draft_length: int) -> DeviceState:
         """After the prefill. A round moves each row by one token at least, and one round may come too late."""
         rows, budget = session.rows, session.plan.max_new_tokens
 
@@ -119,8 +120,8 @@ class Round:
     def __init__(
         self,
         engine: DeviceEngine,
-        standing: Standing,
-        rule: Rule,
+        standing: DeviceState,
+        rule: Sampler,
         visible: int,
         exit_layer: int | None = None,
         head: DraftHead | None = None,
@@ -153,7 +154,7 @@ class Round:
         at.last.copy_(token)
         at.position.copy_(torch.minimum(at.position + run + 1, at.final))
 
-    def _draft(self, exit_layer: int, places: Places, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draft(self, exit_layer: int, places: PassPositions, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         assert self.head is not None
         at, ids = self.standing, self.head.ids
@@ -162,7 +163,7 @@ class Round:
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
             token, distribution, _ = self.rule.draft(self.head(residuals[-1]), at.stream, outputs + step)
             if distribution is not None:
-                whole = distribution if ids is None else spread(distribution, ids, self.engine.parts.vocabulary)
+                whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)
             tokens.append((token if ids is None else ids[token])[:, None])
         residuals.append(self.engine.early(tokens[-1], one_place(places, self.draft_length), exit_layer))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from probekit.errors import InputError, SelfCheckError
 from probekit.models.anatomy import Anatomy
-from probekit.models.products import many_rows
+from probekit.models.linear_kernels import many_rows
 
 Kind = Literal["final-norm", "raw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,7 +30,7 @@ class Lens:
     parts: the model's anatomy.
     kind: "final-norm" or "raw".
     heads: {exit layer: map}; a map takes a residual (..., width) and returns one, put before norm and head
-        (see `probekit.lens.heads`). Only for the final-norm lens.
+        (see `probekit.lens.exit_heads`). Only for the final-norm lens.
     """
 
     def __init__(

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from probekit.errors import InputError
 from probekit.models.anatomy import anatomy
-from probekit.models.loading import Loaded, check_device, check_dtype
+from probekit.models.checkpoint import check_device, check_dtype
+from probekit.models.loaded import Loaded
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

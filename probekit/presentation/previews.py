@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from probekit.presentation import plots
 from probekit.presentation.tables import lens_table
-from probekit.tracing.traces import Trace, atomic_bytes
+from probekit.traces.storage import atomic_bytes
+from probekit.traces.trace import Trace
 
 KINDS = ("pdf", "svg", "png")
 ACROSS = 3  # panels beside one another

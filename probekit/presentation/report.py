@@ -23,10 +23,12 @@ import numpy as np
 import pandas as pd
 
 import probekit
+from probekit.costs.profile import Costs
 from probekit.errors import InputError
-from probekit.prediction.costs import Costs
-from probekit.presentation.packing import Source, number, pack_models, safe_json
-from probekit.tracing.traces import Manifest, Trace, atomic_text
+from probekit.presentation.report_data import Source, number, pack_models, safe_json
+from probekit.traces.manifest import Manifest
+from probekit.traces.storage import atomic_text
+from probekit.traces.trace import Trace
 
 SCHEMA = "probekit/study/1"
 

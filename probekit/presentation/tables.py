@@ -22,23 +22,24 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.prediction.acceptance import Prediction, bootstrap_ratio, run_lengths
+from probekit.html_tables import HtmlCell, html_table
+from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.run_lengths import run_lengths
+from probekit.prediction.table import Prediction
 from probekit.presentation.tokens import shown
-from probekit.tracing.shading import Shaded, shaded_table
-from probekit.tracing.traces import Lens, Trace, visible
+from probekit.traces.schema import LensName
+from probekit.traces.token_text import visible
+from probekit.traces.trace import Trace
 from probekit.tying.shares import TOP
 
 if TYPE_CHECKING:
-    from probekit.prediction.choice import Choice
-    from probekit.prediction.costs import Costs
-    from probekit.prediction.validation import Validation
+    from probekit.choice.choose import Choice
+    from probekit.costs.profile import Costs
+    from probekit.validation.results import Validation
 
 CONVENTION = "layer l: the residual stream after l decoder layers; 0: the embedding; the last row: the model"
 
-_LONG = 40  # rows from which a LaTeX table may break over pages
 
-
-# ------------------------------------------------------------------------------------------------ the lens table
 @dataclass(frozen=True, eq=False)
 class LensTable:
     """The top token of every layer at every position of one text.
@@ -112,7 +113,7 @@ class LensTable:
         rows = []
         for layer, cells in reversed(list(enumerate(every))):
             shaded = [
-                Shaded(
+                HtmlCell(
                     shown(token) + (" •" if layer < last and token == own else ""),
                     probability,
                     "blue" if continued else "grey",
@@ -124,10 +125,10 @@ class LensTable:
             f"{self.model}, {self.lens} lens. {self.convention}. Columns: the token that is read. Shade: probability; "
             "grey: prompt; •: the model's token."
         )
-        return shaded_table(caption, "layer", [shown(text) for text in self.inputs], rows)
+        return html_table(caption, "layer", [shown(text) for text in self.inputs], rows)
 
 
-def lens_table(trace: Trace, prompt: int, lens: Lens = "final-norm") -> LensTable:
+def lens_table(trace: Trace, prompt: int, lens: LensName = "final-norm") -> LensTable:
     """The lens table of one prompt of a trace.
 
     Raises InputError where the trace lacks the prompt, the lens, or the top tokens.
@@ -167,7 +168,6 @@ def _name(names: Mapping[int, str], token: int) -> str:
     return names.get(token) or f"#{token}"
 
 
-# ------------------------------------------------------------------------------------------------ layers
 def layers_table(trace: Trace, model: str | None = None) -> pd.DataFrame:
     """What each lens says at each layer, pooled over the generated tokens.
 
@@ -203,7 +203,6 @@ def layers_table(trace: Trace, model: str | None = None) -> pd.DataFrame:
     return table
 
 
-# ------------------------------------------------------------------------------------------------ cells
 def cells_table(prediction: Prediction, choice: Choice | None = None, model: str | None = None) -> pd.DataFrame:
     """The prediction, a row a cell, with its speedup where a choice has weighed it against the costs."""
     table = prediction.to_pandas()
@@ -222,9 +221,6 @@ def cells_table(prediction: Prediction, choice: Choice | None = None, model: str
 
 
 _NO_INTERVAL = (np.nan, np.nan)
-
-
-# ------------------------------------------------------------------------------------------------ validation
 _COUNTS = ("rounds", "drafted", "accepted", "tokens")
 
 
@@ -292,7 +288,6 @@ def _intervals_of_cell(cell: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ run lengths
 def run_lengths_table(trace: Trace, exit_layers: Iterable[int] | None = None, model: str | None = None) -> pd.DataFrame:
     """Runs of agreement by their length, at each exit layer, beside the geometric law.
 
@@ -320,7 +315,6 @@ def run_lengths_table(trace: Trace, exit_layers: Iterable[int] | None = None, mo
     return joined
 
 
-# ------------------------------------------------------------------------------------------------ costs
 def costs_table(costs: Costs, model: str) -> pd.DataFrame:
     """Seconds of every step: those of `Costs.to_pandas`, with the model's name."""
     table = costs.to_pandas()
@@ -349,105 +343,6 @@ def sweep_table(
     return pd.concat([merged[["cells", "source", *keys, "seconds"]], by_trace], ignore_index=True)
 
 
-# ------------------------------------------------------------------------------------------------ LaTeX
-_SIGNS = {
-    "␣": r"\textvisiblespace{}",
-    "⏎": r"$\hookleftarrow$",
-    "⇥": r"$\mapsto$",
-    "⟨": r"$\langle$",
-    "⟩": r"$\rangle$",
-    "∅": r"$\emptyset$",
-    "…": r"\ldots{}",
-    "×": r"$\times$",
-    "≥": r"$\geq$",
-}
-
-
-def to_latex(frame: pd.DataFrame, caption: str, label: str, *, headings: Mapping[str, str] | None = None) -> str:
-    """A booktabs table: data escaped, intervals folded into their figure, three significant digits.
-
-    Needs \\usepackage{booktabs}, and longtable for more than 40 rows.
-
-    headings: {column: LaTeX of its heading}; by default the columns' names in words.
-    """
-    folded = _folded(frame)
-    long = len(folded) > _LONG
-    heads = [(headings or {}).get(column, _escaped(column.replace("_", " "))) for column in folded.columns]
-    latex = folded.to_latex(
-        index=False,
-        escape=True,
-        header=[head.replace("{", "{{").replace("}", "}}") for head in heads],  # pandas takes a head for a format
-        longtable=long,
-        column_format="".join("r" if _numeric(frame[column]) else "l" for column in folded.columns),
-        caption=_signs(_escaped(caption)),
-        label=label,
-        position=None if long else "t",
-    )
-    return _small(_signs(latex), long)
-
-
-def _small(latex: str, long: bool) -> str:
-    """The table in small type with narrow gaps, as papers set them; what is around it keeps its own."""
-    size = r"\footnotesize\setlength{\tabcolsep}{4pt}"
-    if long:
-        return f"{{{size}\n{latex}}}\n"
-    return latex.replace(r"\begin{tabular}", f"\\centering{size}\n\\begin{{tabular}}", 1)
-
-
-def _folded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Everything as text; `x`, `x_low`, `x_high` as one column "x [low, high]"."""
-    whole = pd.DataFrame(index=frame.index)
-    for column in frame.columns:
-        stem = column.removesuffix("_low").removesuffix("_high").removesuffix("_20").removesuffix("_80")
-        if stem != column and stem in frame.columns:
-            continue
-        text = [_figure(value) for value in frame[column]]
-        for below, above in (("_low", "_high"), ("_20", "_80")):
-            if column + below in frame.columns and column + above in frame.columns:
-                ends = zip(frame[column + below], frame[column + above], strict=True)
-                text = [
-                    middle if pd.isna(low) else f"{middle} [{_figure(low)}, {_figure(high)}]"
-                    for middle, (low, high) in zip(text, ends, strict=True)
-                ]
-        whole[column] = text
-    return whole
-
-
-def _figure(value: Any) -> str:
-    if value is None or (not isinstance(value, (str, list, tuple)) and pd.isna(value)):
-        return "--"
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        if number.is_integer() and abs(number) < 1e9:
-            return f"{number:.0f}"
-        return f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
-    return shown(str(value)).replace("␣", " ")
-
-
-def _numeric(column: pd.Series) -> bool:
-    return bool(pd.api.types.is_numeric_dtype(column)) and not pd.api.types.is_bool_dtype(column)
-
-
-def _escaped(text: str) -> str:
-    """Escape what pandas escapes in the cells."""
-    special = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
-    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
-
-
-def _signs(latex: str) -> str:
-    for sign, command in _SIGNS.items():
-        latex = latex.replace(sign, command)
-    return latex
-
-
-def _document(result: Any) -> Mapping[str, Any]:
-    """The JSON of a result, or the document itself."""
-    return result if isinstance(result, Mapping) else result.to_json()
-
-
 __all__: Sequence[str] = (
     "LensTable",
     "cells_table",
@@ -456,6 +351,10 @@ __all__: Sequence[str] = (
     "lens_table",
     "run_lengths_table",
     "sweep_table",
-    "to_latex",
     "validation_table",
 )
+
+
+def _document(result: Any) -> Mapping[str, Any]:
+    """The JSON of a result, or the document itself."""
+    return result if isinstance(result, Mapping) else result.to_json()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator
 
-from probekit.tracing.traces import visible
+from probekit.traces.token_text import visible
 
 EMPTY = "∅"
 """Stands for a token without any text."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,56 +22,27 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-import probekit
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.engine import free_bytes
-from probekit.decoding.sampling import Sampling, warp
-from probekit.decoding.speculative import check_drafter
-from probekit.errors import InputError, ResourceError
+from probekit.errors import ResourceError
+from probekit.lens.agreement import AgreementSearch, WorkSkipped
+from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.draft_rows import DraftRows
-from probekit.lens.heads import ExitHead, check_heads, fingerprint, load_heads, pack_heads, unpack_heads
+from probekit.lens.exit_heads import ExitHead, pack_heads
 from probekit.lens.lens import KINDS, Lens
-from probekit.lens.statistics import StatisticsPlan, layer_statistics
-from probekit.lens.witness import Savings, Witnesses
-from probekit.models.loading import Loaded, load
-from probekit.tracing.backends import (
-    Backend,
-    HooksBackend,
-    Reading,
-    check_backend,
-    open_backend,
-    row_noise,
-    self_check,
-)
-from probekit.tracing.draft_vocabulary import DraftVocabulary
-from probekit.tracing.prompts import (
-    Encoded,
-    Prompt,
-    as_prompts,
-    bundled_prompts_for,
-    encode,
-    prompts_hash,
-    prompts_source,
-)
-from probekit.tracing.traces import (
-    ExitHeadsRecord,
-    Manifest,
-    ModelRecord,
-    Trace,
-    TraceWriter,
-    looped,
-    spelled_bytes,
-    visible,
-)
+from probekit.models.loaded import Loaded
+from probekit.settings import Sampling
+from probekit.traces.draft_vocabulary import DraftVocabulary
+from probekit.traces.storage import TraceWriter
+from probekit.traces.token_text import looped, spelled_bytes, visible
+from probekit.traces.trace import Trace
+from probekit.tracing.backend import Backend, HooksBackend, Reading
+from probekit.tracing.backends import open_backend
+from probekit.tracing.plan import MOST_ROWS, TracePlan, plan_trace
+from probekit.tracing.prompts import Encoded, Prompt
+from probekit.tracing.self_check import row_noise, self_check
 
-# A batch of the plan: at most so many rows, and so many bytes of residuals, and so many prompts.
-MOST_ROWS = 4096
-MOST_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
-MOST_PROMPTS = {"cpu": 8, "cuda": 64}
 TOP = 10  # places of the `top` table
-
 _DRAFTER_CHUNK_BYTES = 64 * 2**20
-
 Progress = Callable[..., None]
 
 
@@ -111,8 +80,8 @@ def trace(
     draft_model: a drafter with the same tokenizer, read on the same text.
     draft_vocabulary: a trace (or its folder), whose most frequent tokens a draft head would keep first, or token ids in
         that order: `predict` then answers for heads of any number of rows. Greedy text only.
-    exit_heads: {exit: head}, or a file of them (`probekit.lens.heads`): the final-norm lens is read through them, so
-        that predictions are for a decoder that drafts through them. They stay with the run.
+    exit_heads: {exit: head}, or a file of them (`probekit.lens.exit_heads`): the final-norm lens is read through them,
+        so that predictions are for a decoder that drafts through them. They stay with the run.
     backend: "hooks" or "nnsight".
     resume: go on with the run in `folder`, by its own batch plan.
     chat: put plain prompts through the chat template, as a user's message.
@@ -140,232 +109,13 @@ def trace(
             for part in writer.pending:
                 texts = run.continue_prompts(part)
                 run.read_layers(part, texts)
-    return writer.finish()
-
-
-# -------------------------------------------------------------------------------------------------- the plan
-@dataclass(frozen=True, eq=False)
-class TracePlan:
-    """A trace after all checks that need no forward pass.
-
-    heads: {exit: head} of the final-norm lens. encoded: each prompt's ids, by its index. sampling: of the text.
-    warp: logits -> log-probabilities of the decoder; None for greedy text. manifest: the run's settings and its
-        batches; `segment_rows` is the row budget.
-    """
-
-    loaded: Loaded
-    drafter: Loaded | None
-    heads: Mapping[int, ExitHead] | None
-    encoded: Mapping[int, Encoded]
-    sampling: Sampling
-    warp: Callable[[Tensor], Tensor] | None
-    manifest: Manifest
-
-    @property
-    def given(self) -> bool:
-        return self.manifest.text == "given"
-
-
-def plan_trace(
-    loaded: Loaded,
-    prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]] | None,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    given: bool,
-    statistics: str,
-    keep_residuals: Iterable[int],
-    draft_model: Loaded | str | Path | None,
-    draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None,
-    exit_heads: Mapping[int, ExitHead] | str | Path | None,
-    backend: str,
-    chat: bool,
-    batch_size: int | None,
-    top_prompts: int,
-) -> TracePlan:
-    """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
-    check_backend(backend)
-    _check_at_least_one("new tokens", max_new_tokens)
-    if batch_size is not None:
-        _check_at_least_one("prompts in a batch", batch_size)
-    if statistics not in ("all", "agreement"):
-        raise InputError(f"statistics are 'all' or 'agreement', not {statistics!r}.")
-    if given and not sampling.greedy:
-        raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
-    if draft_vocabulary is not None and (given or not sampling.greedy):
-        raise InputError(
-            "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
-        )
-    order = _draft_vocabulary(draft_vocabulary, loaded)
-    heads, heads_record = _exit_heads(exit_heads, loaded)
-    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in keep_residuals}))
-    chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
-    chosen = as_prompts(chosen, chat=chat, given=given)
-    drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
-    encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
-    budget = max(len(one.ids) - one.context for one in encoded.values()) if given else max_new_tokens
-    for one in encoded.values():
-        _check_encoded(one, loaded, drafter, budget, given)
-    if drafter is not None:
-        check_drafter(loaded, drafter)
-
-    rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
-    row_budget = _row_budget(loaded)
-    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if backend == "nnsight" else []))
-    text = "given" if given else "greedy" if sampling.greedy else "sampled"
-    decoding = Sampling(temperature=1.0) if given else sampling
-    manifest = Manifest(
-        model=_record(loaded),
-        drafter=None if drafter is None else _record(drafter),
-        draft_vocabulary=order,
-        exit_heads=heads_record,
-        prompts_hash=prompts_hash(chosen),
-        prompts_source=prompts_source(chosen),
-        batches=_batches(rows, row_budget, batch_size or MOST_PROMPTS[loaded.device.type]),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=loaded.device.type,
-        text=text,
-        decoding={"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p},
-        seed=sampling.seed,
-        max_new_tokens=budget,
-        statistics=statistics,
-        lenses=KINDS if statistics == "all" else KINDS[:1],
-        keep_residuals=sites,
-        top_prompts=max(0, top_prompts) if statistics == "all" else 0,
-        backend=backend,
-        segment_rows=row_budget,
-        ignored_processors=loaded.ignored_processors,
-        versions={"probekit": probekit.__version__, "threads": str(torch.get_num_threads())}
-        | {name: version(name) for name in libraries},
-    )
-    warping = None if text == "greedy" else partial(warp, sampling=decoding)
-    return TracePlan(loaded, drafter, heads, encoded, sampling, warping, manifest)
-
-
-def _check_at_least_one(what: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise InputError(f"{what}: {number!r}; expected a whole number of at least 1.")
-
-
-def _draft_vocabulary(
-    given: DraftVocabulary | Trace | str | Path | Iterable[int] | None, loaded: Loaded
-) -> DraftVocabulary | None:
-    if given is None:
-        return None
-    if isinstance(given, (str, Path)):
-        given = Trace.open(given)
-    if isinstance(given, Trace):
-        given = given.frequent_tokens()
-    if not isinstance(given, DraftVocabulary):
-        given = DraftVocabulary("given", tuple(int(token) for token in given))
-    return given.fit(loaded.anatomy.vocabulary)
-
-
-def _exit_heads(
-    given: Mapping[int, ExitHead] | str | Path | None, loaded: Loaded
-) -> tuple[dict[int, ExitHead] | None, ExitHeadsRecord | None]:
-    if given is None:
-        return None, None
-    if isinstance(given, (str, Path)):
-        heads, source = load_heads(given, loaded.anatomy), str(given)
-    else:
-        heads, source = check_heads(given, loaded.anatomy), "given"
-    return heads, ExitHeadsRecord(source, fingerprint(heads), tuple(heads))
-
-
-def traced_heads(trace: Trace, loaded: Loaded) -> dict[int, ExitHead]:
-    """{exit: head} that a trace was read through, for the model that was traced; empty where there were none."""
-    record, packed = trace.manifest.exit_heads, trace.exit_heads
-    if record is None or packed is None:
-        return {}
-    heads = unpack_heads(packed, loaded.anatomy, "the run's file of exit heads")
-    if fingerprint(heads) != record.fingerprint:
-        raise InputError(
-            f"the exit heads in this run are not those that it was traced with ({record.fingerprint}).", "Trace again."
-        )
-    return heads
-
-
-def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
-    return load(reference, device=loaded.device, dtype=loaded.dtype)
-
-
-def _check_encoded(one: Encoded, loaded: Loaded, drafter: Loaded | None, budget: int, given: bool) -> None:
-    """Refuse what the models cannot read: nothing, foreign ids, too much."""
-    name, tokens = f"prompt {one.prompt.index}", len(one.ids)
-    if tokens == 0:
-        raise InputError(f"{name} encodes to no token.", "Write a longer one.")
-    if given and tokens == one.context:
-        raise InputError(f"{name} has no text to score: all of its {tokens} tokens are context.", "Give a response.")
-    if not 0 <= min(one.ids) <= max(one.ids) < loaded.anatomy.vocabulary:
-        raise InputError(f"{name} has token ids outside 0..{loaded.anatomy.vocabulary - 1} of {loaded.name}.")
-    for reader in (loaded, *([drafter] if drafter is not None else [])):
-        context = reader.anatomy.context
-        if tokens > context:
-            raise InputError(
-                f"{name} has {tokens} tokens: longer than the context of {context} tokens of {reader.name}.",
-                "Shorten it.",
-            )
-        if not given and tokens + budget > context:
-            raise InputError(
-                f"{name} has {tokens} tokens; with {budget} new ones it exceeds the context of {context} tokens of "
-                f"{reader.name}.",
-                f"Ask for at most {context - tokens} new tokens." if context > tokens else "Shorten it.",
-            )
-    if drafter is not None and one.prompt.ids is None and drafter.tokenizer is not None:
-        theirs = encode(one.prompt, drafter.tokenizer, given=given).ids if one.prompt.messages is None else one.ids
-        if theirs != one.ids:
-            raise InputError(
-                f"the draft model {drafter.name} encodes {name} otherwise than {loaded.name}.",
-                "Take a draft model with the same tokenizer.",
-            )
-
-
-def _row_budget(loaded: Loaded) -> int:
-    """Most rows whose residuals are held at once."""
-    parts = loaded.anatomy
-    most = MOST_BYTES[loaded.device.type]
-    free = free_bytes(loaded.device)
-    if free is not None:
-        most = min(most, free // 4)
-    row = (parts.depth + 1) * parts.width * torch.empty((), dtype=parts.dtype).element_size()
-    return max(1, min(MOST_ROWS, most // row))
-
-
-def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple[int, ...], ...]:
-    """Prompts of similar length together: longest row count x prompts within the budget, or one prompt alone."""
-    batches: list[list[int]] = []
-    for index in sorted(rows, key=lambda index: (rows[index], index)):
-        # lengths ascend, so this prompt would be the longest of its batch
-        if batches and len(batches[-1]) < most and rows[index] * (len(batches[-1]) + 1) <= row_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return tuple(map(tuple, batches))
-
-
-def _record(loaded: Loaded) -> ModelRecord:
-    parts = loaded.anatomy
-    return ModelRecord(
-        name=loaded.name,
-        reference=str(loaded.reference),
-        revision=loaded.revision,
-        weights_hash=loaded.weights_hash,
-        depth=parts.depth,
-        width=parts.width,
-        vocabulary=parts.vocabulary,
-        tied=parts.tied,
-        parameters=parts.parameters,
-        context=parts.context,
-        eos_ids=tuple(sorted(loaded.eos_ids)),
-    )
+    return Trace.of_writer(writer)
 
 
 def _silent(*_: Any, **__: Any) -> None:
     pass
 
 
-# ---------------------------------------------------------------------------------------------------- the run
 @dataclass(frozen=True)
 class _Text:
     """A prompt with its continuation: the sequence, P, and why it ended."""
@@ -418,7 +168,7 @@ class _Run:
         order = self.writer.manifest.draft_vocabulary
         whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
         self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded, self.plan.heads)
-        self.witnesses: Witnesses | None = None  # what agreement-only reading learned, from batch to batch
+        self.witnesses: AgreementSearch | None = None  # what agreement-only reading learned, from batch to batch
         self.seconds = dict(self.writer.manifest.timings)
 
     # -- the model
@@ -571,7 +321,7 @@ class _Run:
         )
         if plan.mode == "agreement" and self.witnesses is None:
             before = manifest.savings
-            self.witnesses = Witnesses(self.parts, None if before is None else Savings.from_json(before))
+            self.witnesses = AgreementSearch(self.parts, None if before is None else WorkSkipped.from_json(before))
         input_ids, text_ids = (_tensor(keys[name], self.loaded) for name in ("input_id", "text_id"))
         return layer_statistics(self.parts, reading.residuals, input_ids, text_ids, plan, witnesses=self.witnesses)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
-from probekit.tying.pooling import Estimate
+from probekit.prediction.intervals import Estimate
 
 if TYPE_CHECKING:
-    from probekit.tracing.traces import Trace
+    from probekit.traces.trace import Trace
 
 FREQUENT = (64, 256)
 """Ranks that part the frequent tokens from the less frequent ones."""

@@ -16,16 +16,17 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.tying.pooling import Estimate, Share, difference, estimate
+from probekit.prediction.intervals import Estimate, Share, difference, estimate
 
 if TYPE_CHECKING:
-    from probekit.tracing.traces import Lens, Trace
+    from probekit.traces.schema import LensName
+    from probekit.traces.trace import Trace
 
 CLASSES = ("agrees", "echoes", "in top 50", "gibberish")
 TOP = 50
 
 
-def classes_of(trace: Trace, prompt: int, lens: Lens = "final-norm") -> np.ndarray:
+def classes_of(trace: Trace, prompt: int, lens: LensName = "final-norm") -> np.ndarray:
     """(L+1, N) int8: an index into CLASSES for every layer and generated position of one prompt."""
     require_all(trace)
     agrees, echo = trace.values(prompt, "agrees", lens), trace.values(prompt, "echo", lens)
@@ -33,7 +34,7 @@ def classes_of(trace: Trace, prompt: int, lens: Lens = "final-norm") -> np.ndarr
     return np.select([agrees, echo, near], [0, 1, 2], default=3).astype(np.int8)
 
 
-def class_shares(trace: Trace, lens: Lens = "final-norm") -> Share:
+def class_shares(trace: Trace, lens: LensName = "final-norm") -> Share:
     """(classes, L+1): share of generated positions in each class; the classes sum to 1."""
     counts = []
     for prompt in trace.prompts:
@@ -42,13 +43,13 @@ def class_shares(trace: Trace, lens: Lens = "final-norm") -> Share:
     return Share(np.stack(counts, axis=-1), _tokens(trace), tuple(trace.prompts))
 
 
-def layer_means(trace: Trace, column: str, lens: Lens = "final-norm") -> Share:
+def layer_means(trace: Trace, column: str, lens: LensName = "final-norm") -> Share:
     """(L+1,): mean of one column of `layers` over the generated positions."""
     sums = [trace.values(prompt, column, lens).sum(axis=1, dtype=np.float64) for prompt in trace.prompts]
     return Share(np.stack(sums, axis=-1), _tokens(trace), tuple(trace.prompts))
 
 
-def shares_table(trace: Trace, lens: Lens = "final-norm") -> pd.DataFrame:
+def shares_table(trace: Trace, lens: LensName = "final-norm") -> pd.DataFrame:
     """A row for each layer and class: model, lens, layer, class, share, low, high."""
     shares = class_shares(trace, lens)
     low, high = shares.interval()
@@ -75,7 +76,7 @@ def last_rise(curve: np.ndarray, level: float = 0.5) -> np.ndarray:
     return np.where(below < 0, 0.0, np.where(below == len(curve) - 1, np.nan, start + step))
 
 
-def half_agreement(trace: Trace, lens: Lens = "final-norm") -> Estimate:
+def half_agreement(trace: Trace, lens: LensName = "final-norm") -> Estimate:
     """The depth of half agreement: layers after which the lens has the model's token half of the time, for good."""
     return estimate(layer_means(trace, "agrees", lens), last_rise)
 
@@ -95,7 +96,7 @@ class Valley:
     wide: Estimate
 
 
-def valley(trace: Trace, lens: Lens = "final-norm") -> Valley:
+def valley(trace: Trace, lens: LensName = "final-norm") -> Valley:
     """The valley between echo and answer."""
     shares = class_shares(trace, lens)
     known = Share(shares.numerators[:2].sum(axis=0), shares.denominators[0], shares.prompts)

@@ -13,9 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from probekit.prediction.acceptance import CUT, predict
-from probekit.tracing.traces import LOOP_TOKENS, Trace
-from probekit.tying.pooling import Share
+from probekit.prediction.intervals import Share
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import CUT
+from probekit.traces.token_text import LOOP_TOKENS
+from probekit.traces.trace import Trace
 
 TOKEN_KINDS = ("word start", "word inside", "digit", "punctuation", "white space", "end of text")
 PLACES = (0, 8, 16, 32, 64)

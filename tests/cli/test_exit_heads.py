@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from probekit.cli.app import run
-from probekit.prediction.costs import Costs
-from probekit.presentation.packing import Source, pack_models
-from probekit.tracing.traces import Trace
+from probekit.costs.profile import Costs
+from probekit.presentation.report_data import Source, pack_models
+from probekit.traces.trace import Trace
 
 
 def document(capsys, *arguments: object) -> dict:

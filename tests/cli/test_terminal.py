@@ -11,7 +11,9 @@ import pytest
 from presentation.fabricate_study import fabricate_trace
 from rich.console import Console
 
-from probekit.cli import looking, running, terminal
+from probekit.cli import decode as running
+from probekit.cli import lens as looking
+from probekit.cli import terminal
 from probekit.presentation.tables import LensTable, lens_table
 from probekit.presentation.tokens import columns
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from probekit.decoding.caches import Places, PositionCache, cache_bytes, cache_shape, lower_right_mask
+from probekit.decoding.caches import PassPositions, PositionCache, cache_bytes, cache_shape, lower_right_mask
 from probekit.models.synthetic import synthetic
 
 
@@ -13,7 +13,7 @@ def cache(tiny):
 def write(cache, positions, value):
     """Write `value` + the position to each row's positions, (rows or 1, tokens); returns what attention would see."""
     positions = torch.tensor(positions)
-    cache.places = Places(cache.slots(positions), int(positions.max()) + 1, {})
+    cache.places = PassPositions(cache.slots(positions), int(positions.max()) + 1, {})
     heads, width = cache.keys.shape[2], cache.keys.shape[4]
     states = (value + positions.float())[:, None, :, None].expand(cache.rows, heads, -1, width)
     return cache.update(states, -states, 1)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.device_decoding import DeviceAutoregressive, DeviceSelfSpeculative
-from probekit.decoding.sampling import Sampling
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
-from probekit.hooks import Capture
-from probekit.models.loading import load
+from probekit.hooks.capture import Capture
+from probekit.models.loaded import load
 from probekit.models.synthetic import synthetic
+from probekit.settings import Sampling
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2], [1]]
 

@@ -11,14 +11,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaForCausalLM
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.device_round import BUCKET, DeviceEngine, Round, Standing, bucket, one_place
+from probekit.decoding.device_round import BUCKET, DeviceEngine, DeviceState, Round, bucket, one_place
 from probekit.decoding.engine import Engine
-from probekit.decoding.sampling import Rule, Sampling, streams
-from probekit.decoding.self_speculative import DraftHead, SelfSpeculative
+from probekit.decoding.sampling import Sampler, streams
+from probekit.decoding.speculative import DraftHead, SelfSpeculative
 from probekit.errors import InputError
-from probekit.hooks import Capture, Edit, Stop
+from probekit.hooks.capture import Capture
+from probekit.hooks.edit import Edit
+from probekit.hooks.stop_resume import Stop
 from probekit.models.anatomy import anatomy
 from probekit.models.synthetic import SHAPES, synthetic
+from probekit.settings import Sampling
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2]]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
@@ -61,7 +64,7 @@ class Recording(TorchDispatchMode):
 def standing(parts, prompts, firsts, budget, draft_length, seed=0):
     """Rows after their first token."""
     ends = torch.tensor([[len(ids) - 1] for ids in prompts])
-    return Standing(
+    return DeviceState(
         last=torch.tensor([[first] for first in firsts]),
         position=ends + 1,
         before=ends,
@@ -73,13 +76,13 @@ def standing(parts, prompts, firsts, budget, draft_length, seed=0):
 
 
 def begun(loaded, sampling, exit_layer, draft_length, budget=30, visible=64):
-    """A round of PROMPTS, ready to be run, and its Standing."""
+    """A round of PROMPTS, ready to be run, and its DeviceState."""
     engine = DeviceEngine(loaded.anatomy, len(PROMPTS), 64)
     longest = max(map(len, PROMPTS))
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in PROMPTS])
     states = engine.full(tokens, engine.places([0], longest))
     ends = [len(ids) - 1 for ids in PROMPTS]
-    rule = Rule(sampling)
+    rule = Sampler(sampling)
     logits = engine.logits(states[torch.arange(len(PROMPTS)), ends])
     firsts = rule.choose(logits, streams(sampling.seed, range(len(PROMPTS))), torch.zeros(len(PROMPTS)).long())
     at = standing(loaded.anatomy, PROMPTS, firsts.tolist(), budget, draft_length, sampling.seed)
@@ -184,8 +187,8 @@ def test_the_host_is_not_asked(shape, vocabulary, sampling):
         head.ids = None if vocabulary is None else torch.tensor(vocabulary)
         if vocabulary is not None:
             head._head = lambda normed: parts.head(normed)[..., : len(vocabulary)]
-        step = Round(engine, standing(parts, PROMPTS, [1, 2], 20, 0), Rule(sampling), 64)
-        run = Round(engine, at, Rule(sampling), 64, 2, head)
+        step = Round(engine, standing(parts, PROMPTS, [1, 2], 20, 0), Sampler(sampling), 64)
+        run = Round(engine, at, Sampler(sampling), 64, 2, head)
     for each in (step, run):
         with DeviceOnly(), NothingFromTheHost():
             each()

@@ -1,14 +1,16 @@
 import pytest
 import torch
 
-from probekit.decoding import engine as engines
+from probekit.decoding import decoder as engines
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.engine import Engine
-from probekit.decoding.sampling import Sampling
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError, ResourceError
-from probekit.hooks import Capture, Resume, Stop
+from probekit.hooks.capture import Capture
+from probekit.hooks.stop_resume import Resume, Stop
+from probekit.models.memory import free_bytes
 from probekit.models.synthetic import synthetic
+from probekit.settings import Sampling
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -168,7 +170,7 @@ def test_a_batch_that_does_not_fit_says_how_much_it_needs(tiny, monkeypatch):
 
 
 def test_free_memory_is_known_here():
-    free = engines.free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     assert free is None or free > 2**20
 
 

@@ -18,7 +18,7 @@ PROCESS = """
 import signal
 import sys
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.decoding.speculative import Speculative
 from probekit.hooks import Capture, open_hooks
 from probekit.models.synthetic import synthetic

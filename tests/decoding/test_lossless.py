@@ -8,12 +8,12 @@ from scipy import stats
 
 from probekit.decoding import sampling as rules
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
-from probekit.decoding.policies import ConfidenceThreshold
-from probekit.decoding.sampling import Sampling, warp
-from probekit.decoding.self_speculative import SelfSpeculative
-from probekit.decoding.speculative import Speculative
-from probekit.lens.heads import ExitHead
+from probekit.decoding.sampling import warp
+from probekit.decoding.speculative import SelfSpeculative, Speculative
+from probekit.drafting.policies import ConfidenceThreshold
+from probekit.lens.exit_heads import ExitHead
 from probekit.models.synthetic import synthetic
+from probekit.settings import Sampling
 
 PROMPT = [0, 2, 1]
 LENGTH = 3  # outputs that are compared

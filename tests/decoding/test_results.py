@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probekit.decoding.results import Decoded, TextStream, Transcript, check_stop, decode_tokens
+from probekit.decoding.detokenize import TextStream, check_stop, decode_tokens
+from probekit.decoding.results import Decoded
+from probekit.decoding.sequence import SequenceState
 from probekit.errors import InputError
 from probekit.models.synthetic import byte_tokenizer
 
@@ -18,7 +20,7 @@ def ids(text):
 
 def transcript(budget=20, stop=(), pieces=None):
     on_accept = None if pieces is None else pieces.append
-    return Transcript(0, [1, 2], budget, frozenset([END]), BYTES, stop, on_accept)
+    return SequenceState(0, [1, 2], budget, frozenset([END]), BYTES, stop, on_accept)
 
 
 def test_rounds_are_booked_and_counted():

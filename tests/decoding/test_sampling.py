@@ -8,8 +8,9 @@ from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from probekit.decoding import sampling as rules
-from probekit.decoding.sampling import ACCEPT, DRAFT, FINAL, Rule, Sampling, draw, keys, spread, streams, uniform, warp
+from probekit.decoding.sampling import ACCEPT, DRAFT, FINAL, Sampler, draw, keys, scatter, streams, uniform, warp
 from probekit.errors import InputError
+from probekit.settings import Sampling
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_certain_token_is_always_drawn():
 
 def test_spread_puts_probabilities_at_their_tokens():
     torch.testing.assert_close(
-        spread(torch.tensor([[0.25, 0.75]]), torch.tensor([3, 1]), 5), torch.tensor([[0.0, 0.75, 0.0, 0.25, 0.0]])
+        scatter(torch.tensor([[0.25, 0.75]]), torch.tensor([3, 1]), 5), torch.tensor([[0.0, 0.75, 0.0, 0.25, 0.0]])
     )
 
 
@@ -128,7 +129,7 @@ def _one_hot(tokens, vocabulary=5):
     ],
 )
 def test_greedy_verification_by_hand(drafts, chosen, limit, run, token):
-    verdict = Rule(Sampling()).verify(
+    verdict = Sampler(Sampling()).verify(
         torch.tensor([drafts], dtype=torch.int64),
         None,
         torch.tensor([limit]),
@@ -141,7 +142,7 @@ def test_greedy_verification_by_hand(drafts, chosen, limit, run, token):
 
 def _round(count, setting, p_logits, q_logits):
     """`count` rounds of two drafts from the chain q, judged by p: the first emitted token of each, and the runs."""
-    rule, stream = Rule(setting), streams(setting.seed, range(count))
+    rule, stream = Sampler(setting), streams(setting.seed, range(count))
     outputs = torch.ones(count, dtype=torch.int64)
     first, q0, _ = rule.draft(q_logits[0].expand(count, -1), stream, outputs)
     second, q1, _ = rule.draft(q_logits[1][first], stream, outputs + 1)
@@ -191,10 +192,12 @@ def test_an_empty_residual_falls_back_to_the_target(monkeypatch):
 
 def test_confidence_is_the_probability_of_the_draft():
     logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
-    token, distribution, confidence = Rule(Sampling()).draft(logits, streams(0, [0]), torch.tensor([1]), confident=True)
+    token, distribution, confidence = Sampler(Sampling()).draft(
+        logits, streams(0, [0]), torch.tensor([1]), confident=True
+    )
     assert (int(token), distribution) == (0, None)
     torch.testing.assert_close(confidence, torch.tensor([0.7]))
     setting = Sampling(1.0, top_k=2, seed=5)
-    token, distribution, confidence = Rule(setting).draft(logits, streams(5, [0]), torch.tensor([1]), confident=True)
+    token, distribution, confidence = Sampler(setting).draft(logits, streams(5, [0]), torch.tensor([1]), confident=True)
     assert distribution is not None
     torch.testing.assert_close(confidence, distribution[0, token])

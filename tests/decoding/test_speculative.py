@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.policies import ConfidenceThreshold
-from probekit.decoding.sampling import Sampling
 from probekit.decoding.speculative import Speculative
+from probekit.drafting.policies import ConfidenceThreshold
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
+from probekit.settings import Sampling
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2], [1]]
 

@@ -30,7 +30,7 @@ def spelled(vocabulary: int, depth: int) -> Anatomy:
 
 def read(loaded, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(residuals (layers + 1, rows, width), input ids, text ids, the model's logits) of texts (texts, positions)."""
-    from probekit.hooks import Capture
+    from probekit.hooks.capture import Capture
 
     with torch.no_grad(), Capture(loaded.model) as capture:
         logits = loaded.model(ids[:, :-1], use_cache=False).logits

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from probekit.lens.chunked import StatisticsPlan
 from probekit.lens.lens import Lens
-from probekit.lens.statistics import StatisticsPlan
 
 
 def first_argmax(logits: Tensor) -> Tensor:

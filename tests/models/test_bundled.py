@@ -12,11 +12,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import probekit
-from probekit.models.loading import DRAFT, TALES, bundled_models, load
-from probekit.prediction.acceptance import predict, rounds_of
-from probekit.prediction.validation import transformers_accepted, validate
+from probekit.models.loaded import load
+from probekit.models.reference import DRAFT, TALES, bundled_models
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import rounds_of
 from probekit.presentation.tables import layers_table
 from probekit.tracing.prompts import bundled_prompts
+from probekit.validation.run import validate
+from probekit.validation.transformers import transformers_accepted
 
 NAMES = (*TALES, DRAFT)
 LENGTHS = range(1, 9)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probekit.errors import InputError
-from probekit.hooks import Capture, open_hooks
-from probekit.models.loading import describe
+from probekit.hooks.capture import Capture
+from probekit.hooks.sites import open_hooks
+from probekit.models.loaded import describe
 from probekit.models.synthetic import SHAPES, Shape, byte_tokenizer, synthetic
 
 

@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
 from probekit.errors import InputError
-from probekit.prediction.acceptance import (
-    SCHEMA,
-    bootstrap_ratio,
-    closed_form_tokens_per_round,
-    expected_rounds,
-    predict,
-    rounds_of,
-    run_lengths,
-)
+from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import closed_form_tokens_per_round, expected_rounds, rounds_of
+from probekit.prediction.run_lengths import run_lengths
+from probekit.prediction.table import SCHEMA
 
 END = 0
 CONVENTIONS = ("prefill", "draft")
@@ -267,7 +263,7 @@ def test_expected_cells_are_the_sum_of_their_texts():
 def test_many_prompts_in_chunks_equal_them_at_once(monkeypatch):
     trace = fabricate(prompts=9, tokens=16, text="greedy")
     whole = predict(trace, with_rounds=True).to_json()
-    monkeypatch.setattr("probekit.prediction.acceptance._CHUNK", 1)
+    monkeypatch.setattr("probekit.prediction.predict._CHUNK", 1)
     assert predict(trace, with_rounds=True).to_json() == whole
 
 
@@ -440,8 +436,6 @@ def test_the_whole_table_of_a_thirty_layer_model_takes_under_a_second():
 
 
 def test_prediction_needs_no_torch():
-    code = (
-        "import sys; import probekit.prediction.choice, probekit.prediction.acceptance; print('torch' in sys.modules)"
-    )
+    code = "import sys; import probekit.choice.choose, probekit.prediction.predict; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

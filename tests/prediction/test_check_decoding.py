@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from probekit.models.loading import TALES, load
+from probekit.models.loaded import load
+from probekit.models.reference import TALES
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted((ROOT / "docs" / "results" / "decoding").glob("checked-*.json"))

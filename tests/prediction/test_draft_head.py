@@ -10,17 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.choice.choose import choose
+from probekit.choice.export import export_choice
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.costs.roofline import roofline_costs
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
-from probekit.prediction.acceptance import predict, rounds_of
-from probekit.prediction.choice import choose, export_choice
-from probekit.prediction.costs import Costs, measure_costs, roofline_costs
-from probekit.prediction.validation import validate
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import rounds_of
+from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
-from probekit.tracing.traces import Trace
+from probekit.validation.run import validate
 
 PROMPTS = ["the cat sat", "once upon a", "hello"]
 BUDGET = 14
@@ -128,7 +132,7 @@ def test_a_roofline_reads_only_the_rows_that_are_kept(dialled):
 
 
 def test_measured_costs_draft_with_the_rows_that_are_kept(tiny, monkeypatch):
-    from probekit.decoding import self_speculative
+    from probekit.decoding import speculative as self_speculative
 
     used = []
     original = self_speculative.DraftHead.__call__

@@ -12,18 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import probekit
-from probekit.decoding.sampling import Sampling, warp
-from probekit.decoding.self_speculative import SelfSpeculative
+from probekit.choice.choose import choose
+from probekit.choice.export import export_choice
+from probekit.costs.measure import measure_costs
+from probekit.costs.profile import Costs
+from probekit.costs.roofline import roofline_costs
+from probekit.decoding.sampling import warp
+from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
-from probekit.hooks import Capture
-from probekit.lens.heads import ExitHead, fingerprint, fit_heads, pack_heads
+from probekit.hooks.capture import Capture
+from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads, pack_heads
 from probekit.models.synthetic import synthetic
-from probekit.prediction.acceptance import predict, rounds_of
-from probekit.prediction.choice import choose, export_choice
-from probekit.prediction.costs import Costs, measure_costs, roofline_costs
-from probekit.prediction.validation import validate
-from probekit.tracing.tracer import trace, traced_heads
-from probekit.tracing.traces import Trace
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import rounds_of
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
+from probekit.tracing.plan import traced_heads
+from probekit.tracing.tracer import trace
+from probekit.validation.run import validate
 
 PROMPTS = ["the cat sat", "once upon a", "hello"]
 BUDGET = 14

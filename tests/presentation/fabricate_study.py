@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
-from probekit.prediction.acceptance import predict
-from probekit.prediction.choice import Choice, choose
-from probekit.prediction.costs import Costs
+from probekit.choice.choose import Choice, choose
+from probekit.costs.profile import Costs
+from probekit.prediction.predict import predict
 from probekit.presentation import tables
-from probekit.study import recommendation
-from probekit.tracing.traces import Trace, atomic_text
+from probekit.study.summary import recommendation
+from probekit.traces.storage import atomic_text
+from probekit.traces.trace import Trace
 
 MODELS = ("tales-untied", "tales-tied", "tales-layerskip")
 # How fast layers come to agree with the model: small is early.

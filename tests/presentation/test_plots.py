@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from presentation.fabricate_study import fabricate_costs, fabricate_trace
 
-from probekit.prediction.acceptance import predict
-from probekit.prediction.choice import choose
+from probekit.choice.choose import choose
+from probekit.prediction.predict import predict
 from probekit.presentation import plots, tables
+from probekit.presentation.plots import lens, style
 
 
 @pytest.fixture
@@ -107,9 +108,9 @@ def test_tokens_stay_within_their_cells(ax, trace):
 
 
 def test_letters_can_be_read_on_every_colour():
-    for colours in plots._maps(False):
+    for colours in lens._maps(False):
         for ground in colours(np.linspace(0, 1, 50)):
-            light, dark = sorted((luminance(ground), luminance(to_rgb(plots._ink_on(ground)))), reverse=True)
+            light, dark = sorted((luminance(ground), luminance(to_rgb(style.ink_on(ground)))), reverse=True)
             assert (light + 0.05) / (dark + 0.05) > 3.5
 
 
@@ -119,7 +120,7 @@ def luminance(colour) -> float:
 
 
 def test_the_sequential_map_is_monotonic_in_grey():
-    shades = [luminance(colour) for colour in plots._maps(False)[0](np.linspace(0, 1, 64))]
+    shades = [luminance(colour) for colour in lens._maps(False)[0](np.linspace(0, 1, 64))]
     assert all(later < earlier for earlier, later in pairwise(shades))
 
 

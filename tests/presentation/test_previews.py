@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from presentation.fabricate_study import fabricate_study
 
 from probekit.presentation import previews
-from probekit.tracing.traces import Trace
+from probekit.traces.trace import Trace
 
 NAMES = ("lens_table", "agreement", "acceptance", "speedup", "predicted_against_measured")
 

@@ -18,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from presentation.fabricate_study import fabricate_study, fabricate_trace
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
 from probekit.errors import InputError
-from probekit.presentation.packing import Source, pack_models, packed, safe_json, token_texts
 from probekit.presentation.report import joined_scripts, write_lens_page, write_report
-from probekit.tracing.traces import Trace, visible
+from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
+from probekit.traces.token_text import visible
+from probekit.traces.trace import Trace
 
 MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)><!-- &amp; \u2028"
 

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from presentation.fabricate_study import fabricate_costs, fabricate_study, fabricate_trace
 
-from probekit.prediction.acceptance import predict
-from probekit.presentation.packing import token_texts
+from probekit.prediction.predict import predict
 from probekit.presentation.report import write_lens_page, write_report
+from probekit.presentation.report_data import token_texts
 from probekit.presentation.tokens import shown
-from probekit.tracing.traces import Trace
+from probekit.traces.trace import Trace
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from presentation.fabricate_study import fabricate_costs, fabricate_trace
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
+from probekit.choice.choose import choose
 from probekit.errors import InputError
-from probekit.prediction.acceptance import predict
-from probekit.prediction.choice import choose
+from probekit.prediction.predict import predict
 from probekit.presentation import tables
-from probekit.tracing.traces import Trace
+from probekit.presentation.latex import to_latex
+from probekit.traces.trace import Trace
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_latex_is_booktabs_and_escaped():
             "exit_layer": pd.array([3, None], dtype="Int64"),
         }
     )
-    latex = tables.to_latex(frame, "Rates of 50 % & more", "tab:rates")
+    latex = to_latex(frame, "Rates of 50 % & more", "tab:rates")
     assert r"\toprule" in latex
     assert r"\caption{Rates of 50 \% \& more}" in latex
     assert r"model & rate & equal & exit layer \\" in latex
@@ -223,14 +224,14 @@ def test_latex_is_booktabs_and_escaped():
 
 def test_latex_heads_may_be_latex():
     frame = pd.DataFrame({"draft_length": [2], "100 %": ["x"]})
-    latex = tables.to_latex(frame, "Heads", "tab:heads", headings={"draft_length": r"\shortstack[r]{a\\b}"})
+    latex = to_latex(frame, "Heads", "tab:heads", headings={"draft_length": r"\shortstack[r]{a\\b}"})
     assert r"\shortstack[r]{a\\b} & 100 \% \\" in latex
 
 
 @pytest.mark.parametrize("sign", [*"_%&#${}\\~^"])
 def test_latex_takes_any_sign_as_text(sign: str):
     frame = pd.DataFrame({f"a{sign}b": [f"c{sign}d"]})
-    latex = tables.to_latex(frame, f"e{sign}f", "tab:signs")
+    latex = to_latex(frame, f"e{sign}f", "tab:signs")
     named = {"\\": r"\textbackslash", "~": r"\textasciitilde", "^": r"\textasciicircum"}
     expected = named.get(sign, "\\" + sign)
     heads = " " if sign == "_" else expected  # names are written in words
@@ -240,9 +241,9 @@ def test_latex_takes_any_sign_as_text(sign: str):
 
 
 def test_latex_is_set_small_and_the_size_ends_with_the_table():
-    short = tables.to_latex(pd.DataFrame({"n": [1]}), "One", "tab:n")
+    short = to_latex(pd.DataFrame({"n": [1]}), "One", "tab:n")
     assert short.index(r"\begin{table}") < short.index(r"\footnotesize") < short.index(r"\begin{tabular}")
-    long = tables.to_latex(pd.DataFrame({"n": range(41)}), "Many", "tab:n")
+    long = to_latex(pd.DataFrame({"n": range(41)}), "Many", "tab:n")
     assert long.startswith(r"{\footnotesize")
     assert long.rstrip().endswith("}")
     for latex in (short, long):
@@ -251,13 +252,13 @@ def test_latex_is_set_small_and_the_size_ends_with_the_table():
 
 
 def test_latex_of_signs_needs_no_unicode_font():
-    latex = tables.to_latex(pd.DataFrame({"token": ["␣a⏎", "⟨200B⟩"]}), "Tokens", "tab:tokens")
+    latex = to_latex(pd.DataFrame({"token": ["␣a⏎", "⟨200B⟩"]}), "Tokens", "tab:tokens")
     assert latex.isascii()
     assert r"$\langle$200B$\rangle$" in latex
 
 
 def test_latex_of_many_rows_breaks_over_pages():
-    latex = tables.to_latex(pd.DataFrame({"n": range(41)}), "Numbers", "tab:n")
+    latex = to_latex(pd.DataFrame({"n": range(41)}), "Numbers", "tab:n")
     assert r"\begin{longtable}" in latex
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from presentation.fabricate_study import fabricate_study
 
-from probekit.study import Study
+from probekit.study.summary import Study
 
 
 @pytest.fixture(scope="module")

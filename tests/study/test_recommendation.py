@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from probekit.prediction.choice import NO_DRAFTS, Candidate, Choice
-from probekit.prediction.costs import Costs
-from probekit.study import recommendation
+from probekit.choice.choose import NO_DRAFTS, Candidate, Choice
+from probekit.costs.profile import Costs
+from probekit.study.summary import recommendation
 
 
 @pytest.fixture

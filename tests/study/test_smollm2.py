@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 import probekit
-from probekit.prediction.acceptance import rounds_of
-from probekit.prediction.validation import transformers_accepted, validate
+from probekit.prediction.rounds import rounds_of
 from probekit.tracing.prompts import bundled_prompts
+from probekit.validation.run import validate
+from probekit.validation.transformers import transformers_accepted
 
 
 def hold(loaded, prompts: int, tokens: int, exits: list[int], lengths: list[int], peers: list[tuple[int, int]]) -> None:

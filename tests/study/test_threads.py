@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from probekit.study import ModelStudy, StudyPlan, _own_threads, settle_threads
+from probekit.study.phases import ModelStudy, settle_threads
+from probekit.study.plan import StudyPlan
+from probekit.study.run import _own_threads
 from probekit.tracing.prompts import Prompt
 
 

@@ -9,19 +9,13 @@ import torch
 from transformers import DynamicCache
 
 from probekit.errors import InputError, SelfCheckError
-from probekit.hooks import open_hooks
+from probekit.hooks.sites import open_hooks
 from probekit.lens.lens import Lens
 from probekit.models.synthetic import synthetic
-from probekit.tracing.backends import (
-    BACKENDS,
-    HooksBackend,
-    NnsightBackend,
-    Reading,
-    check_backend,
-    open_backend,
-    row_noise,
-    self_check,
-)
+from probekit.tracing.backend import HooksBackend, Reading
+from probekit.tracing.backends import BACKENDS, check_backend, open_backend
+from probekit.tracing.nnsight_backend import NnsightBackend
+from probekit.tracing.self_check import row_noise, self_check
 
 
 def batch(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

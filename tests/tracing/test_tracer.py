@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.sampling import Sampling, warp
+from probekit.decoding.sampling import warp
 from probekit.errors import InputError, ResourceError
 from probekit.models.synthetic import synthetic
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
+from probekit.tracing import plan as plans
 from probekit.tracing import tracer as room
-from probekit.tracing.backends import HooksBackend, Reading
+from probekit.tracing.backend import HooksBackend, Reading
+from probekit.tracing.plan import _batches
 from probekit.tracing.prompts import Prompt
-from probekit.tracing.tracer import _batches, drafter_statistics, trace
-from probekit.tracing.traces import Trace
+from probekit.tracing.tracer import drafter_statistics, trace
 
 TEXTS = ["hello you", "the king was old", "a", "once upon a time there was a boy who"]
 
@@ -438,7 +441,7 @@ def spy(monkeypatch) -> type[Spy]:
 def test_residuals_are_bounded_by_the_row_budget(tiny, tiny_draft, tmp_path, spy, monkeypatch) -> None:
     expected = trace(tiny, TEXTS, max_new_tokens=10, draft_model=tiny_draft)
     spy.sizes.clear()
-    monkeypatch.setattr(room, "MOST_ROWS", 7)
+    monkeypatch.setattr(plans, "MOST_ROWS", 7)
     folder = tmp_path / "run"
     segmented = trace(tiny, TEXTS, folder, max_new_tokens=10, draft_model=tiny_draft, keep_residuals=[0, 3])
     assert max(spy.sizes) <= 7
@@ -515,7 +518,7 @@ def test_batches_are_chosen_from_the_memory_at_hand(tiny, monkeypatch) -> None:
     row = (tiny.depth + 1) * tiny.anatomy.width * 4  # bytes of a row's residuals
     sizes = {}
     for free in (4 * 1000 * row, 4 * 60 * row, 4 * row):
-        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(plans, "free_bytes", lambda device, free=free: free)
         traced = trace(tiny, TEXTS, max_new_tokens=9, top_prompts=0, statistics="agreement")
         sizes[traced.manifest.segment_rows] = len(traced.manifest.batches)
     assert sizes == {1000: 1, 60: 3, 1: 4}  # a quarter of the memory; a long text goes in segments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 
 from probekit.errors import InputError
 from probekit.tying.geometry import (

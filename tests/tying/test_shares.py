@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 from tying.toys import toy
 
 from probekit.errors import InputError

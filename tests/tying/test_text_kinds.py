@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tracing.fabricate import fabricate
+from traces.fabricate import fabricate
 from tying.toys import toy
 
-from probekit.prediction.acceptance import expected_rounds, predict, rounds_of
-from probekit.tracing.traces import Trace, looped
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import expected_rounds, rounds_of
+from probekit.traces.token_text import looped
+from probekit.traces.trace import Trace
 from probekit.tying.text_kinds import (
     acceptance_by_kind,
     before_loops,

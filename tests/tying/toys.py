@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from tracing.fabricate import record
+from traces.fabricate import record
 
-from probekit.tracing.traces import Manifest, Trace, looped
+from probekit.traces.manifest import Manifest
+from probekit.traces.token_text import looped
+from probekit.traces.trace import Trace
 
 
 def toy(

@@ -1,0 +1,74 @@
+"""`probekit fit-heads`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from probekit.cli import options
+from probekit.cli.terminal import print_json, progress_bars, remark
+from probekit.errors import InputError
+
+
+def fit_heads(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `probekit trace` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Receives the heads, safetensors.")],
+    exit_layers: options.ExitLayers = None,
+    ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-2,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit exit heads on the texts of runs: exit layers that draft through them are accepted more often."""
+    import torch
+
+    from probekit.lens.exit_heads import fingerprint, fit_heads, save_heads
+    from probekit.models.loaded import load
+    from probekit.traces.trace import Trace
+
+    traces = [Trace.open(run) for run in runs]
+    record = traces[0].manifest.model
+    if other := next((each for each in traces if each.manifest.model.weights_hash != record.weights_hash), None):
+        raise InputError(
+            f"these runs are of different models: {record.name} and {other.manifest.model.name}.",
+            "Fit the heads of each model on its own runs.",
+        )
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"{output} is no file that can be written: expected a file name in a folder that exists.")
+    layers = options.integers(exit_layers, "--exit-layers")
+    loaded = load(record.reference, device=device or traces[0].manifest.device, dtype=dtype or traces[0].manifest.dtype)
+    texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]
+    with progress_bars(quiet or as_json) as bars:
+        batches = _counted((torch.tensor([text]) for text in texts), len(texts), "reading texts", bars)
+        heads = fit_heads(loaded.anatomy, batches, layers, ridge=ridge)
+    save_heads(output, heads)
+    tokens = sum(map(len, texts))
+    if as_json:
+        print_json(
+            {
+                "schema": "probekit/fit-heads/1",
+                "model": record.name,
+                "output": str(output),
+                "exit_layers": list(heads),
+                "fingerprint": fingerprint(heads),
+                "runs": [str(run) for run in runs],
+                "texts": len(texts),
+                "tokens": tokens,
+                "ridge": ridge,
+            }
+        )
+        return
+    exits = len(heads)
+    remark(f"fitted heads for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
+    remark(f"Next: probekit trace {record.reference} --exit-heads {output} -o RUN, on other prompts.", quiet=quiet)
+
+
+def _counted(items: Iterable[Any], total: int, phase: str, progress: Callable[..., None]) -> Iterator[Any]:
+    """The same items, each reported when it has been used."""
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(phase, done, total)

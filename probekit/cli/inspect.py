@@ -1,0 +1,27 @@
+"""`probekit inspect`."""
+
+from __future__ import annotations
+
+from probekit.cli import options
+from probekit.cli.terminal import print_json, print_table, show
+
+
+def inspect(
+    model: options.Model,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The anatomy of a model: layers, widths, tied or not, parameters, bytes, sites."""
+    from probekit.models.loaded import describe, load
+
+    description = describe(load(model, device=device, dtype=dtype))
+    if as_json:
+        print_json(description)
+        return
+    print_table(
+        f"{description['name']}",
+        ["what", "value"],
+        [[key.replace("_", " "), show(value)] for key, value in description.items() if key not in ("schema", "name")],
+    )

@@ -1,0 +1,111 @@
+"""`probekit lens`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from probekit.cli import options
+from probekit.cli.terminal import out, print_json, progress_bars, remark
+from probekit.presentation.tokens import clipped, columns, shown
+
+
+def lens(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
+    max_new_tokens: options.MaxNewTokens = 12,
+    raw: Annotated[bool, typer.Option("--raw", help="head(h), without the final norm.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The table of top tokens, layer by position."""
+    from probekit.models.loaded import load
+    from probekit.presentation.tables import lens_table
+    from probekit.tracing.prompts import Prompt
+    from probekit.tracing.tracer import trace as trace_prompts
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    loaded = load(model, device=device, dtype=dtype)
+    with progress_bars(quiet or as_json) as bars:
+        trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=max_new_tokens, top_prompts=1, progress=bars)
+    table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
+    if html is not None:
+        from probekit.presentation.report import write_lens_page
+
+        write_lens_page(trace, html)
+        remark(f"wrote {html}", quiet=quiet)
+    if as_json:
+        print_json({"schema": "probekit/lens/1", **table.to_json()})
+    else:
+        _print_lens(table)
+
+
+def _print_lens(table: Any) -> None:
+    """Layers from the last to the first, positions from left to right, folded to the window."""
+    cells = table.cells  # (layers, positions): token shown, probability
+    texts = [[table.inputs[place], *(row[place][0] for row in cells)] for place in range(len(cells[0]))]
+    widths = [max(4, min(12, max(columns(shown(text)) for text in column))) for column in texts]
+    first = 0
+    while first < len(widths):
+        last, used = first, len(_row_name(table, 0))
+        while last < len(widths) and (last == first or used + widths[last] + 1 <= out.width):
+            used += widths[last] + 1
+            last += 1
+        _print_lens_columns(table, range(first, last), widths)
+        first = last
+    out.print(
+        Text(
+            f"{table.lens} lens, {table.convention}. Columns: the token that is read; rows: layers. "
+            "Brighter is more probable; a dot marks agreement with the last layer; prompt columns are grey.",
+            style="dim",
+        )
+    )
+
+
+def _print_lens_columns(table: Any, places: range, widths: list[int]) -> None:
+    header = Text("reads".rjust(len(_row_name(table, 0)) - 1) + " ", style="bold")
+    for place in places:
+        style = "bold" if table.generated[place] else "dim"
+        header.append(_filled(table.inputs[place], widths[place]) + " ", style=style)
+    _print_row(header)
+    for layer in reversed(range(len(table.cells))):
+        line = Text(_row_name(table, layer))
+        for place in places:
+            token, probability = table.cells[layer][place]
+            dot = "·" if token == table.cells[-1][place][0] else " "
+            line.append(_filled(token, widths[place]) + dot, style=_shade(probability, table.generated[place]))
+        _print_row(line)
+    out.print()
+
+
+def _print_row(line: Text) -> None:
+    """One line of the table, which is folded already: a window narrower than one cell cuts it."""
+    out.print(line, no_wrap=True, overflow="crop")
+
+
+def _row_name(table: Any, layer: int) -> str:
+    last = len(table.cells) - 1
+    return f"{'model' if layer == last else 'layer'} {layer:>{max(2, len(str(last)))}} "
+
+
+def _filled(token: str, width: int) -> str:
+    """A token's visible text in exactly `width` columns."""
+    text = clipped(token, width)
+    return text + " " * (width - columns(text))
+
+
+# Letters and their ground are both set: they can be read on light and on dark terminals.
+_BLUES = ("color(255) on color(17)", "color(255) on color(18)", "color(255) on color(25)", "color(16) on color(39)",
+          "color(16) on color(117)")  # fmt: skip
+_GREY = "color(250) on color(236)"
+
+
+def _shade(probability: float, generated: bool) -> str:
+    """Grey for the prompt; from dark to bright blue with the probability."""
+    return _BLUES[min(4, int(probability * 5))] if generated else _GREY

@@ -1,0 +1,64 @@
+"""`probekit predict`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from probekit.cli import options
+from probekit.cli.terminal import print_json, print_table
+
+FirstRound = Annotated[
+    str, typer.Option("--first-round", help="prefill: the prefill emits the first token; draft: it is drafted.")
+]
+
+
+def predict(
+    run: options.Run,
+    exit_layers: options.ExitLayers = None,
+    draft_lengths: options.DraftLengths = None,
+    first_round: FirstRound = "prefill",
+    draft_rows: options.DraftRows = None,
+    rounds: Annotated[bool, typer.Option("--rounds", help="Every round of every prompt, too.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Predict the acceptance of every exit layer and draft length from one trace."""
+    from probekit.prediction.predict import predict as predict_rounds
+    from probekit.traces.trace import Trace
+
+    prediction = predict_rounds(
+        Trace.open(run),
+        exit_layers=options.integers(exit_layers, "--exit-layers"),
+        draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
+        first_round=first_round,
+        with_rounds=rounds,
+        draft_rows=draft_rows,
+    )
+    if as_json:
+        print_json(prediction.to_json())
+        return
+    print_table(
+        f"{prediction.model}: predicted from {prediction.text} text, first round by {prediction.first_round}"
+        + ("" if draft_rows is None else f", draft head of {draft_rows:,} rows")
+        + ("" if prediction.exit_heads is None else ", through exit heads"),
+        ["drafts at", "length", "acceptance rate", "95 %", "alpha", "tokens per round", "95 %", "rounds"],
+        [
+            [
+                cell.drafter if cell.exit_layer is None else f"layer {cell.exit_layer}",
+                cell.draft_length,
+                cell.acceptance_rate,
+                cell.acceptance_rate_interval,
+                cell.alpha,
+                cell.tokens_per_round,
+                cell.tokens_per_round_interval,
+                cell.rounds,
+            ]
+            for cell in prediction.cells
+        ],
+        "acceptance rate: accepted / drafted, pooled over prompts. alpha: accepted / (accepted + rounds that ended by "
+        "a rejection). tokens per round: tokens / rounds, the token that verification adds is in it.",
+    )

@@ -1,0 +1,91 @@
+"""`probekit trace`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probekit.cli import options
+from probekit.cli.terminal import print_json, progress_bars, remark
+
+
+def trace(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 96,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    given: Annotated[bool, typer.Option("--given", help="Score the given text instead of generating one.")] = False,
+    statistics: Annotated[str, typer.Option("--statistics", help="all, or agreement (several times faster).")] = "all",
+    keep_residuals: Annotated[
+        str | None, typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12.")
+    ] = None,
+    draft_model: options.DraftModel = None,
+    draft_vocabulary: options.DraftVocabulary = None,
+    exit_heads: options.ExitHeads = None,
+    backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: from the memory at hand]")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Continue each prompt, read every layer of every token once, and keep the figures."""
+    from probekit.models.loaded import load
+    from probekit.settings import Sampling
+    from probekit.tracing.prompts import bundled_prompts_for, load_prompts
+    from probekit.tracing.tracer import trace as trace_prompts
+
+    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    layers = options.integers(keep_residuals, "--keep-residuals") or ()
+    given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
+    loaded = load(model, device=device, dtype=dtype)
+    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
+    with progress_bars(quiet or as_json) as bars:
+        result = trace_prompts(
+            loaded,
+            given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
+            output,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            given=given,
+            statistics=statistics,
+            keep_residuals=layers,
+            draft_model=drafter,
+            draft_vocabulary=draft_vocabulary,
+            exit_heads=exit_heads,
+            backend=backend,
+            resume=resume,
+            chat=chat,
+            batch_size=batch_size,
+            progress=bars,
+        )
+    manifest = result.manifest
+    ties, bits = result.near_tie_count()
+    if as_json:
+        print_json(
+            {
+                "schema": "probekit/trace/1",
+                "run": str(output),
+                "near_ties": {"near_ties": ties, "of": bits},
+                "manifest": manifest.to_json(),
+            }
+        )
+        return
+    remark(
+        f"traced {manifest.prompt_count} prompts of {manifest.model.name} into {output}. "
+        f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",
+        quiet=quiet,
+    )
+    if manifest.savings is not None:
+        spared = manifest.savings["products_avoided"]
+        remark(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
+    remark(f"Next: probekit predict {output}", quiet=quiet)

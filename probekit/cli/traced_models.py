@@ -1,0 +1,15 @@
+"""The models of a run, loaded again from where its manifest says."""
+
+from __future__ import annotations
+
+
+def models_of(trace, device, dtype):
+    """The model of a run and its drafter, loaded from where the manifest says."""
+    from probekit.models.loaded import load
+
+    manifest = trace.manifest
+    device = device or manifest.device
+    loaded = load(manifest.model.reference, device=device, dtype=dtype or manifest.dtype)
+    if manifest.drafter is None:
+        return loaded, None
+    return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.dtype)

@@ -1,0 +1,1 @@
+"""What the steps of a round cost: measured, or from a roofline."""

@@ -1,0 +1,189 @@
+"""What the steps of a round cost: measured on the device at hand, or read off a roofline for one that is not.
+
+A self-speculative round with k drafts costs k + 1 passes of layers 0..E-1 over one row, k heads, one pass of layers
+E..L-1 with the head over k + 1 rows, and what booking a round takes. A two-model round costs k steps of the drafter,
+the first over two rows, and one pass of the whole model over k + 1 rows.
+
+A calibration runs the decoder's own steps, in the order in which a round runs them, at a few exits. Times of the exits
+between are read off a straight line in the number of layers; how far the measured points lie from it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probekit.errors import InputError
+from probekit.html_tables import HtmlCell, html_table
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each step, for one sequence whose cache holds `context` tokens.
+
+    Parameters
+    ----------
+    source: "measured" or "roofline". depth: L.
+    autoregressive_s: a whole step of autoregressive decoding.
+    early_s: {E: layers 0..E-1 over one row}.
+    head_s: norm, head and choice of one draft.
+    heads_s: {E: the same after each exit, where that was timed: after few layers the head is still in the caches}.
+    verify_s: {(E, rows): layers E..L-1, norm and head over `rows` rows}.
+    overhead_s: what each round costs beside its steps.
+    cold_s: {E: what the first pass and head of a round take longer than the next: the late layers were in the caches}.
+    draft_rows: rows of the head that drafts are chosen with; None: all of them. exit_heads: the name (fingerprint) of
+        the exit heads that drafts go through; None: none. Both are in `head_s` and `heads_s`.
+    drafter: the draft model's name; the next three are None without one.
+    drafter_step_s, drafter_first_s: a step of the drafter, and the first of a round, over two rows.
+    verify_all_s: {rows: the whole model over `rows` rows}.
+    quantiles: {step: [20 %, 50 %, 80 %] in seconds} of what was measured.
+    fit_error: largest relative distance of a measured time from the straight line in the number of layers.
+    seconds, sweeps: how long the calibration took, and how often it measured each step.
+    """
+
+    source: str
+    device: str
+    dtype: str
+    context: int
+    depth: int
+    autoregressive_s: float
+    early_s: Mapping[int, float]
+    head_s: float
+    verify_s: Mapping[tuple[int, int], float]
+    overhead_s: float = 0.0
+    heads_s: Mapping[int, float] = field(default_factory=dict)
+    cold_s: Mapping[int, float] = field(default_factory=dict)
+    draft_rows: int | None = None
+    exit_heads: str | None = None
+    drafter: str | None = None
+    drafter_step_s: float | None = None
+    drafter_first_s: float | None = None
+    verify_all_s: Mapping[int, float] | None = None
+    quantiles: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    fit_error: float | None = None
+    seconds: float = 0.0
+    sweeps: int = 0
+
+    def __post_init__(self) -> None:
+        times = [self.autoregressive_s, self.head_s, *self.early_s.values(), *self.verify_s.values()]
+        if not all(np.isfinite(each) and each > 0 for each in times) or not self.overhead_s >= 0:
+            raise InputError("a step takes more than 0 seconds; these costs hold other times.")
+
+    @property
+    def longest_draft(self) -> int:
+        """The longest draft that these costs know."""
+        return max((rows for _, rows in self.verify_s), default=1) - 1
+
+    def round_seconds(self, exit_layer: int | None, drafts: int) -> float:
+        """Seconds of one round with `drafts` drafts, 0 or more; exit_layer None: of the draft model."""
+        self._check(exit_layer, drafts)
+        if exit_layer is None:
+            assert self.drafter_first_s is not None
+            assert self.drafter_step_s is not None
+            assert self.verify_all_s is not None
+            drafting = self.drafter_first_s + (drafts - 1) * self.drafter_step_s if drafts else 0.0
+            return drafting + self.verify_all_s[drafts + 1] + self.overhead_s
+        drafting = (drafts + 1) * self.early_s[exit_layer] + drafts * self.heads_s.get(exit_layer, self.head_s)
+        once = self.overhead_s + self.cold_s.get(exit_layer, 0.0)
+        return drafting + self.verify_s[exit_layer, drafts + 1] + once
+
+    def rounds_seconds(self, exit_layer: int | None, draft_length: int) -> np.ndarray:
+        """(draft_length + 1,) seconds of a round with 0, 1, ... drafts."""
+        return np.array([self.round_seconds(exit_layer, drafts) for drafts in range(draft_length + 1)])
+
+    def _check(self, exit_layer: int | None, drafts: int) -> None:
+        if exit_layer is None and self.drafter is None:
+            raise InputError("these costs know no draft model.", "Give `drafter` when they are made.")
+        if exit_layer is not None and exit_layer not in self.early_s:
+            raise InputError(f"exit layer {exit_layer} is out of range: these costs know exits 1..{self.depth - 1}.")
+        if not 0 <= drafts <= self.longest_draft:
+            raise InputError(
+                f"these costs know drafts of up to {self.longest_draft} tokens, not {drafts}.",
+                "Make them with `draft_lengths` as long as you need.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "device": self.device,
+            "dtype": self.dtype,
+            "context": self.context,
+            "depth": self.depth,
+            "autoregressive_s": self.autoregressive_s,
+            "head_s": self.head_s,
+            "overhead_s": self.overhead_s,
+            "early_s": _listed(self.early_s),
+            "heads_s": _listed(self.heads_s),
+            "cold_s": _listed(self.cold_s),
+            "verify_s": [
+                {"exit_layer": exit_layer, "rows": rows, "seconds": each}
+                for (exit_layer, rows), each in self.verify_s.items()
+            ],
+            "draft_rows": self.draft_rows,
+            "exit_heads": self.exit_heads,
+            "drafter": self.drafter,
+            "drafter_step_s": self.drafter_step_s,
+            "drafter_first_s": self.drafter_first_s,
+            "verify_all_s": None
+            if self.verify_all_s is None
+            else [{"rows": rows, "seconds": each} for rows, each in self.verify_all_s.items()],
+            "quantiles": {name: list(each) for name, each in self.quantiles.items()},
+            "fit_error": self.fit_error,
+            "seconds": self.seconds,
+            "sweeps": self.sweeps,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Costs:
+        values = dict(document)
+        for name in ("early_s", "heads_s", "cold_s"):
+            values[name] = {row["exit_layer"]: row["seconds"] for row in document[name]}
+        values["verify_s"] = {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["verify_s"]}
+        if document.get("verify_all_s") is not None:
+            values["verify_all_s"] = {row["rows"]: row["seconds"] for row in document["verify_all_s"]}
+        return cls(**values)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a step: columns step, exit_layer, rows, seconds."""
+        rows: list[tuple[str, int | None, int, float]] = [
+            ("autoregressive", None, 1, self.autoregressive_s),
+            ("head", None, 1, self.head_s),
+            ("overhead", None, 1, self.overhead_s),
+        ]
+        rows += [("early", exit_layer, 1, each) for exit_layer, each in self.early_s.items()]
+        rows += [("head", exit_layer, 1, each) for exit_layer, each in self.heads_s.items()]
+        rows += [("cold", exit_layer, 1, each) for exit_layer, each in self.cold_s.items()]
+        rows += [("verify", exit_layer, count, each) for (exit_layer, count), each in self.verify_s.items()]
+        if self.drafter_step_s is not None and self.drafter_first_s is not None:
+            rows += [("drafter", None, 1, self.drafter_step_s), ("drafter first", None, 2, self.drafter_first_s)]
+        rows += [("verify all", None, count, each) for count, each in (self.verify_all_s or {}).items()]
+        return pd.DataFrame(rows, columns=["step", "exit_layer", "rows", "seconds"]).astype({"exit_layer": "Int64"})
+
+    def _repr_html_(self) -> str:
+        """Milliseconds of a draft step and of verification passes by exit layer, beside an autoregressive step's."""
+        widths = sorted({count for _, count in self.verify_s})
+
+        def cell(seconds: float) -> HtmlCell:
+            return HtmlCell(f"{1000 * seconds:.3g}", seconds / (2 * self.autoregressive_s))
+
+        rows = [
+            (
+                str(exit_layer),
+                [cell(early + self.heads_s.get(exit_layer, self.head_s))]
+                + [cell(self.verify_s[exit_layer, count]) for count in widths if (exit_layer, count) in self.verify_s],
+            )
+            for exit_layer, early in sorted(self.early_s.items(), reverse=True)
+        ]
+        return html_table(
+            f"milliseconds a step: {self.source}, {self.device}, {self.dtype}, {self.context} tokens in the cache; an "
+            f"autoregressive step takes {1000 * self.autoregressive_s:.3g}",
+            "exit layer", ["draft one token", *(f"verify {count} rows" for count in widths)], rows,
+        )  # fmt: skip
+
+
+def _listed(times: Mapping[int, float]) -> list[dict[str, Any]]:
+    return [{"exit_layer": exit_layer, "seconds": seconds} for exit_layer, seconds in times.items()]

@@ -1,0 +1,181 @@
+"""A batch while it is decoded: the rows that are still going, a round drafted and verified for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probekit.decoding.engine import Engine
+from probekit.decoding.results import Decoded, Piece
+from probekit.decoding.sampling import Sampler, scatter, streams
+from probekit.decoding.sequence import SequenceState
+from probekit.drafting.policies import Policy
+from probekit.models.loaded import Loaded
+from probekit.settings import Sampling
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A decode call after all checks: what the methods may rely on."""
+
+    prompts: list[list[int]]
+    indices: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    on_accept: Callable[[Piece], None] | None
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.prompts))
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """The drafts of one round.
+
+    written: (rows, 1 + k), each row's last token and its drafts. drawn_from: (rows, k, vocabulary) what the drafts
+    were drawn from; None when greedy, or without a draft. limits: how many of the k count in each row.
+    """
+
+    written: Tensor
+    drawn_from: Tensor | None
+    limits: list[int]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.written[:, 1:]
+
+
+class DecodeBatch:
+    """The rows of a batch that are still being decoded; a row leaves when its text ends.
+
+    rows: their transcripts. last: (rows, 1) each row's last token; previous: (rows, 1) the one before it.
+    stream: (rows,) random streams. seconds: time spent so far in each phase.
+    """
+
+    def __init__(self, plan: DecodePlan, loaded: Loaded, setting: dict[str, Any]) -> None:
+        self.plan = plan
+        self.rule = Sampler(plan.sampling)
+        self.device = loaded.device
+        self.vocabulary = loaded.anatomy.vocabulary
+        self.stream = streams(plan.sampling.seed, plan.indices, self.device)
+        self.rows = [
+            SequenceState(index, ids, plan.max_new_tokens, loaded.eos_ids, loaded.tokenizer, plan.stop, plan.on_accept)
+            for index, ids in zip(plan.indices, plan.prompts, strict=True)
+        ]
+        self.last = torch.empty(0)
+        self.previous = torch.empty(0)
+        self.engines: list[Engine] = []
+        self.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
+        self._setting = setting
+        self._done: dict[int, Decoded] = {}
+        self._began = self._ticked = perf_counter()
+
+    @property
+    def positions(self) -> list[int]:
+        """Where each row's last token stands."""
+        return [row.position for row in self.rows]
+
+    @property
+    def outputs(self) -> Tensor:
+        """Output index of each row's next token, (rows,)."""
+        return torch.tensor([len(row.tokens) for row in self.rows], device=self.device)
+
+    def prompt_tokens(self) -> Tensor:
+        """(rows, longest prompt), filled up on the right: what stands there is overwritten before it is seen."""
+        longest = self.plan.longest
+        padded = [ids + [0] * (longest - len(ids)) for ids in self.plan.prompts]
+        return torch.tensor(padded, device=self.device)
+
+    def begin(self, engines: list[Engine], normed: Tensor) -> None:
+        """Choose y[0] of each row from the prefill's states after the norm, (rows, longest prompt, width)."""
+        self.engines = engines
+        ends = torch.tensor([len(row.prompt_ids) - 1 for row in self.rows], device=self.device)
+        states = normed[torch.arange(len(self.rows), device=self.device), ends]
+        token = self.rule.choose(engines[0].logits(states), self.stream, torch.zeros_like(ends))
+        self.previous = torch.tensor([[row.prompt_ids[-1]] for row in self.rows], device=self.device)
+        self.last = token[:, None]
+        for row, first in zip(self.rows, token.tolist(), strict=True):
+            row.first(first)
+        self.tick("prefill")
+        self.let_go()
+
+    def draft(
+        self,
+        draft_length: int,
+        policy: Policy,
+        step: Callable[[Tensor, int], Tensor],
+        ids: Tensor | None = None,
+    ) -> Drafts:
+        """Draft a round for all rows.
+
+        step: called with the last token of each row, (rows, 1), and its place in the round, 0, 1, ..; returns the
+        drafter's logits after it, (rows, vocabulary), or (rows, F) where `ids`, (F,), says which tokens these are.
+        """
+        limits = [row.limit(draft_length) for row in self.rows]
+        outputs = self.outputs
+        tokens, distributions = [self.last], list[Tensor]()
+        place = 0
+        while place < max(limits):
+            token, distribution, confidence = self.rule.draft(
+                step(tokens[-1], place), self.stream, outputs + place, policy.needs_confidence
+            )
+            if distribution is not None:
+                distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
+            tokens.append((token if ids is None else ids[token])[:, None])
+            place += 1
+            if confidence is not None:
+                for row, sure in enumerate(confidence.tolist()):
+                    if limits[row] > place and not policy.goes_on(place, sure):
+                        limits[row] = place
+        written = torch.cat(tokens, dim=1)
+        return Drafts(written, torch.stack(distributions, dim=1) if distributions else None, limits)
+
+    def verify(self, drafts: Drafts, logits: Tensor) -> None:
+        """Judge and book a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens."""
+        limits = torch.tensor(drafts.limits, device=self.device)
+        verdict = self.rule.verify(drafts.tokens, drafts.drawn_from, limits, logits, self.stream, self.outputs)
+        run, token = verdict.run[:, None], verdict.token[:, None]
+        told = torch.cat([run, token, drafts.tokens], dim=1).tolist()  # the round's one word to the host
+        self.previous, self.last = drafts.written.gather(1, run), token
+        for row, limit, (length, after, *tokens) in zip(self.rows, drafts.limits, told, strict=True):
+            row.round(tokens, limit, length, after)
+        self.tick("verify")
+        self.let_go()
+
+    def tick(self, phase: str) -> None:
+        """Count the time since the last tick to a phase."""
+        now = perf_counter()
+        self.seconds[phase] += now - self._ticked
+        self._ticked = now
+
+    def let_go(self) -> None:
+        """Finish the rows that ended; the last rows move into their places."""
+        if self.plan.on_accept is not None:  # only the caller's own code can have opened a hook meanwhile
+            for engine in self.engines:
+                engine.refuse_new_hooks()
+        going = [place for place, row in enumerate(self.rows) if row.ended is None]
+        if len(going) == len(self.rows):
+            return
+        seconds = {**self.seconds, "total": self._ticked - self._began}
+        for row in self.rows:
+            if row.ended is not None:
+                self._done[row.index] = row.decoded(seconds=seconds, **self._setting)
+        movers = [place for place in going if place >= len(going)]
+        keep = [place if self.rows[place].ended is None else movers.pop() for place in range(len(going))]
+        self.rows = [self.rows[place] for place in keep]
+        if not keep:
+            return
+        order = torch.tensor(keep, device=self.device)
+        self.last, self.previous, self.stream = self.last[order], self.previous[order], self.stream[order]
+        for engine in self.engines:
+            engine.cache.keep(keep)
+
+    def results(self) -> list[Decoded]:
+        return [self._done[index] for index in self.plan.indices]

@@ -1,0 +1,132 @@
+"""Records of prompts from files and folders of others: .txt, .jsonl, .csv, .parquet, .arrow, local datasets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from probekit.errors import InputError
+
+_FIELDS = ("prompt", "messages", "response", "kind")
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.\w+")
+Records = Iterator[tuple[str, Any]]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path} is not UTF-8 (line {line}, byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Lines, without the empty ones that may close a file."""
+    text = _text_of(path).rstrip("\n")
+    return text.split("\n") if text else []
+
+
+def _read_txt(path: Path) -> Records:
+    for number, line in enumerate(_lines_of(path), start=1):
+        yield f"line {number}", {"prompt": line}
+
+
+def _read_jsonl(path: Path) -> Records:
+    for number, line in enumerate(_lines_of(path), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            what = "is empty" if not line.strip() else f"is not JSON: {error}"
+            raise InputError(f"{path}, line {number} {what}.", 'Each line is an object: {"prompt": ".."}') from None
+        yield f"line {number}", record
+
+
+def _read_csv(path: Path) -> Records:
+    lines = _text_of(path).split("\n")
+    reader = csv.DictReader((line + "\n" for line in lines), strict=True)
+    _require_prompt_column(path, reader.fieldnames or (), empty=not any(lines))
+    try:
+        for record in reader:
+            yield (
+                f"line {reader.line_num}",
+                {name: record[name] or None for name in _FIELDS[2:] if name in record}
+                | {"prompt": record["prompt"] or ""},
+            )
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
+
+
+def _read_parquet(path: Path) -> Records:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} is not a Parquet file: {error}") from None
+    yield from _rows(path, table)
+
+
+def _read_arrow(path: Path) -> Records:
+    try:
+        with pa.OSFile(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} is not an Arrow file: {error}") from None
+    yield from _rows(path, table)
+
+
+def _rows(path: Path, table: pa.Table) -> Records:
+    if "messages" not in table.column_names:
+        _require_prompt_column(path, table.column_names, empty=False)
+    wanted = table.select([name for name in _FIELDS if name in table.column_names])
+    number = 0
+    for batch in wanted.to_batches(max_chunksize=1024):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"row {number}", record
+
+
+def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -> None:
+    if "prompt" not in columns and not empty:
+        raise InputError(f"{path} has no `prompt` column; it has {', '.join(columns) or 'none'}.", "Rename one.")
+
+
+def read_dataset_folder(folder: Path) -> Records:
+    """A local dataset: data files of one kind in the folder or its `data`, or what `save_to_disk` wrote."""
+    readers = {suffix: read for suffix, read in READERS.items() if suffix != ".txt"}
+    places = [folder, folder / "data"]
+    found = next(
+        (found for place in places if (found := sorted(p for p in place.glob("*") if p.suffix in readers))), []
+    )
+    suffixes = sorted({path.suffix for path in found})
+    splits = sorted({match["split"] for path in found if (match := _SHARD.fullmatch(path.name))})
+    if not found:
+        below = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(f.suffix in readers for f in p.glob("*")))
+        raise InputError(
+            f"the folder {folder} holds no {', '.join(readers)} file.",
+            f"Name one of its folders: {', '.join(below)}." if below else "Name a local dataset, or a prompts file.",
+        )
+    if len(suffixes) > 1 or len(splits) > 1:
+        raise InputError(
+            f"the folder {folder} holds several sets: {', '.join(suffixes if len(suffixes) > 1 else splits)}.",
+            "Name the file that is meant.",
+        )
+    for path in found:
+        for where, record in readers[path.suffix](path):
+            yield f"{path.name}, {where}", record
+
+
+READERS: dict[str, Callable[[Path], Records]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

@@ -1,0 +1,92 @@
+"""Stop and Resume: end a forward pass at a site, and start one there."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from probekit.errors import InputError
+from probekit.hooks.sites import HookContext, hand_on, replace_forward, run_layers
+
+
+class _Reached(InputError):  # noqa: N818 - a signal first
+    """How a Stop ends a pass. It is an error only where it meets no Stop that was called."""
+
+    def __init__(self, owner: Stop, residual: Tensor) -> None:
+        super().__init__(f"a Stop at site {owner.site} ended the pass.", "Inside its context call the Stop itself.")
+        self.owner = owner
+        self.residual = residual
+
+
+class Stop(HookContext):
+    """End the forward pass after a site: the draft.
+
+    `stop(**inputs)` runs the model's own forward on `inputs` as far as `site` and returns the residual there,
+    (batch, positions, width). The layers behind the site never run, and their caches stay as they are.
+
+    `stop.direct(embedded, **inputs)` is the same with less overhead, and needs no open context: it calls the layers
+    before the site one by one on the embedding output. The caller computes what the model's own forward would:
+    `position_embeddings` and the additive 4D `attention_mask` (None where none is needed). Other hooks on the
+    layers fire as usual.
+    """
+
+    ends_pass = True
+
+    def __init__(self, model: Any, site: int) -> None:
+        super().__init__(model)
+        self.site = self.anatomy.check_site(site)
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        self._require_open()
+        try:
+            self.anatomy.decoder(**inputs)
+        except _Reached as reached:
+            if reached.owner.site != self.site:
+                raise
+            return reached.residual
+        raise InputError(f"the model finished without passing site {self.site}: another hook replaced its layers.")
+
+    def direct(self, embedded: Tensor, **inputs: Any) -> Tensor:
+        return run_layers(self.anatomy.layers[: self.site], embedded, inputs)
+
+    def _register(self, undo: ExitStack) -> None:
+        def end(residual: Tensor) -> None:
+            raise _Reached(self, residual)
+
+        self._on_residual(undo, self.site, end)
+
+
+class Resume(HookContext):
+    """Start the forward pass at a site from a given residual, skipping the layers before it: the verification.
+
+    `resume(residual, **inputs)` returns the last residual after the final norm, (batch, positions, width).
+    With a cache, give `position_ids` and an additive 4D `attention_mask`: the caches below and above the site
+    differ in length at that moment, so the model must not build the mask itself.
+
+    `resume.direct(residual, **inputs)` is the same with less overhead, and needs no open context: it calls the
+    layers behind the site one by one, then the final norm. Its inputs are those of `Stop.direct`.
+    """
+
+    def __init__(self, model: Any, site: int) -> None:
+        super().__init__(model)
+        self.site = self.anatomy.check_site(site)
+
+    def __call__(self, residual: Tensor, **inputs: Any) -> Tensor:
+        self._require_open()
+        mask = inputs.get("attention_mask")
+        explicit = inputs.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 4
+        if inputs.get("past_key_values") is not None and not explicit:
+            raise InputError(
+                "a Resume with a cache needs position_ids and an additive attention mask of "
+                "(batch, 1, positions, keys): the caches of the layers may differ in length."
+            )
+        return self.anatomy.decoder(inputs_embeds=residual, **inputs).last_hidden_state
+
+    def direct(self, residual: Tensor, **inputs: Any) -> Tensor:
+        return self.anatomy.norm(run_layers(self.anatomy.layers[self.site :], residual, inputs))
+
+    def _register(self, undo: ExitStack) -> None:
+        for layer in self.anatomy.layers[: self.site]:
+            replace_forward(undo, layer, hand_on)

@@ -1,0 +1,189 @@
+"""Exit heads: an affine map of an exit's residual, put before the model's own norm and head when drafting.
+
+Fitted in closed form, in one pass over any amount of text: the sums that ridge regression needs have a fixed size.
+(Linear maps between layers for early exit: Yom Din et al., arXiv 2303.09435.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional
+
+from probekit.errors import InputError
+from probekit.hooks.capture import Capture
+from probekit.models.anatomy import Anatomy
+
+SCHEMA = "probekit/exit-heads/1"
+
+
+@dataclass(frozen=True, eq=False)
+class ExitHead:
+    """residual + residual @ change.T + offset: a guess of the last residual from that of an exit.
+
+    change: (width, width), the map less the identity, so that zeros are no head at all. offset: (width,).
+    """
+
+    change: Tensor
+    offset: Tensor
+
+    def __post_init__(self) -> None:
+        width = len(self.offset)
+        if self.offset.shape != (width,) or self.change.shape != (width, width):
+            raise InputError(
+                f"an exit head has a change (width, width) and an offset (width,), not {tuple(self.change.shape)} "
+                f"and {tuple(self.offset.shape)}."
+            )
+        if not (self.change.isfinite().all() and self.offset.isfinite().all()):
+            raise InputError("an exit head with numbers that are not finite cannot be used.", "Fit it anew.")
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """(..., width) -> (..., width), in the residual's dtype; the product is in float32."""
+        wide = residual.float()
+        return (wide + functional.linear(wide, self.change.float(), self.offset.float())).to(residual.dtype)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ExitHead:
+        return ExitHead(self.change.to(device, dtype), self.offset.to(device, dtype))
+
+
+class HeadFit:
+    """Ridge regression of h[L] on h[E] for some exits, from sums that do not grow with the text.
+
+    Each row counts with weight width / |h[L]|^2: the final norm divides by that length, so that an error matters in
+    proportion to it, and the few tokens with huge residuals do not rule the fit. The ridge pulls the map towards the
+    identity, the plain lens. Memory: `bytes`.
+
+    Parameters
+    ----------
+    parts: the model's anatomy.
+    exits: the exits to fit; all by default.
+    """
+
+    def __init__(self, parts: Anatomy, exits: Iterable[int] | None = None) -> None:
+        self.parts = parts
+        self.exits = tuple(parts.exits if exits is None else map(parts.check_exit, exits))
+        if not self.exits:
+            raise InputError("there is no exit to fit a head for.")
+        self.rows = 0
+        width = parts.width + 1  # with a constant, for the offset
+        zeros = partial(torch.zeros, dtype=torch.float64, device=parts.device)
+        self._squares = {layer: zeros(width, width) for layer in self.exits}
+        self._products = {layer: zeros(width, parts.width) for layer in self.exits}
+
+    @property
+    def bytes(self) -> int:
+        return sum(sums.nbytes for table in (self._squares, self._products) for sums in table.values())
+
+    @torch.no_grad()
+    def add(self, residuals: Mapping[int, Tensor]) -> None:
+        """Count some rows. residuals: {site: (rows, width)} of the exits and of site L."""
+        last = residuals[self.parts.depth].float()
+        length = torch.linalg.vector_norm(last, dim=-1, keepdim=True)
+        weight = last.shape[-1] ** 0.5 / length.clamp(min=torch.finfo(torch.float32).tiny)
+        for layer in self.exits:
+            x = residuals[layer].float()
+            wanted = (last - x) * weight
+            x = torch.cat([x, torch.ones_like(x[:, :1])], -1) * weight
+            self._squares[layer] += (x.T @ x).double()
+            self._products[layer] += (x.T @ wanted).double()
+        self.rows += len(last)
+
+    def solve(self, ridge: float = 1e-2) -> dict[int, ExitHead]:
+        """The head of each exit. ridge: relative to the mean square of the residual's median component; above 0."""
+        if not ridge > 0:
+            raise InputError(f"the ridge must exceed 0, not {ridge}.", "Without one the fit is not determined.")
+        if not self.rows:
+            raise InputError("there are no rows to fit exit heads on.", "Add some first.")
+        return {layer: self._solve(layer, ridge) for layer in self.exits}
+
+    def _solve(self, layer: int, ridge: float) -> ExitHead:
+        squares, width = self._squares[layer].clone(), self.parts.width
+        penalty = ridge * squares.diagonal()[:width].median()
+        squares.diagonal()[:width] += penalty  # the offset goes free
+        solution = torch.linalg.solve(squares, self._products[layer])
+        return ExitHead(solution[:width].T.float().contiguous(), solution[width].float())
+
+
+def fit_heads(
+    parts: Anatomy, batches: Iterable[Tensor], exits: Iterable[int] | None = None, *, ridge: float = 1e-2
+) -> dict[int, ExitHead]:
+    """Fit a head for each exit on the text of `batches`.
+
+    batches: token ids, (texts, positions), int64, without padding; every position counts.
+    """
+    fit = HeadFit(parts, exits)
+    for ids in batches:
+        with torch.no_grad(), Capture(parts, sorted({*fit.exits, parts.depth})) as capture:
+            parts.decoder(input_ids=ids.to(parts.device), use_cache=False)
+        fit.add({site: capture[site].flatten(0, 1) for site in capture.sites})
+    return fit.solve(ridge)
+
+
+def check_heads(heads: Mapping[int, ExitHead], parts: Anatomy) -> dict[int, ExitHead]:
+    """Return heads, {exit: head}, in ascending order and on the model's device, or raise InputError."""
+    for layer, head in heads.items():
+        parts.check_exit(layer)
+        if not isinstance(head, ExitHead):
+            raise InputError(f"the head of exit {layer} is a {type(head).__name__}, not an ExitHead.", "Fit one.")
+        if len(head.offset) != parts.width:
+            raise InputError(f"the head of exit {layer} is {len(head.offset)} wide; this model is {parts.width} wide.")
+    if not heads:
+        raise InputError("there are no exit heads among those that were given.", "Fit some, or leave them out.")
+    return {layer: heads[layer].to(parts.device) for layer in sorted(heads)}
+
+
+def fingerprint(heads: Mapping[int, ExitHead]) -> str:
+    """Names heads, {exit: head}, by their numbers: equal ones have equal names."""
+    numbers = hashlib.sha256()
+    for layer in sorted(heads):
+        numbers.update(str(layer).encode())
+        for tensor in (heads[layer].change, heads[layer].offset):
+            numbers.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return numbers.hexdigest()[:12]
+
+
+def pack_heads(heads: Mapping[int, ExitHead]) -> bytes:
+    """Heads, {exit: head}, as the contents of a safetensors file."""
+    tensors = {}
+    for layer, head in heads.items():
+        tensors[f"{layer}.change"] = head.change.contiguous()
+        tensors[f"{layer}.offset"] = head.offset.contiguous()
+    return save(tensors, metadata={"schema": SCHEMA})
+
+
+def unpack_heads(content: bytes, parts: Anatomy, source: str = "this file") -> dict[int, ExitHead]:
+    """The heads that `pack_heads` wrote, for a model: onto its device, and checked against it."""
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")  # of the header (the format's own description)
+        schema = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("schema")
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as exit heads: {error}") from error
+    if schema != SCHEMA:
+        raise InputError(f"{source} is no file of exit heads: its schema is {schema!r}, not {SCHEMA!r}.")
+    layers = {int(name.partition(".")[0]) for name in tensors}
+    heads = {layer: ExitHead(tensors[f"{layer}.change"], tensors[f"{layer}.offset"]) for layer in layers}
+    return check_heads(heads, parts)
+
+
+def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
+    """Write heads, {exit: head}, to one safetensors file."""
+    Path(path).write_bytes(pack_heads(heads))
+
+
+def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
+    """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as exit heads: {error.strerror or error}") from error
+    return unpack_heads(content, parts, str(path))

@@ -1,0 +1,193 @@
+"""The files of a checkpoint: which there are, whether they are whole, their hash, and their weights as a model.
+
+Weights come from safetensors or GGUF only, never from a pickle, and no code that comes with a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from probekit.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+FULL_HASH_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint found on this machine, checked, its weights not read yet."""
+
+    folder: Path
+    gguf: str | None
+    name: str
+    reference: str
+    revision: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.gguf if self.gguf else self.folder
+
+
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The torch dtype of that name, or InputError with the names that there are."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise InputError(f"dtype {str(dtype)!r} is not known; give one of {', '.join(DTYPES)}.")
+    return found
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The torch device of that name, or InputError where this machine has none such."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(device)!r} is not known; give cpu, cuda or cuda:N.")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            there = f"this machine has {count}" if count else "this machine has none that torch can use"
+            raise InputError(f"CUDA device {str(device)!r} is not there: {there}.", "Use --device cpu.")
+    return found
+
+
+def hash_files(files: list[Path]) -> str:
+    """`scheme:hex` of weight files; the schemes are described at `Loaded`."""
+    digest = hashlib.sha256()
+    files = sorted(files, key=lambda path: path.name)
+    if sum(path.stat().st_size for path in files) <= FULL_HASH_BYTES:
+        for path in files:
+            with path.open("rb") as stream:
+                while block := stream.read(2**22):
+                    digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as stream:
+            for part in range(64):
+                stream.seek(max(0, size - 2**20) * part // 63)
+                digest.update(stream.read(2**20))
+    return f"sha256-sampled:{digest.hexdigest()}"
+
+
+def check_folder(source: Source) -> Source:
+    folder = source.folder
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        if ggufs:
+            raise InputError(f"{folder} holds GGUF files: {', '.join(ggufs)}.", "Give the path of one of them.")
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder} holds an adapter, not a model.", "Merge it into its base model first.")
+        raise InputError(f"{folder} holds no model: it has no config.json.")
+    config = config_of(folder)
+    check_family(config, source.name)
+    weights = weight_files(folder)
+    if missing := [path.name for path in weights if not path.is_file()]:
+        raise InputError(f"{folder} lacks weight files that its index names: {', '.join(missing)}.")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(
+            f"{folder} holds no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)} is there.",
+            "Copy the tokenizer's files beside the weights.",
+        )
+    return source
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is no configuration: it holds a {type(config).__name__}.")
+    return config
+
+
+def check_family(config: dict[str, Any], name: str) -> None:
+    family = config.get("model_type")
+    classes = config.get("architectures") or []
+    written = f" ({', '.join(classes)})" if classes else ""
+    if classes and not any(entry.endswith(("ForCausalLM", "LMHeadModel")) for entry in classes):
+        raise InputError(f"{name} is no causal decoder: it is a {family!r} model{written}.")
+    if family != "llama":
+        raise InputError(
+            f"{name} is a {family!r} model{written}; probekit reads Llama-architecture models.",
+            "Other families are not supported yet.",
+        )
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise InputError(
+            f"{name} is quantised ({method}); probekit reads floating-point safetensors, or GGUF.",
+            "Take the model that it was made from.",
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, as its index names them; they may be missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            raise InputError(f"{index} cannot be read: {first_line(error)}") from error
+        return [folder / Path(name).name for name in sorted(names)]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read.",
+            "Convert it to safetensors, or take a revision that has them.",
+        )
+    raise InputError(f"{folder} holds no weights: it has no model.safetensors.")
+
+
+def read_folder(source: Source, device: torch.device, asked: torch.dtype | None) -> tuple[Any, Any, list[Path]]:
+    files = weight_files(source.folder)
+    with safe_open(files[0], framework="pt") as weights:
+        stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    dtype = asked or default_dtype(device, stored)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    return read_weights(source, device, dtype), tokenizer, files
+
+
+def default_dtype(device: torch.device, stored: str) -> torch.dtype:
+    """float32 on the CPU, else what the weights are `stored` in; bfloat16 for quantised ones."""
+    return torch.float32 if device.type == "cpu" else _STORED_DTYPES.get(stored, torch.bfloat16)
+
+
+def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
+    if device.type != "cpu":
+        options["device_map"] = {"": device}  # straight to the device; with one device accelerate adds no hook
+    loaded: Any = LlamaForCausalLM.from_pretrained(
+        source.folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{source.path} lacks {len(missing)} of the model's weights, among them {missing[0]}.")
+    strange = sorted(key for key in report["unexpected_keys"] if ".layers." in key and "rotary_emb" not in key)
+    if strange:
+        raise InputError(f"{source.path} holds weights that no Llama of its configuration has: {strange[0]}.")
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,201 @@
+"""`load(reference)`: a bundled name, a Hugging Face id, a local folder or a GGUF file becomes a model ready to read.
+
+What can be checked without the weights (family, tokenizer, files, device, dtype) is checked before they are read.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from probekit.errors import InputError, ResourceError
+from probekit.models.anatomy import Anatomy, anatomy
+from probekit.models.checkpoint import check_device, check_dtype, first_line, hash_files, read_folder
+from probekit.models.gguf import read_gguf
+from probekit.models.reference import find_checkpoint
+
+# Settings of a generation_config that change the logits, with the values that change nothing.
+_PROCESSORS: dict[str, tuple] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "watermarking_config": (),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with its tokenizer and where both came from.
+
+    Parameters
+    ----------
+    model: in eval mode; no parameter asks for a gradient.
+    tokenizer: None only for a synthetic model that has none.
+    name: short, without a slash: fit for a folder.
+    reference: what `load` needs to find it again (an absolute path for a local one).
+    path: the folder or GGUF file; None for a synthetic model.
+    revision: the hub's commit; None for anything local.
+    weights_hash: `scheme:hex`. `sha256` is the digest of the weight files, one after the other in the order of
+        their names; `sha256-sampled` (more than 4 GB of weights) of each one's name, size and 64 evenly spaced MiB.
+    """
+
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    name: str
+    reference: str
+    path: Path | None
+    revision: str | None
+    weights_hash: str
+
+    @property
+    def depth(self) -> int:
+        return self.anatomy.depth
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.anatomy.dtype
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text: generation_config's, else config's; possibly none, possibly several."""
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
+            given = getattr(config, "eos_token_id", None)
+            if given is not None:
+                return frozenset([given] if isinstance(given, int) else given)
+        return frozenset()
+
+    @property
+    def ignored_processors(self) -> tuple[str, ...]:
+        """Settings of the checkpoint's generation_config that change logits and that probekit does not apply."""
+        config = getattr(self.model, "generation_config", None)
+        found = ((name, getattr(config, name, None), neutral) for name, neutral in _PROCESSORS.items())
+        return tuple(f"{name}={value}" for name, value, neutral in found if value is not None and value not in neutral)
+
+
+def load(
+    reference: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+) -> Loaded:
+    """Load a Llama-architecture causal language model with its tokenizer.
+
+    Parameters
+    ----------
+    reference: the name of a bundled model, a local folder, a GGUF file, or a Hugging Face id `owner/name` (or
+        `owner/name@revision`). Only an id that is neither of the others reaches for the network.
+    device: "cpu", "cuda" or "cuda:N"; by default the GPU where there is one.
+    dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and on a GPU the checkpoint's own
+        (bfloat16 for quantised GGUF, whose weights are always read as floating-point numbers).
+
+    Raises
+    ------
+    InputError: in one line, for anything that is wrong with the reference, its files, the device or the dtype.
+    ResourceError: where the memory does not suffice.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = check_device(device)
+    asked = None if dtype is None else check_dtype(dtype)
+    source = find_checkpoint(reference)
+    try:
+        with _quiet():
+            model, tokenizer, files = (read_gguf if source.gguf else read_folder)(source, place, asked)
+    except InputError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{source.name} does not fit into the memory of {place}.", "Try --dtype bfloat16 or another device."
+        ) from error
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise InputError(f"{source.path} cannot be read as a Llama checkpoint: {first_line(error)}") from error
+    model.requires_grad_(False).eval()
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        anatomy=anatomy(model),
+        name=source.name,
+        reference=source.reference,
+        path=source.path,
+        revision=source.revision,
+        weights_hash=hash_files(files),
+    )
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    """What `probekit inspect` prints: plain numbers, strings and lists, ready for JSON.
+
+    `bytes` are of the weights as loaded; a tied head counts once in them and in `parameters`.
+    """
+    parts, config = loaded.anatomy, loaded.model.config
+    return {
+        "schema": "probekit/inspect/1",
+        "name": loaded.name,
+        "reference": loaded.reference,
+        "path": None if loaded.path is None else str(loaded.path),
+        "revision": loaded.revision,
+        "weights_hash": loaded.weights_hash,
+        "family": config.model_type,
+        "layers": parts.depth,
+        "width": parts.width,
+        "inner_width": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": parts.vocabulary,
+        "context": parts.context,
+        "rope": config.rope_parameters["rope_type"],
+        "tied": parts.tied,
+        "parameters": parts.parameters,
+        "bytes": parts.bytes,
+        "dtype": str(parts.dtype).removeprefix("torch."),
+        "device": str(parts.device),
+        "sites": list(parts.sites),
+        "exits": list(parts.exits),
+        "tokenizer": None if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
+        "chat_template": bool(getattr(loaded.tokenizer, "chat_template", None)),
+        "eos_ids": sorted(loaded.eos_ids),
+        "ignored_processors": list(loaded.ignored_processors),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' log lines, warnings and progress bars, until the end of the context."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its GGUF reader has a bar of its own
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,111 @@
+"""The look of every picture, and what all plots share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib import colors, font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.textpath import text_to_path
+
+from probekit.presentation.plots.glyphs import families, plain
+
+SEQUENTIAL = "mako_r"
+PALETTE = "colorblind"
+INK = "#1a1a1a"
+FAINT = "#767676"
+STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters on every machine
+    "font.size": 8.0,
+    "axes.labelsize": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 4.0,
+    "axes.labelpad": 3.0,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.5,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7.0,
+    "legend.title_fontsize": 7.0,
+    "legend.frameon": False,
+    "legend.handlelength": 2.4,
+    "legend.borderaxespad": 0.3,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "patch.linewidth": 0.5,
+    "figure.dpi": 150,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType inside: text stays text, and stays editable
+    "ps.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "probekit",
+}
+"""The look of every picture, for `matplotlib.rc_context`."""
+
+
+def ink_on(ground: Any) -> str:
+    red, green, blue = (
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colors.to_rgb(ground)
+    )
+    # Relative luminance; dark letters on what is lighter than the point of equal contrast (WCAG 2).
+    return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.19 else "white"
+
+
+def untitled(ax: Axes) -> None:
+    """The names in a legend speak for themselves."""
+    legend = ax.get_legend()
+    if legend is not None:
+        legend.set_title("")
+
+
+def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Where all panels have the same legend: one above them, where it covers nothing."""
+    legends = [legend for ax in axes if (legend := ax.get_legend()) is not None]
+    named = [[text.get_text() for text in legend.get_texts()] for legend in legends]
+    if len(legends) < 2 or any(names != named[0] for names in named):
+        return
+    handles, labels = next(ax for ax in axes if ax.get_legend() is not None).get_legend_handles_labels()
+    for legend in legends:
+        legend.remove()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 6 else 4, columnspacing=1.6
+    )
+
+
+def nothing_to_show(ax: Axes, why: str) -> None:
+    """Say what is not there, in the place where it would be."""
+    ax.text(0.5, 0.5, plain(why), transform=ax.transAxes, ha="center", va="center", color=FAINT, wrap=True)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def label_points() -> float:
+    return font_manager.FontProperties(size=matplotlib.rcParams["ytick.labelsize"]).get_size_in_points()
+
+
+def points_of(ax: Axes) -> tuple[float, float]:
+    """Width and height in points, once the layout is done."""
+    figure = ax.figure.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    extent = ax.get_window_extent()
+    return extent.width / figure.dpi * 72, extent.height / figure.dpi * 72
+
+
+def points(text: str, font_size: float) -> float:
+    properties = font_manager.FontProperties(family=families(text), size=font_size)
+    return text_to_path.get_text_width_height_descent(text, properties, ismath=False)[0]

@@ -1,0 +1,158 @@
+"""What a study leaves behind: tables, figures, `summary.json`, and the recommendation."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import probekit
+from probekit.choice.choose import Choice
+from probekit.presentation import tables
+from probekit.presentation.previews import draw_previews
+from probekit.study.phases import ModelStudy
+from probekit.study.plan import SCHEMA, StudyPlan
+from probekit.traces.storage import atomic_text
+
+MISSED = 0.15  # a prediction that is further off than this share is remarked on
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study: its folder and its summary (the contents of `summary.json`)."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a model: the choice, its predicted speedup with its interval, and what was measured of it."""
+        rows = []
+        for model in self.summary["models"]:
+            choice, measured = model["choice"], model["chosen_validation"] or {}
+            low, high = choice["interval"] or (np.nan, np.nan)
+            row = {name: choice[name] for name in ("speculate", "drafter", "exit_layer", "draft_length", "speedup")}
+            rows.append(
+                {"model": model["name"], **row, "speedup_low": low, "speedup_high": high,
+                 "speedup_measured": measured.get("speedup_measured", np.nan)}
+            )  # fmt: skip
+        return pd.DataFrame(rows).astype({"exit_layer": "Int64", "draft_length": "Int64"})
+
+    def _repr_html_(self) -> str:
+        """The recommendations, the table, and the agreement of each layer as the study drew it."""
+        sentences = "".join(f"<li>{escape(model['sentence'])}</li>" for model in self.summary["models"])
+        table = self.to_pandas().to_html(index=False, float_format="{:.2f}".format, na_rep="-")
+        picture = self.folder / "figures" / "agreement.png"
+        image = ""
+        if picture.is_file():
+            data = base64.b64encode(picture.read_bytes()).decode("ascii")
+            image = f'<img alt="agreement by layer" style="max-width:100%" src="data:image/png;base64,{data}">'
+        where = escape(str(self.folder / "report.html"))
+        return f"<ul>{sentences}</ul>{table}{image}<p>The whole report: <code>{where}</code></p>"
+
+
+def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
+    """One CSV file a table, the models below one another."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for study in studies:
+        assert study.trace is not None and study.prediction is not None and study.costs is not None
+        rounds = pd.DataFrame([{"model": study.name, **row} for row in study.validation["rounds"]])
+        for name, table in (
+            ("layers", tables.layers_table(study.trace, study.name)),
+            ("cells", tables.cells_table(study.prediction, study.choice, study.name)),
+            ("validation", tables.validation_table(study.validation, study.name, rounds)),
+            ("rounds", rounds),
+            ("run_lengths", tables.run_lengths_table(study.trace, model=study.name)),
+            ("costs", tables.costs_table(study.costs, study.name)),
+        ):
+            parts.setdefault(name, []).append(table)
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, each in parts.items():
+        atomic_text(folder / "tables" / f"{name}.csv", pd.concat(each, ignore_index=True).to_csv(index=False))
+
+
+def draw_figures(folder: Path, studies: Sequence[ModelStudy]) -> None:
+    """Previews; `python -m figures --study DIR` draws a paper's."""
+    read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
+    traces = {study.name: study.trace for study in studies if study.trace is not None}
+    chosen = {study.name: study.pair for study in studies}
+    draw_previews(folder / "figures", read, traces, chosen)
+
+
+def write_summary(plan: StudyPlan, studies: Sequence[ModelStudy], writing_s: float, total_s: float) -> dict[str, Any]:
+    """`summary.json`: what was asked, what came out, and what it took."""
+    summary = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"probekit": probekit.__version__}
+        | {name: version(name) for name in ("torch", "transformers", "numpy", "nnsight")},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads()},
+        "settings": plan.settings(),
+        "seconds": {"tables_and_figures": writing_s, "total": total_s},
+        "models": [_summary_of(study) for study in studies],
+    }  # fmt: skip
+    atomic_text(plan.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    return summary
+
+
+def _summary_of(study: ModelStudy) -> dict[str, Any]:
+    trace, choice = study.trace, study.choice
+    assert trace is not None and choice is not None
+    model = trace.manifest.model
+    document = choice.to_json()
+    best = choice.ranking[0]
+    cells = [{key: value for key, value in cell.items() if key != "rounds"} for cell in study.validation["cells"]]
+    chosen = next(
+        (cell for cell in cells if (cell["exit_layer"], cell["draft_length"]) == best.cell and document["speculate"]),
+        None,
+    )
+    agreement = np.mean(np.concatenate([trace.agreement(prompt) for prompt in trace.prompts], axis=1), axis=1)
+    return {
+        "name": study.name,
+        "label": study.name,
+        "reference": study.reference,
+        "trace": f"traces/{study.name}",
+        "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
+                    "parameters": model.parameters},
+        "threads": int(trace.manifest.versions["threads"]),
+        "sentence": recommendation(choice, chosen),
+        "choice": document,
+        "chosen_validation": chosen,
+        "validation": {"schema": "probekit/validate/1", "cells": cells},
+        "agreement": agreement.tolist(),
+        "looped": float(np.average(trace.texts["looped"], weights=trace.texts["new_tokens"])),
+        "timings": study.timings,
+        "seconds": study.seconds,
+    }  # fmt: skip
+
+
+def recommendation(choice: Choice, chosen: dict[str, Any] | None) -> str:
+    """The choice in a sentence or two, with what the decoder then did on prompts that had no part in it.
+
+    chosen: the validation of the chosen pair, as in `validate --json`; None where nothing was chosen.
+    """
+    measured = None if chosen is None else chosen["speedup_measured"]
+    if measured is None:
+        return choice.sentence()
+    said = f"{choice.sentence()} Measured on the other prompts: {measured:.2f}x."
+    if measured <= 1:
+        return said + " That is no gain: do not speculate here, or study again while the machine does nothing else."
+    foreseen = chosen["speedup_predicted"] if chosen else None
+    if foreseen is not None and abs(foreseen / measured - 1) > MISSED:
+        said += (
+            f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that something "
+            "else ran while steps were timed."
+        )
+    return said

@@ -1,0 +1,124 @@
+"""The tables of a trace and their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import pandas as pd
+
+from probekit.errors import InputError
+
+LENSES = ("final-norm", "raw")
+LensName = Literal["final-norm", "raw"]
+# The columns of each table, in order. Those of `layers` after `layer` depend on what was asked for.
+COLUMNS: dict[str, dict[str, str]] = {
+    "texts": {
+        "prompt": "int32",
+        "kind": "str",
+        "text": "str",
+        "continuation": "str",
+        "prompt_tokens": "int32",
+        "new_tokens": "int32",
+        "ended": "str",
+        "looped": "float32",
+    },
+    "tokens": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "generated": "bool",
+        "input_id": "int32",
+        "text_id": "int32",
+        "text": "str",
+    },
+    "layers": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "lens": "category",
+        "layer": "int16",
+        "argmax": "int32",
+        "probability": "float32",
+        "margin": "float32",
+        "agrees": "bool",
+        "log_probability": "float32",
+        "rank": "int32",
+        "model_rank": "int32",
+        "entropy": "float32",
+        "kl": "float32",
+        "overlap": "float32",
+        "echo": "bool",
+        "near_tie": "bool",
+        "accept_probability": "float32",
+        "argmax_rounded": "int32",
+        "agrees_rounded": "bool",
+    },
+    "top": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "lens": "category",
+        "layer": "int16",
+        "place": "int8",
+        "token": "int32",
+        "token_text": "str",
+        "probability": "float32",
+    },
+    "drafter": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "argmax": "int32",
+        "agrees": "bool",
+        "margin": "float32",
+        "near_tie": "bool",
+        "overlap": "float32",
+        "accept_probability": "float32",
+        "argmax_rounded": "int32",
+        "agrees_rounded": "bool",
+    },
+    # Generated rows only. agrees_up_to: the most rows of a draft head with which the layer says the model's token.
+    "draft_head": {
+        "prompt": "int32",
+        "position": "int32",
+        "output": "int32",
+        "layer": "int16",
+        "agrees_up_to": "int32",
+        "surely_up_to": "int32",
+        "perhaps_up_to": "int32",
+        "agrees_up_to_rounded": "int32",
+    },
+}
+REQUIRED = {
+    "texts": tuple(COLUMNS["texts"]),
+    "tokens": tuple(COLUMNS["tokens"]),
+    "layers": ("prompt", "position", "output", "lens", "layer", "agrees", "near_tie"),
+    "top": tuple(COLUMNS["top"]),
+    "drafter": ("prompt", "position", "output", "argmax", "agrees", "margin", "near_tie"),
+    "draft_head": tuple(name for name in COLUMNS["draft_head"] if not name.endswith("_rounded")),
+}
+
+
+def conform(table: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with the columns of `table` in their order and types. Raises InputError on a wrong set of columns."""
+    unknown = [name for name in frame.columns if name not in COLUMNS[table]]
+    missing = [name for name in REQUIRED[table] if name not in frame.columns]
+    if unknown or missing:
+        raise InputError(f"a {table!r} table has unknown columns {unknown} and lacks {missing}.")
+    whole: dict[str, Any] = {}
+    for name, kind in COLUMNS[table].items():
+        if name in frame.columns:
+            values = frame[name]
+            dtype = pd.CategoricalDtype(list(LENSES)) if kind == "category" else pd.api.types.pandas_dtype(kind)
+            whole[name] = values.astype(dtype)
+    return pd.DataFrame(whole).reset_index(drop=True)
+
+
+def require_columns(table: str, present: Iterable[str], wanted: Iterable[str]) -> None:
+    missing = [name for name in wanted if name not in set(present)]
+    if missing:
+        raise InputError(
+            f"the {table!r} table of this trace has no {', '.join(missing)}.",
+            "Trace again with `statistics='all'`, or at the settings that this figure needs.",
+        )

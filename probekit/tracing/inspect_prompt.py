@@ -1,0 +1,88 @@
+"""A look inside one continuation: the states of every generated step and layer, and what each layer would say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.errors import InputError
+from probekit.hooks.capture import Capture
+from probekit.lens.lens import Kind, Lens
+
+if TYPE_CHECKING:
+    from probekit.models.loaded import Loaded
+
+
+@dataclass(frozen=True, eq=False)
+class Exit:
+    """What the model would say if it stopped after `layer` at `step`.
+
+    embedding: (width,), the residual of the last token; logits, probabilities: (vocabulary,), float32.
+    """
+
+    step: int
+    layer: int
+    embedding: Tensor
+    logits: Tensor
+    probabilities: Tensor
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """The states of a greedy continuation, step by step.
+
+    states: steps x (layers + 1) tensors, (batch = 1, tokens, width). The first step holds the whole prompt, each
+    later one the token that was generated before it; layer 0 is the embedding output, the last is before the norm.
+    """
+
+    loaded: Loaded
+    prompt_ids: list[int]
+    tokens: list[int]
+    states: list[list[Tensor]]
+    lens: Lens
+
+    @torch.inference_mode()
+    def exit(self, step: int, layer: int) -> Exit:
+        """What `layer` says at `step`. Raises InputError for a step or layer that does not exist."""
+        if step not in range(len(self.states)):
+            raise InputError(f"step {step!r} does not exist: this continuation has steps 0..{len(self.states) - 1}.")
+        self.loaded.anatomy.check_site(layer)
+        embedding = self.states[step][layer][0, -1]
+        logits = self.lens(embedding, layer)
+        token_id = int(logits.argmax())
+        return Exit(
+            step, layer, embedding, logits, logits.softmax(-1), token_id, self.loaded.tokenizer.decode([token_id])
+        )
+
+    def table(self) -> pd.DataFrame:
+        """The text of each layer's top token: one row a layer, one column a step."""
+        rows = {
+            layer: [self.exit(step, layer).text for step in range(len(self.states))]
+            for layer in self.loaded.anatomy.sites
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", columns=range(len(self.states))).rename_axis(
+            index="layer", columns="step"
+        )
+
+
+def inspect_prompt(loaded: Loaded, prompt: str, *, max_new_tokens: int = 10, lens: Kind = "final-norm") -> Inspection:
+    """Continue `prompt` greedily and keep the residual stream of every step and layer.
+
+    Everything is kept in memory: (prompt + max_new_tokens) x (layers + 1) x width numbers. `probekit.trace` reads
+    whole corpora in bounded memory instead.
+    """
+    prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+    with Capture(loaded.model) as capture:
+        decoded = Autoregressive(loaded).decode([prompt_ids], max_new_tokens=max_new_tokens)[0]
+    states = [[step[site] for site in loaded.anatomy.sites] for step in capture.passes]
+    return Inspection(loaded, list(prompt_ids), decoded.tokens, states, Lens(loaded.anatomy, lens))
+
+
+look_inside = inspect_prompt  # its name until 0.1

@@ -1,0 +1,58 @@
+"""What a model writes by itself: the text that exit heads are fitted on, and that frequent tokens are counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.models.loaded import Loaded
+from probekit.tracing.prompts import Prompt, encode
+
+QUARTERS = 4
+MOST_TOKENS = 16_000
+AT_ONCE = 16  # texts
+Progress = Callable[..., None]
+
+
+def self_generated_texts(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 96,
+    *,
+    most_tokens: int = MOST_TOKENS,
+    progress: Progress | None = None,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(prompt ids, tokens) of what the model writes after prompts, and then after their beginnings.
+
+    Greedily, for drafts that are verified greedily: exit heads that were fitted on sampled text help those less.
+
+    Parameters
+    ----------
+    max_new_tokens: the budget of each text.
+    most_tokens: no further texts once so many tokens are written.
+    progress: called as `progress("learn drafting", done, total)`, in tokens.
+    """
+    starts, written = list(beginnings(loaded, prompts)), 0
+    for first in range(0, len(starts), AT_ONCE):
+        for each in Autoregressive(loaded).decode(starts[first : first + AT_ONCE], max_new_tokens=max_new_tokens):
+            yield each.prompt_ids, each.tokens
+            written += len(each.tokens)
+        done = written >= most_tokens or first + AT_ONCE >= len(starts)
+        if progress is not None:
+            progress("learn drafting", most_tokens if done else written, most_tokens)
+        if done:
+            return
+
+
+def beginnings(loaded: Loaded, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """The ids of each prompt, then of what is left when a quarter is cut off, a half, three quarters; each once."""
+    found: set[tuple[int, ...]] = set()
+    for kept in range(QUARTERS, 0, -1):
+        for prompt in prompts:
+            if kept < QUARTERS and prompt.messages is not None:
+                continue  # after half a chat template the model would go on as the user
+            ids = encode(prompt, loaded.tokenizer).ids
+            beginning = tuple(ids[: max(1, len(ids) * kept // QUARTERS)])
+            if beginning not in found:
+                found.add(beginning)
+                yield list(beginning)

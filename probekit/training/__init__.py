@@ -1,0 +1,1 @@
+"""Training recipes, written with hooks."""

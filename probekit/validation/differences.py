@@ -1,0 +1,135 @@
+"""Where a decoder's run leaves the prediction, and whether a near-tie explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from probekit.decoding.results import Decoded
+from probekit.models.loaded import Loaded
+from probekit.prediction.table import Cell
+from probekit.traces.trace import Trace
+
+CellKey = tuple[int | None, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A place where the decoder left the prediction.
+
+    what: "tokens", "rounds" or "drafts". output: the output index that decided. kind: "near-tie", or "unexplained",
+    which is a bug. predicted, measured: the token; or the accepted (drafted) tokens of the round.
+    """
+
+    prompt: int
+    what: str
+    output: int
+    kind: str
+    predicted: int | None
+    measured: int | None
+
+
+class PredictedText(NamedTuple):
+    """What the trace says of one prompt: y, the drafter's agreement, and near-ties of the drafter and of the model."""
+
+    prompt: int
+    tokens: list[int]
+    agrees: np.ndarray
+    drafter_ties: np.ndarray
+    model_ties: np.ndarray
+
+    @classmethod
+    def of(cls, trace: Trace, prompt: int, cell: Cell, draft_rows: int | None) -> PredictedText:
+        rounded = trace.manifest.dtype != "float32" and trace.manifest.statistics == "all"
+        ties = trace.near_ties(prompt)
+        if cell.exit_layer is None:
+            agrees = trace.drafter_agreement(prompt, rounded=rounded)
+            own = trace.drafter_values(prompt, "near_tie")
+        elif draft_rows is not None:
+            agrees = trace.draft_head_agreement(prompt, draft_rows, rounded=True)[cell.exit_layer]
+            own = trace.draft_head_near_ties(prompt, draft_rows)[cell.exit_layer]
+        else:
+            agrees, own = trace.agreement(prompt, rounded=rounded)[cell.exit_layer], ties[cell.exit_layer]
+        return cls(prompt, trace.outputs(prompt).tolist(), agrees, own, ties[-1])
+
+
+def differences_from(
+    trace: Trace, prompt: int, cell: Cell, run: Decoded, draft_rows: int | None = None
+) -> list[Difference]:
+    """Where a decoder's run of one prompt of a greedy trace leaves the prediction of a cell."""
+    text = PredictedText.of(trace, prompt, cell, draft_rows)
+    return differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
+
+
+def differences_of(text: PredictedText, draft_length: int, budget: int, run: Decoded) -> list[Difference]:
+    """Where a decoder's run leaves the trace: the first token that differs, and every round before it that does.
+
+    After a round that differs, the next ones are judged from where the decoder really is.
+    """
+    y, N = text.tokens, len(text.tokens)
+    left = first_difference(y, run.tokens)
+    found = []
+    if left is not None:
+        tie = left < N and bool(text.model_ties[left])
+        found.append(_difference(text.prompt, "tokens", left, tie, token_at(y, left), token_at(run.tokens, left)))
+    i, end = 1, N if left is None else left
+    for drafted, accepted in zip(run.drafted, run.accepted, strict=True):
+        if i >= end:
+            break
+        k = min(draft_length, budget - i - 1)
+        if drafted != k:
+            found.append(_difference(text.prompt, "drafts", i, False, k, drafted))
+        breaks = np.flatnonzero(~text.agrees[i : i + drafted])
+        expected = min(int(breaks[0]) if len(breaks) else drafted, N - i)
+        decided = i + min(accepted, expected)
+        if accepted != expected and decided < end:
+            tie = bool(text.drafter_ties[decided] or text.model_ties[decided])
+            found.append(_difference(text.prompt, "rounds", decided, tie, expected, accepted))
+        i += accepted + 1
+    return found
+
+
+def apart(
+    loaded: Loaded, trace: Trace, text: PredictedText, tokens: Sequence[int], reference: Sequence[int]
+) -> list[Difference]:
+    """Where a cell and autoregressive decoding part, unless the trace has named that place already."""
+    place = first_difference(tokens, reference)
+    assert place is not None
+    if place == first_difference(text.tokens, tokens):
+        return []
+    before = list(tokens[:place])
+    if before == text.tokens[:place] and place < len(text.tokens):
+        tie = bool(text.model_ties[place])
+    else:  # both had left the trace together
+        tie = _margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before]) < (trace.manifest.noise or 0.0)
+    return [_difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))]
+
+
+def _margin(loaded: Loaded, ids: Sequence[int]) -> float:
+    """Difference of the two top logits after these tokens."""
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([list(ids)], device=loaded.device)).logits[0, -1].float()
+    first, second = logits.topk(2).values.tolist()
+    return first - second
+
+
+def _difference(
+    prompt: int, what: str, output: int, tie: bool, predicted: int | None, measured: int | None
+) -> Difference:
+    return Difference(prompt, what, output, "near-tie" if tie else "unexplained", predicted, measured)
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The first index at which two lists differ; where one ends, if it is the other's beginning."""
+    for place, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return place
+    return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def token_at(tokens: Sequence[int], place: int) -> int | None:
+    return tokens[place] if place < len(tokens) else None

@@ -1,0 +1,332 @@
+"""The prediction against the running decoder: round by round, token by token, and in time.
+
+A decoder computes a row alone, or among a few others; the trace computed it among all. Two logits that are closer than
+that difference can change places: such a near-tie is counted and named. Any other difference is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.choice.choose import check_draft_head, speedups
+from probekit.costs.measure import FEWEST, measure_costs
+from probekit.costs.profile import Costs
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.decoder import Decoder
+from probekit.decoding.results import Decoded
+from probekit.decoding.speculative import SelfSpeculative, Speculative
+from probekit.errors import InputError
+from probekit.lens.exit_heads import ExitHead
+from probekit.models.loaded import Loaded
+from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.predict import predict
+from probekit.prediction.rounds import rounds_of
+from probekit.prediction.table import Cell
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
+from probekit.tracing.plan import traced_heads
+from probekit.validation.differences import CellKey, Difference, PredictedText, apart, differences_of
+from probekit.validation.results import CellValidation, Validation
+
+WARM_UP_TOKENS = 8
+Progress = Callable[..., None]
+
+
+def validate(
+    loaded: Loaded,
+    trace: Trace,
+    cells: Iterable[CellKey] | None = None,
+    *,
+    exit_layers: Iterable[int] | None = None,
+    draft_lengths: Iterable[int] | None = None,
+    limit: int | None = None,
+    drafter: Loaded | None = None,
+    draft_rows: int | None = None,
+    costs: Costs | None = None,
+    repeats: int = 1,
+    progress: Progress | None = None,
+) -> Validation:
+    """Decode the trace's prompts, one at a time, and compare.
+
+    Parameters
+    ----------
+    loaded, drafter: the models that were traced.
+    cells: (exit layer, draft length) pairs; exit layer None is the draft model. By default every exit layer of
+        `exit_layers` with every one of `draft_lengths` (all exits, 1..8), and the draft model where no exits are named.
+    limit: only the first prompts of the trace.
+    draft_rows: F, to draft at exit layers with the first F tokens of the trace's draft vocabulary only.
+    costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
+    repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
+    progress: called as `progress("validate", done, total)`.
+
+    Raises
+    ------
+    InputError: for given text, for another model than the traced one, and for cells that do not exist.
+    """
+    _check_models(loaded, trace, drafter)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
+    chosen = trace.select(trace.prompts[:limit])
+    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows)
+    heads = traced_heads(trace, loaded)
+    ids = None if draft_rows is None else torch.from_numpy(trace.draft_head_ids(draft_rows))
+    methods: list[Decoder] = [
+        SelfSpeculative(
+            loaded, cell.exit_layer, cell.draft_length, exit_head=heads.get(cell.exit_layer), draft_vocabulary=ids
+        )
+        if cell.exit_layer is not None
+        else Speculative(loaded, drafter, cell.draft_length)  # type: ignore[arg-type]
+        for cell in predicted
+    ]
+    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids, heads)
+    check_draft_head(draft_rows, trace.manifest.heads_name, costs)
+    plain, *runs = _decode(chosen, [Autoregressive(loaded), *methods], repeats, progress)
+    compare = _greedy if trace.manifest.text == "greedy" else partial(_sampled, cells=len(predicted))
+    return Validation(
+        trace.manifest.model.name,
+        trace.manifest.text,
+        tuple(
+            CellValidation(
+                exit_layer=cell.exit_layer,
+                draft_length=cell.draft_length,
+                drafter=cell.drafter,
+                prompts=cell.prompts,
+                predicted=cell.counts(),
+                speedup_predicted=speedup,
+                **_speedups_measured(plain, own),
+                **compare(loaded, chosen, cell, own, plain, draft_rows),
+            )
+            for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
+        ),
+        draft_rows,
+        trace.manifest.heads_name,
+    )
+
+
+def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
+    """Refuse what was not traced."""
+    manifest = trace.manifest
+    if manifest.text == "given":
+        raise InputError(
+            "this run holds given text, which the model did not write: there is no decoding to hold it against.",
+            "Trace the prompts without --given.",
+        )
+    for role, model, record in (("model", loaded, manifest.model), ("draft model", drafter, manifest.drafter)):
+        if model is None:
+            continue
+        if record is None:
+            raise InputError("this run was traced without a draft model.", "Trace again with --draft-model.")
+        if record.weights_hash != model.weights_hash:
+            raise InputError(
+                f"the run is of the {role} {record.name}; {model.name} is another model (other weights).",
+                "Validate with the model that was traced.",
+            )
+        dtype = str(model.dtype).removeprefix("torch.")
+        if dtype != manifest.dtype:
+            raise InputError(f"the run was traced in {manifest.dtype}, and {model.name} is loaded in {dtype}.")
+
+
+def _predicted(
+    trace: Trace,
+    cells: Iterable[CellKey] | None,
+    exit_layers: Iterable[int] | None,
+    draft_lengths: Iterable[int] | None,
+    drafter: Loaded | None,
+    draft_rows: int | None,
+) -> list[Cell]:
+    """The predicted cells of these prompts, in the order asked for."""
+    if cells is None:
+        lengths = range(1, 9) if draft_lengths is None else draft_lengths
+        two_models = drafter is not None and exit_layers is None
+        return list(predict(trace, exit_layers, lengths, drafter=two_models, draft_rows=draft_rows).cells)
+    named = list(dict.fromkeys(cells))
+    if not named:
+        raise InputError("there is no cell to validate.", "Name (exit layer, draft length) pairs.")
+    two_models = any(exit_layer is None for exit_layer, _ in named)
+    if two_models and drafter is None:
+        raise InputError("a cell of the draft model needs the draft model.", "Give `drafter`.")
+    exits = dict.fromkeys(exit_layer for exit_layer, _ in named if exit_layer is not None)
+    lengths = dict.fromkeys(length for _, length in named)
+    table = predict(trace, exits, lengths, drafter=two_models, draft_rows=draft_rows)
+    return [table.cell(*name) for name in named]
+
+
+def _quick_costs(
+    loaded: Loaded,
+    trace: Trace,
+    cells: Sequence[Cell],
+    drafter: Loaded | None,
+    ids: Tensor | None,
+    heads: Mapping[int, ExitHead],
+) -> Costs:
+    """Costs at the context in the middle of these texts, from few sweeps."""
+    middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
+    longest = max(cell.draft_length for cell in cells)
+    used = drafter if any(cell.exit_layer is None for cell in cells) else None
+    most = min(model.anatomy.context for model in (loaded, used) if model is not None) - max(2, longest) - 1
+    return measure_costs(
+        loaded,
+        max(1, min(middle, most)),
+        draft_lengths=[longest],
+        drafter=used,
+        draft_vocabulary=None if ids is None else ids.tolist(),
+        exit_heads=heads,
+        repeats=FEWEST,
+    )
+
+
+def _decode(
+    trace: Trace, methods: Sequence[Decoder], repeats: int, progress: Progress | None
+) -> list[list[list[Decoded]]]:
+    """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat]."""
+    manifest = trace.manifest
+    setting = {"temperature": manifest.decoding["temperature"], "top_p": manifest.decoding["top_p"]}
+    prompts = [trace.prompt_ids(prompt).tolist() for prompt in trace.prompts]
+    budget = manifest.max_new_tokens
+    greedy = manifest.text == "greedy"
+    for method in methods:  # the first passes of a process are slow
+        method.decode(prompts[:1], max_new_tokens=min(budget, WARM_UP_TOKENS))
+    found: list[list[list[Decoded]]] = [[[] for _ in prompts] for _ in methods]
+    done, total = 0, repeats * len(prompts) * len(methods)
+    for repeat in range(repeats):
+        # other random numbers than the trace's, and others each time: the decoder's texts are its own
+        seed = manifest.seed if greedy else manifest.seed + 1 + repeat
+        sampling = Sampling(**setting, top_k=int(manifest.decoding["top_k"]), seed=seed)
+        for place, ids in enumerate(prompts):
+            for turn in range(len(methods)):
+                which = (turn + place + repeat) % len(methods)
+                found[which][place] += methods[which].decode(
+                    [ids], max_new_tokens=budget, sampling=sampling, indices=[trace.prompts[place]]
+                )
+                done += 1
+                if progress is not None:
+                    progress("validate", done, total)
+    return found
+
+
+def _speedups_measured(plain: Sequence[Sequence[Decoded]], own: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
+    """Seconds a token of autoregressive decoding over those of a cell, each prompt by the median of its runs."""
+
+    def seconds(runs: Sequence[Decoded], prefill: bool) -> float:
+        """Per token that rounds emitted."""
+        return float(np.median([_seconds(run, prefill) / run.emitted for run in runs]))
+
+    pairs = [
+        (theirs, mine) for theirs, mine in zip(plain, own, strict=True) if all(run.emitted for run in (*theirs, *mine))
+    ]
+    if not pairs:
+        return {"speedup_measured": None, "speedup_measured_quantiles": None, "speedup_measured_end_to_end": None}
+    # Each prompt counts by the tokens that autoregressive decoding wrote: for greedy text, the same tokens.
+    weights = np.array([np.mean([run.emitted for run in theirs]) for theirs, _ in pairs])
+
+    def ratio(prefill: bool) -> float:
+        slow = np.array([seconds(theirs, prefill) for theirs, _ in pairs])
+        fast = np.array([seconds(mine, prefill) for _, mine in pairs])
+        return float(weights @ slow / (weights @ fast))
+
+    single = [
+        seconds([there], False) / seconds([here], False)
+        for theirs, mine in pairs
+        for there, here in zip(theirs, mine, strict=True)
+    ]
+    low, high = np.quantile(single, [0.2, 0.8])
+    return {
+        "speedup_measured": ratio(prefill=False),
+        "speedup_measured_quantiles": (float(low), float(high)),
+        "speedup_measured_end_to_end": ratio(prefill=True),
+    }
+
+
+def _seconds(run: Decoded, prefill: bool) -> float:
+    return run.seconds["total"] - (0.0 if prefill else run.seconds["prefill"])
+
+
+def _greedy(
+    loaded: Loaded,
+    trace: Trace,
+    cell: Cell,
+    own: Sequence[Sequence[Decoded]],
+    plain: Sequence[Sequence[Decoded]],
+    draft_rows: int | None,
+) -> dict[str, Any]:
+    """The fields of CellValidation that say whether rounds and tokens are the same."""
+    differences: list[Difference] = []
+    rows: list[tuple[int, int, int, int | None, int | None]] = []
+    rounds_equal = tokens_equal = True
+    for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
+        text = PredictedText.of(trace, prompt, cell, draft_rows)
+        run, reference = runs[0], alone[0].tokens
+        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.max_new_tokens)
+        drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
+        rounds_equal &= drafted == run.drafted and accepted == run.accepted
+        tokens_equal &= run.tokens == reference
+        differences += differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
+        if run.tokens != reference:
+            differences += apart(loaded, trace, text, run.tokens, reference)
+        both = zip_longest(drafted, accepted, run.drafted, run.accepted)
+        for index, (foreseen, predicted, found, measured) in enumerate(both):
+            rows.append((prompt, index, found if foreseen is None else foreseen, predicted, measured))
+    return {
+        "measured": _counts([runs[0] for runs in own]),
+        "rounds_equal": rounds_equal,
+        "tokens_equal": tokens_equal,
+        "differences": tuple(dict.fromkeys(differences)),
+        "differ_interval": None,
+        "rounds": tuple(rows),
+    }
+
+
+def _counts(runs: Iterable[Decoded]) -> dict[str, float]:
+    totals = {"rounds": 0, "drafted": 0, "accepted": 0, "tokens": 0}
+    for run in runs:
+        totals["rounds"] += run.rounds
+        totals["drafted"] += sum(run.drafted)
+        totals["accepted"] += sum(run.accepted)
+        totals["tokens"] += run.emitted
+    return dict(totals)
+
+
+_COMPARED = ("rounds", "drafted", "accepted")
+
+
+def _sampled(
+    loaded: Loaded,
+    trace: Trace,
+    cell: Cell,
+    own: Sequence[Sequence[Decoded]],
+    plain: Sequence[Sequence[Decoded]],
+    draft_rows: int | None,
+    *,
+    cells: int,
+) -> dict[str, Any]:
+    """The fields of CellValidation that say whether counts agree: measured - predicted, prompt by prompt.
+
+    Prompt by prompt both have the same expectation over the texts that the model writes, so their differences are
+    centred at 0, whatever the prompts.
+    """
+    share = np.full(len(own), 1 / len(own))  # a ratio to the number of prompts: the interval of a sum
+    confidence = 1 - 0.05 / (len(_COMPARED) * cells)
+    intervals: dict[str, tuple[float, float] | None] = {}
+    for name in _COMPARED:
+        measured = np.array([np.mean([_counts([run])[name] for run in runs]) for runs in own])
+        low, high = bootstrap_ratio(measured - getattr(cell, f"{name}_of_prompt"), share, confidence=confidence)
+        intervals[name] = None if np.isnan(low) else (float(low), float(high))
+    repeats = len(own[0])
+    total = _counts(run for runs in own for run in runs)
+    return {
+        "measured": {name: count / repeats for name, count in total.items()},
+        "rounds_equal": None,
+        "tokens_equal": None,
+        "differences": (),
+        "differ_interval": intervals,
+        "rounds": (),
+    }
