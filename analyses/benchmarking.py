@@ -127,20 +127,20 @@ def _nothing() -> None:
 
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """The moments at which rounds of decoding begin and end: those at which a session says so itself."""
+    """The moments at which rounds of decoding begin and end: those at which a batch says so itself."""
     ticks: list[float] = []
-    tick = DecodeBatch.tick
+    lap = DecodeBatch.lap
 
-    def noted(session: DecodeBatch, phase: str) -> None:
-        tick(session, phase)
+    def noted(batch: DecodeBatch, phase: str) -> None:
+        lap(batch, phase)
         if phase in ("prefill", "verify"):
             ticks.append(time.perf_counter())
 
-    DecodeBatch.tick = noted  # type: ignore[method-assign]
+    DecodeBatch.lap = noted  # type: ignore[method-assign]
     try:
         yield ticks
     finally:
-        DecodeBatch.tick = tick  # type: ignore[method-assign]
+        DecodeBatch.lap = lap  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------------------ memory

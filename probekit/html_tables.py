@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
@@ -34,30 +34,3 @@ def _cell(cell: HtmlCell) -> str:
     if cell.framed:
         style.append("outline:2px solid currentColor;outline-offset:-2px;font-weight:bold")
     return f'<td style="{";".join(style)}">{escape(cell.text)}</td>' if style else f"<td>{escape(cell.text)}</td>"
-
-
-CellKey = tuple[int | None, int]
-"""(exit layer, draft length); the exit layer of a draft model is None."""
-
-
-def grid_html(
-    caption: str,
-    values: Mapping[CellKey, float | None],
-    cell: Callable[[float], HtmlCell],
-    *,
-    framed: CellKey | None = None,
-    drafter: str | None = None,
-) -> str:
-    """Exit layers from bottom to top, a draft model below them, draft lengths from left to right."""
-    lengths = sorted({length for _, length in values})
-    exits = sorted({exit_layer for exit_layer, _ in values}, key=lambda exit_layer: exit_layer or 0, reverse=True)
-    rows = []
-    for exit_layer in exits:
-        names: list[CellKey] = [(exit_layer, length) for length in lengths]
-        cells = [_shown(values.get(name), cell)._replace(framed=name == framed) for name in names]
-        rows.append((str(exit_layer) if exit_layer is not None else drafter or "draft model", cells))
-    return html_table(caption, "E \\ K", [str(length) for length in lengths], rows)
-
-
-def _shown(value: float | None, cell: Callable[[float], HtmlCell]) -> HtmlCell:
-    return HtmlCell("-") if value is None else cell(value)

@@ -82,7 +82,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
     ),
     "probekit.decoding.self_speculative": {"SelfSpeculative": "probekit.decoding.speculative"},
     "probekit.decoding.engine": {
-        "Drafts": "probekit.decoding.batch",
+        "Drafts": "probekit.drafting.trees:DraftTree",
         "Method": "probekit.decoding.decoder:Decoder",
         "Session": "probekit.decoding.batch:DecodeBatch",
     },

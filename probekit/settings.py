@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from probekit.errors import InputError
+
+
+def whole_number(what: str, value: Any, least: int = 1) -> int:
+    """Return `value`, or raise InputError where it is no whole number of at least `least`.
+
+    what: how the sentence begins: "the context must be".
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{what} a whole number of at least {least}, not {value!r}.")
+    return value
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ ROWS = {
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "trace"),
-    "drafting": ("drafters", "policies"),
-    "prediction": ("intervals", "rounds", "table", "predict", "run_lengths"),
+    "drafting": ("keys", "policies", "trees", "proposers", "drafters"),
+    "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "batch", "decoder",
         "autoregressive", "speculative", "device_round", "device_decoding", "decode",
@@ -46,7 +46,7 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading", "tracer",
         "self_generated", "inspect_prompt",
     ),
-    "costs": ("profile", "measure", "roofline"),
+    "costs": ("profile", "timing", "measure", "roofline"),
     "choice": ("choose", "export", "robustness"),
     "validation": ("differences", "results", "transformers", "run"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
@@ -55,10 +55,11 @@ ROWS = {
     "study": ("plan", "phases", "summary", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
-WITHOUT_TORCH = ("traces", "drafting", "prediction", "choice", "presentation")
+WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.settings", "probekit.foreign", "probekit.tracing.prompts",
-    "probekit.costs.profile",
+    "probekit.costs.profile", "probekit.drafting.drafters",
+    "probekit.drafting.policies",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

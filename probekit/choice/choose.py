@@ -15,10 +15,14 @@ import numpy as np
 import pandas as pd
 
 from probekit.costs.profile import Costs
+from probekit.drafting.drafters import Drafter
+from probekit.drafting.keys import DrafterKey
+from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
-from probekit.html_tables import HtmlCell, grid_html
+from probekit.html_tables import HtmlCell
+from probekit.prediction.grids import grid_html
 from probekit.prediction.intervals import bootstrap_ratio
-from probekit.prediction.table import SELF, Cell, Prediction
+from probekit.prediction.table import Cell, Prediction
 
 SCHEMA = "probekit/choose/1"
 RUNNERS_UP = 2
@@ -28,29 +32,44 @@ RUNNERS_UP = 2
 class Candidate:
     """A way to decode, and what it should gain.
 
-    method: "self-speculative", "speculative" (two models) or "autoregressive". exit_layer: None but for the first.
+    drafts: who drafts; None for autoregressive decoding, where nobody does.
     speedup: over autoregressive decoding on the same engine, decoding only; its interval is over prompts, None with
     fewer than two.
     """
 
-    method: str
-    exit_layer: int | None
+    drafts: Drafter | None
     draft_length: int
-    drafter: str | None
     speedup: float
     interval: tuple[float, float] | None
     tokens_per_round: float | None = None
     acceptance_rate: float | None = None
 
     @property
+    def key(self) -> DrafterKey | None:
+        return None if self.drafts is None else self.drafts.key
+
+    @property
+    def method(self) -> str:
+        """The method: self-speculative, speculative (two models) or autoregressive."""
+        return "autoregressive" if self.key is None else self.key.method
+
+    @property
+    def exit_layer(self) -> int | None:
+        """E, as tables and JSON hold it: null for the other methods."""
+        return None if self.key is None else self.key.exit_or_null
+
+    @property
+    def drafter(self) -> str | None:
+        """The name of the draft model, as JSON holds it: null for the other methods."""
+        return None if self.key is None or self.key.is_exit else self.key.model
+
+    @property
     def label(self) -> str:
-        if self.method == "autoregressive":
-            return "no drafts"
-        return f"layer {self.exit_layer}" if self.exit_layer is not None else str(self.drafter)
+        return "no drafts" if self.key is None else self.key.label
 
     @property
     def cell(self) -> tuple[int | None, int]:
-        """(exit layer, draft length): what names it among the cells of a prediction."""
+        """(exit layer, draft length), as tables and JSON name it."""
         return self.exit_layer, self.draft_length
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +83,7 @@ class Candidate:
         }
 
 
-NO_DRAFTS = Candidate("autoregressive", None, 0, None, 1.0, (1.0, 1.0), 1.0)
+NO_DRAFTS = Candidate(None, 0, 1.0, (1.0, 1.0), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +91,9 @@ class Choice:
     """What to do with this model on this device, and how sure that is.
 
     ranking: every way of drafting, the fastest first. methods: the best of each method, the fastest first;
-    autoregressive decoding stands among them at 1.
+    autoregressive decoding stands among them at 1. policy: when rounds stop drafting early.
+
+    A decoder takes it as it is: `probekit.decode(model, prompt, choice)`.
     """
 
     model: str
@@ -80,16 +101,17 @@ class Choice:
     ranking: tuple[Candidate, ...]
     costs: Costs
     prompts: int
+    policy: Policy = FIXED
 
     @property
     def draft_rows(self) -> int | None:
         """Rows of the head that exit layers draft with; None: all of them."""
-        return self.costs.draft_rows
+        return self.costs.draft_head.rows
 
     @property
     def exit_heads(self) -> str | None:
         """The name of the exit heads that exit layers draft through; None: none."""
-        return self.costs.exit_heads
+        return self.costs.draft_head.exit_heads
 
     @property
     def best(self) -> Candidate:
@@ -155,9 +177,9 @@ class Choice:
         )
         if best.interval is not None and best.interval[0] <= 1:
             sentence += " The interval reaches down to 1: on other prompts it may gain nothing."
-        if self.exit_heads is not None and best.exit_layer is not None:
+        if self.exit_heads is not None and best.drafter is None:
             sentence += " Drafts go through exit heads."
-        if self.draft_rows is not None and best.exit_layer is not None:
+        if self.draft_rows is not None and best.drafter is None:
             sentence += f" Drafts are chosen among the {self.draft_rows:,} most frequent tokens only."
         if self.text == "given":
             sentence += " Estimated from given text, which is taken for the model's own."
@@ -195,9 +217,9 @@ class Choice:
         return pd.DataFrame(rows).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:
-        values = {candidate.cell: candidate.speedup for candidate in self.ranking}
+        values = {(each.key, each.draft_length): each.speedup for each in self.ranking if each.key is not None}
+        best = None if self.best.key is None else (self.best.key, self.best.draft_length)
         most = max(1.25, *values.values())
-        drafter = next((candidate.drafter for candidate in self.ranking if candidate.drafter is not None), None)
 
         def cell(speedup: float) -> HtmlCell:
             if speedup < 1:
@@ -206,13 +228,13 @@ class Choice:
 
         return f"<p>{escape(self.sentence())}</p>" + grid_html(
             "predicted speedup over exit layer E and draft length K: blue gains, orange loses, the frame is the choice",
-            values, cell, framed=self.best.cell if self.speculate else None, drafter=drafter,
+            values, cell, framed=best,
         )  # fmt: skip
 
 
 def _described(candidate: Candidate) -> str:
     tokens = f"{candidate.draft_length} token{'s' if candidate.draft_length > 1 else ''} at a time"
-    if candidate.exit_layer is None:
+    if candidate.drafter is not None:
         return f"the model {candidate.drafter}, {tokens}"
     layers = "layer" if candidate.exit_layer == 1 else f"{candidate.exit_layer} layers"
     return f"the first {layers} (exit layer {candidate.exit_layer}), {tokens}"
@@ -231,9 +253,8 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
 
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
     """
-    check_draft_head(prediction.draft_rows, prediction.exit_heads, costs)
-    exits = [cell.exit_layer for cell in prediction.cells if cell.exit_layer is not None]
-    unknown = sorted({exit_layer for exit_layer in exits if exit_layer not in costs.early_s})
+    costs.check_draft_head(prediction.keys)
+    unknown = sorted(key.exit_layer for key in prediction.keys if key.is_exit and not costs.knows(key))
     if unknown:
         raise InputError(
             f"these costs are of a model with exits 1..{costs.depth - 1}; the prediction has exit layer {unknown[0]}.",
@@ -242,9 +263,7 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
     cells = [
         cell
         for cell in prediction.cells
-        if cell.rounds
-        and cell.draft_length <= costs.longest_draft
-        and (cell.exit_layer is not None or cell.drafter == costs.drafter)
+        if cell.rounds and cell.draft_length <= costs.longest_draft and costs.knows(cell.key)
     ]
     if not cells:
         raise InputError(
@@ -257,10 +276,8 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
     ratio = plain.sum(axis=1) / drafting.sum(axis=1)
     candidates = [
         Candidate(
-            method="self-speculative" if cell.drafter == SELF else "speculative",
-            exit_layer=cell.exit_layer,
+            drafts=cell.drafts,
             draft_length=cell.draft_length,
-            drafter=None if cell.drafter == SELF else cell.drafter,
             speedup=float(ratio[place]),
             interval=None if np.isnan(low[place]) else (float(low[place]), float(high[place])),
             tokens_per_round=cell.tokens_per_round,
@@ -269,27 +286,12 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
         for place, cell in enumerate(cells)
     ]
     ranking = tuple(sorted(candidates, key=lambda each: -each.speedup))
-    return Choice(prediction.model, prediction.text, ranking, costs, len(prediction.prompts))
-
-
-def check_draft_head(draft_rows: int | None, exit_heads: str | None, costs: Costs) -> None:
-    """Raise InputError for costs of another draft head, or of other exit heads, than those that are predicted."""
-
-    def head(rows: int | None, exit_heads: str | None) -> str:
-        whole = "drafts with the whole head" if rows is None else f"a draft head of {rows:,} rows"
-        return whole if exit_heads is None else f"{whole} behind exit heads {exit_heads}"
-
-    if (draft_rows, exit_heads) != (costs.draft_rows, costs.exit_heads):
-        raise InputError(
-            f"the prediction is for {head(draft_rows, exit_heads)}, and these costs are of "
-            f"{head(costs.draft_rows, costs.exit_heads)}.",
-            "Make the costs with the same draft head.",
-        )
+    return Choice(prediction.model, prediction.text, ranking, costs, len(prediction.prompts), prediction.policy)
 
 
 def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:
     """(prompts,) predicted seconds of each prompt's rounds."""
-    return cell.rounds_by_drafted @ costs.rounds_seconds(cell.exit_layer, cell.draft_length)
+    return cell.rounds_by_drafted @ costs.rounds_seconds(cell.key, cell.draft_length)
 
 
 def speedups(cells: Sequence[Cell], costs: Costs) -> list[float | None]:

@@ -44,12 +44,12 @@ def transformers_settings(choice: Choice) -> dict[str, dict[str, Any]]:
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-    call = {} if choice.exit_layer is None else {"assistant_early_exit": choice.exit_layer}
+    call = {} if choice.drafter is not None else {"assistant_early_exit": choice.exit_layer}
     return {"generate": call, "generation_config": drafts}
 
 
 def _in_transformers(choice: Choice) -> str:
-    if choice.exit_layer is None or (choice.draft_rows is None and choice.exit_heads is None):
+    if choice.drafter is not None or (choice.draft_rows is None and choice.exit_heads is None):
         return "The accepted drafts are the same in transformers:"
     if choice.exit_heads is not None:
         return "transformers knows no exit heads, so it accepts fewer drafts there, and may decode slower than alone:"
@@ -59,7 +59,7 @@ def _in_transformers(choice: Choice) -> str:
 def _readme(choice: Choice) -> str:
     if not choice.speculate:
         return f"# {choice.model}\n\n{choice.sentence()}\n\nGenerate without an assistant.\n"
-    two_models = choice.exit_layer is None
+    two_models = choice.drafter is not None
     holder = "assistant" if two_models else "model"
     settings = transformers_settings(choice)
     lines = [f"{holder}.generation_config.{name} = {value!r}" for name, value in settings["generation_config"].items()]

@@ -48,7 +48,7 @@ def predict(
         ["drafts at", "length", "acceptance rate", "95 %", "alpha", "tokens per round", "95 %", "rounds"],
         [
             [
-                cell.drafter if cell.exit_layer is None else f"layer {cell.exit_layer}",
+                cell.label,
                 cell.draft_length,
                 cell.acceptance_rate,
                 cell.acceptance_rate_interval,

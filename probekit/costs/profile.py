@@ -1,7 +1,7 @@
 """What the steps of a round cost: measured on the device at hand, or read off a roofline for one that is not.
 
 A self-speculative round with k drafts costs k + 1 passes of layers 0..E-1 over one row, k heads, one pass of layers
-E..L-1 with the head over k + 1 rows, and what booking a round takes. A two-model round costs k steps of the drafter,
+E..L-1 with the head over k + 1 rows, and the accounting of a round. A two-model round costs k steps of the draft model,
 the first over two rows, and one pass of the whole model over k + 1 rows.
 
 A calibration runs the decoder's own steps, in the order in which a round runs them, at a few exits. Times of the exits
@@ -10,15 +10,45 @@ between are read off a straight line in the number of layers; how far the measur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from probekit.drafting.keys import DrafterKey
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
+
+
+@dataclass(frozen=True)
+class DraftHeadKey:
+    """What exit layers draft with: rows of the head (None: all), the fingerprint of exit heads (None: none)."""
+
+    rows: int | None = None
+    exit_heads: str | None = None
+
+    def __str__(self) -> str:
+        whole = "drafts with the whole head" if self.rows is None else f"a draft head of {self.rows:,} rows"
+        return whole if self.exit_heads is None else f"{whole} behind exit heads {self.exit_heads}"
+
+
+@dataclass(frozen=True)
+class DraftModelCosts:
+    """Seconds of what a draft model's rounds take.
+
+    step_s, first_s: a step, and the first of a round, over two rows. verify_s: {rows: the whole model over so many}.
+    """
+
+    name: str
+    step_s: float
+    first_s: float
+    verify_s: Mapping[int, float]
+
+    def round_seconds(self, drafts: int) -> float:
+        drafting = self.first_s + (drafts - 1) * self.step_s if drafts else 0.0
+        return drafting + self.verify_s[drafts + 1]
 
 
 @dataclass(frozen=True)
@@ -35,11 +65,8 @@ class Costs:
     verify_s: {(E, rows): layers E..L-1, norm and head over `rows` rows}.
     overhead_s: what each round costs beside its steps.
     cold_s: {E: what the first pass and head of a round take longer than the next: the late layers were in the caches}.
-    draft_rows: rows of the head that drafts are chosen with; None: all of them. exit_heads: the name (fingerprint) of
-        the exit heads that drafts go through; None: none. Both are in `head_s` and `heads_s`.
-    drafter: the draft model's name; the next three are None without one.
-    drafter_step_s, drafter_first_s: a step of the drafter, and the first of a round, over two rows.
-    verify_all_s: {rows: the whole model over `rows` rows}.
+    draft_head: what exit layers draft with; it is in `head_s` and `heads_s`.
+    draft_model: what rounds of a draft model cost; None without one.
     quantiles: {step: [20 %, 50 %, 80 %] in seconds} of what was measured.
     fit_error: largest relative distance of a measured time from the straight line in the number of layers.
     seconds, sweeps: how long the calibration took, and how often it measured each step.
@@ -57,12 +84,8 @@ class Costs:
     overhead_s: float = 0.0
     heads_s: Mapping[int, float] = field(default_factory=dict)
     cold_s: Mapping[int, float] = field(default_factory=dict)
-    draft_rows: int | None = None
-    exit_heads: str | None = None
-    drafter: str | None = None
-    drafter_step_s: float | None = None
-    drafter_first_s: float | None = None
-    verify_all_s: Mapping[int, float] | None = None
+    draft_head: DraftHeadKey = DraftHeadKey()
+    draft_model: DraftModelCosts | None = None
     quantiles: Mapping[str, Sequence[float]] = field(default_factory=dict)
     fit_error: float | None = None
     seconds: float = 0.0
@@ -74,32 +97,70 @@ class Costs:
             raise InputError("a step takes more than 0 seconds; these costs hold other times.")
 
     @property
+    def draft_rows(self) -> int | None:
+        """Rows of the head that exit layers draft with; None: all of them."""
+        return self.draft_head.rows
+
+    @property
+    def exit_heads(self) -> str | None:
+        """The name (fingerprint) of the exit heads that exit layers draft through; None: none."""
+        return self.draft_head.exit_heads
+
+    @property
+    def drafter(self) -> str | None:
+        """The draft model's name; None without one."""
+        return None if self.draft_model is None else self.draft_model.name
+
+    @property
     def longest_draft(self) -> int:
         """The longest draft that these costs know."""
         return max((rows for _, rows in self.verify_s), default=1) - 1
 
-    def round_seconds(self, exit_layer: int | None, drafts: int) -> float:
-        """Seconds of one round with `drafts` drafts, 0 or more; exit_layer None: of the draft model."""
-        self._check(exit_layer, drafts)
-        if exit_layer is None:
-            assert self.drafter_first_s is not None
-            assert self.drafter_step_s is not None
-            assert self.verify_all_s is not None
-            drafting = self.drafter_first_s + (drafts - 1) * self.drafter_step_s if drafts else 0.0
-            return drafting + self.verify_all_s[drafts + 1] + self.overhead_s
-        drafting = (drafts + 1) * self.early_s[exit_layer] + drafts * self.heads_s.get(exit_layer, self.head_s)
-        once = self.overhead_s + self.cold_s.get(exit_layer, 0.0)
-        return drafting + self.verify_s[exit_layer, drafts + 1] + once
+    def knows(self, key: DrafterKey) -> bool:
+        """Whether rounds of this drafter have a cost here, whatever it drafts with."""
+        if key.is_exit:
+            return key.exit_layer in self.early_s
+        return self.draft_model is not None and self.draft_model.name == key.model
 
-    def rounds_seconds(self, exit_layer: int | None, draft_length: int) -> np.ndarray:
-        """(draft_length + 1,) seconds of a round with 0, 1, ... drafts."""
-        return np.array([self.round_seconds(exit_layer, drafts) for drafts in range(draft_length + 1)])
+    def check_draft_head(self, keys: Iterable[DrafterKey]) -> None:
+        """Raise InputError for exits that draft with another head than the one that was timed."""
+        for key in keys:
+            asked = DraftHeadKey(key.rows, key.exit_heads)
+            if key.is_exit and asked != self.draft_head:
+                raise InputError(
+                    f"the prediction is for {asked}, and these costs are of {self.draft_head}.",
+                    "Make the costs with the same draft head.",
+                )
 
-    def _check(self, exit_layer: int | None, drafts: int) -> None:
-        if exit_layer is None and self.drafter is None:
+    def key_of(self, named: DrafterKey | int | None) -> DrafterKey:
+        """The drafter of these costs that is meant: by its key, by an exit layer, or null for the draft model."""
+        if isinstance(named, DrafterKey):
+            return named
+        if named is not None:
+            return DrafterKey.exit(named, rows=self.draft_head.rows, exit_heads=self.draft_head.exit_heads)
+        if self.draft_model is None:
             raise InputError("these costs know no draft model.", "Give `drafter` when they are made.")
-        if exit_layer is not None and exit_layer not in self.early_s:
-            raise InputError(f"exit layer {exit_layer} is out of range: these costs know exits 1..{self.depth - 1}.")
+        return DrafterKey.draft_model(self.draft_model.name)
+
+    def round_seconds(self, drafter: DrafterKey | int | None, drafts: int) -> float:
+        """Seconds of one round of a drafter (as `key_of` takes it) with `drafts` drafts, 0 or more."""
+        key = self.key_of(drafter)
+        self._check(key, drafts)
+        if not key.is_exit and self.draft_model is not None:
+            return self.draft_model.round_seconds(drafts) + self.overhead_s
+        early, head = self.early_s[key.exit_layer], self.heads_s.get(key.exit_layer, self.head_s)
+        once = self.overhead_s + self.cold_s.get(key.exit_layer, 0.0)
+        return (drafts + 1) * early + drafts * head + self.verify_s[key.exit_layer, drafts + 1] + once
+
+    def rounds_seconds(self, drafter: DrafterKey | int | None, draft_length: int) -> np.ndarray:
+        """(draft_length + 1,) seconds of a round with 0, 1, ... drafts."""
+        return np.array([self.round_seconds(drafter, drafts) for drafts in range(draft_length + 1)])
+
+    def _check(self, key: DrafterKey, drafts: int) -> None:
+        if not self.knows(key):
+            what = f"exit layer {key.exit_layer} is out of range" if key.is_exit else f"{key.model} was not timed"
+            there = f"exits 1..{self.depth - 1}" if key.is_exit else f"the draft model {self.drafter}"
+            raise InputError(f"{what}: these costs know {there}.")
         if not 0 <= drafts <= self.longest_draft:
             raise InputError(
                 f"these costs know drafts of up to {self.longest_draft} tokens, not {drafts}.",
@@ -107,6 +168,7 @@ class Costs:
             )
 
     def to_json(self) -> dict[str, Any]:
+        helper = self.draft_model
         return {
             "source": self.source,
             "device": self.device,
@@ -123,14 +185,14 @@ class Costs:
                 {"exit_layer": exit_layer, "rows": rows, "seconds": each}
                 for (exit_layer, rows), each in self.verify_s.items()
             ],
-            "draft_rows": self.draft_rows,
-            "exit_heads": self.exit_heads,
-            "drafter": self.drafter,
-            "drafter_step_s": self.drafter_step_s,
-            "drafter_first_s": self.drafter_first_s,
+            "draft_rows": self.draft_head.rows,
+            "exit_heads": self.draft_head.exit_heads,
+            "drafter": None if helper is None else helper.name,
+            "drafter_step_s": None if helper is None else helper.step_s,
+            "drafter_first_s": None if helper is None else helper.first_s,
             "verify_all_s": None
-            if self.verify_all_s is None
-            else [{"rows": rows, "seconds": each} for rows, each in self.verify_all_s.items()],
+            if helper is None
+            else [{"rows": rows, "seconds": each} for rows, each in helper.verify_s.items()],
             "quantiles": {name: list(each) for name, each in self.quantiles.items()},
             "fit_error": self.fit_error,
             "seconds": self.seconds,
@@ -143,8 +205,13 @@ class Costs:
         for name in ("early_s", "heads_s", "cold_s"):
             values[name] = {row["exit_layer"]: row["seconds"] for row in document[name]}
         values["verify_s"] = {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["verify_s"]}
-        if document.get("verify_all_s") is not None:
-            values["verify_all_s"] = {row["rows"]: row["seconds"] for row in document["verify_all_s"]}
+        values["draft_head"] = DraftHeadKey(values.pop("draft_rows"), values.pop("exit_heads"))
+        name, step, first, verify = (
+            values.pop(key) for key in ("drafter", "drafter_step_s", "drafter_first_s", "verify_all_s")
+        )
+        if name is not None:
+            widths = {row["rows"]: row["seconds"] for row in verify}
+            values["draft_model"] = DraftModelCosts(name, step, first, widths)
         return cls(**values)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -158,9 +225,10 @@ class Costs:
         rows += [("head", exit_layer, 1, each) for exit_layer, each in self.heads_s.items()]
         rows += [("cold", exit_layer, 1, each) for exit_layer, each in self.cold_s.items()]
         rows += [("verify", exit_layer, count, each) for (exit_layer, count), each in self.verify_s.items()]
-        if self.drafter_step_s is not None and self.drafter_first_s is not None:
-            rows += [("drafter", None, 1, self.drafter_step_s), ("drafter first", None, 2, self.drafter_first_s)]
-        rows += [("verify all", None, count, each) for count, each in (self.verify_all_s or {}).items()]
+        if self.draft_model is not None:
+            helper = self.draft_model
+            rows += [("drafter", None, 1, helper.step_s), ("drafter first", None, 2, helper.first_s)]
+            rows += [("verify all", None, count, each) for count, each in helper.verify_s.items()]
         return pd.DataFrame(rows, columns=["step", "exit_layer", "rows", "seconds"]).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from probekit.costs.profile import Costs
+from probekit.costs.profile import Costs, DraftHeadKey, DraftModelCosts
 from probekit.errors import InputError
 from probekit.traces.draft_vocabulary import check_draft_rows
 
@@ -139,12 +139,15 @@ def roofline_costs(
         verify_s={
             (exit_layer, rows): seconds(model, L - exit_layer, 1, rows) for exit_layer in exits for rows in widths
         },
-        draft_rows=draft_rows,
-        exit_heads=exit_heads,
-        drafter=None if helper is None else helper.name,
-        drafter_step_s=None if helper is None else seconds(helper, helper.depth, 1, 1),
-        drafter_first_s=None if helper is None else seconds(helper, helper.depth, 1, 2),
-        verify_all_s=None if helper is None else {rows: seconds(model, L, 1, rows) for rows in widths},
+        draft_head=DraftHeadKey(draft_rows, exit_heads),
+        draft_model=None
+        if helper is None
+        else DraftModelCosts(
+            helper.name,
+            step_s=seconds(helper, helper.depth, 1, 1),
+            first_s=seconds(helper, helper.depth, 1, 2),
+            verify_s={rows: seconds(model, L, 1, rows) for rows in widths},
+        ),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from probekit.decoding.batch import DecodeBatch, Drafts
+from probekit.decoding.batch import DecodeBatch
 from probekit.decoding.caches import PassPositions
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.engine import Engine
+from probekit.drafting.trees import DraftTree
 from probekit.models.loaded import Loaded
 
 
@@ -16,13 +17,13 @@ class Autoregressive(Decoder):
 
     name = "autoregressive"
 
-    def _run(self, session: DecodeBatch) -> None:
-        engine = self._engine(session.plan)
-        prompt = session.prompt_tokens()
-        session.begin([engine], self._pass(engine, prompt, engine.places([0], prompt.shape[1])))
-        while session.rows:
-            states = self._pass(engine, session.last, engine.places(session.positions, 1))
-            session.verify(Drafts(session.last, None, [0] * len(session.rows)), engine.logits(states))
+    def _run(self, batch: DecodeBatch) -> None:
+        engine = self._engine(batch.plan)
+        prompt = batch.prompt_tokens()
+        batch.begin([engine], self._pass(engine, prompt, engine.places([0], prompt.shape[1])))
+        while batch.rows:
+            states = self._pass(engine, batch.last, engine.places(batch.positions, 1))
+            batch.verify(DraftTree.chain(batch.last, None, [0] * len(batch.rows)), engine.logits(states))
 
     def _pass(self, engine: Engine, tokens: Tensor, places: PassPositions) -> Tensor:
         """Hidden states that the head reads, (rows, tokens, width)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,7 +15,9 @@ from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.sampling import Sampler, scatter, streams
 from probekit.decoding.sequence import SequenceState
-from probekit.drafting.policies import Policy
+from probekit.drafting.policies import FixedLength, Policy
+from probekit.drafting.trees import DraftTree
+from probekit.errors import InputError
 from probekit.models.loaded import Loaded
 from probekit.settings import Sampling
 
@@ -35,23 +38,6 @@ class DecodePlan:
         return max(map(len, self.prompts))
 
 
-@dataclass(frozen=True, eq=False)
-class Drafts:
-    """The drafts of one round.
-
-    written: (rows, 1 + k), each row's last token and its drafts. drawn_from: (rows, k, vocabulary) what the drafts
-    were drawn from; None when greedy, or without a draft. limits: how many of the k count in each row.
-    """
-
-    written: Tensor
-    drawn_from: Tensor | None
-    limits: list[int]
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.written[:, 1:]
-
-
 class DecodeBatch:
     """The rows of a batch that are still being decoded; a row leaves when its text ends.
 
@@ -61,7 +47,7 @@ class DecodeBatch:
 
     def __init__(self, plan: DecodePlan, loaded: Loaded, setting: dict[str, Any]) -> None:
         self.plan = plan
-        self.rule = Sampler(plan.sampling)
+        self.sampler = Sampler(plan.sampling)
         self.device = loaded.device
         self.vocabulary = loaded.anatomy.vocabulary
         self.stream = streams(plan.sampling.seed, plan.indices, self.device)
@@ -75,7 +61,7 @@ class DecodeBatch:
         self.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
         self._setting = setting
         self._done: dict[int, Decoded] = {}
-        self._began = self._ticked = perf_counter()
+        self._began = self._lapped = perf_counter()
 
     @property
     def positions(self) -> list[int]:
@@ -98,13 +84,13 @@ class DecodeBatch:
         self.engines = engines
         ends = torch.tensor([len(row.prompt_ids) - 1 for row in self.rows], device=self.device)
         states = normed[torch.arange(len(self.rows), device=self.device), ends]
-        token = self.rule.choose(engines[0].logits(states), self.stream, torch.zeros_like(ends))
+        token = self.sampler.choose(engines[0].logits(states), self.stream, torch.zeros_like(ends))
         self.previous = torch.tensor([[row.prompt_ids[-1]] for row in self.rows], device=self.device)
         self.last = token[:, None]
         for row, first in zip(self.rows, token.tolist(), strict=True):
             row.first(first)
-        self.tick("prefill")
-        self.let_go()
+        self.lap("prefill")
+        self.retire_finished()
 
     def draft(
         self,
@@ -112,7 +98,7 @@ class DecodeBatch:
         policy: Policy,
         step: Callable[[Tensor, int], Tensor],
         ids: Tensor | None = None,
-    ) -> Drafts:
+    ) -> DraftTree:
         """Draft a round for all rows.
 
         step: called with the last token of each row, (rows, 1), and its place in the round, 0, 1, ..; returns the
@@ -123,39 +109,45 @@ class DecodeBatch:
         tokens, distributions = [self.last], list[Tensor]()
         place = 0
         while place < max(limits):
-            token, distribution, confidence = self.rule.draft(
+            token, distribution, confidence = self.sampler.draft(
                 step(tokens[-1], place), self.stream, outputs + place, policy.needs_confidence
             )
             if distribution is not None:
                 distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
             tokens.append((token if ids is None else ids[token])[:, None])
             place += 1
-            if confidence is not None:
-                for row, sure in enumerate(confidence.tolist()):
-                    if limits[row] > place and not policy.goes_on(place, sure):
+            if not isinstance(policy, FixedLength):
+                sure = [math.nan] * len(limits) if confidence is None else confidence.tolist()
+                for row, probability in enumerate(sure):
+                    if limits[row] > place and not policy.keep_drafting(place, probability):
                         limits[row] = place
         written = torch.cat(tokens, dim=1)
-        return Drafts(written, torch.stack(distributions, dim=1) if distributions else None, limits)
+        return DraftTree.chain(written, torch.stack(distributions, dim=1) if distributions else None, limits)
 
-    def verify(self, drafts: Drafts, logits: Tensor) -> None:
-        """Judge and book a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens."""
-        limits = torch.tensor(drafts.limits, device=self.device)
-        verdict = self.rule.verify(drafts.tokens, drafts.drawn_from, limits, logits, self.stream, self.outputs)
+    def verify(self, tree: DraftTree, logits: Tensor) -> None:
+        """Accept or reject the drafts of a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens.
+
+        Raises InputError for drafts that branch: only chains are judged here.
+        """
+        if not tree.is_chain:
+            raise InputError("these drafts branch; this decoder verifies chains, in which each follows the one before.")
+        limits = torch.tensor(tree.limits, device=self.device)
+        verdict = self.sampler.verify(tree.tokens, tree.probabilities, limits, logits, self.stream, self.outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
-        told = torch.cat([run, token, drafts.tokens], dim=1).tolist()  # the round's one word to the host
-        self.previous, self.last = drafts.written.gather(1, run), token
-        for row, limit, (length, after, *tokens) in zip(self.rows, drafts.limits, told, strict=True):
+        host_copy = torch.cat([run, token, tree.tokens], dim=1).tolist()  # the only transfer of a round
+        self.previous, self.last = tree.written.gather(1, run), token
+        for row, limit, (length, after, *tokens) in zip(self.rows, tree.limits, host_copy, strict=True):
             row.round(tokens, limit, length, after)
-        self.tick("verify")
-        self.let_go()
+        self.lap("verify")
+        self.retire_finished()
 
-    def tick(self, phase: str) -> None:
-        """Count the time since the last tick to a phase."""
+    def lap(self, phase: str) -> None:
+        """Count the time since the last lap to a phase."""
         now = perf_counter()
-        self.seconds[phase] += now - self._ticked
-        self._ticked = now
+        self.seconds[phase] += now - self._lapped
+        self._lapped = now
 
-    def let_go(self) -> None:
+    def retire_finished(self) -> None:
         """Finish the rows that ended; the last rows move into their places."""
         if self.plan.on_accept is not None:  # only the caller's own code can have opened a hook meanwhile
             for engine in self.engines:
@@ -163,7 +155,7 @@ class DecodeBatch:
         going = [place for place, row in enumerate(self.rows) if row.ended is None]
         if len(going) == len(self.rows):
             return
-        seconds = {**self.seconds, "total": self._ticked - self._began}
+        seconds = {**self.seconds, "total": self._lapped - self._began}
         for row in self.rows:
             if row.ended is not None:
                 self._done[row.index] = row.decoded(seconds=seconds, **self._setting)

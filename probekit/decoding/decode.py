@@ -1,34 +1,68 @@
-"""`decode`: one prompt, any method."""
+"""`decode`: one prompt, by any method, or as a choice says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any, Protocol
 
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.speculative import SelfSpeculative, Speculative
+from probekit.drafting.drafters import Drafter, equipped
+from probekit.drafting.policies import Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
 from probekit.models.loaded import Loaded
 from probekit.settings import Sampling
 
 METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "autoregressive": (),
+    "self-speculative": ("exit_layer", "draft_length"),
+    "speculative": ("draft_length", "draft_model"),
+    "early-exit": ("exit_layer",),
+}
+_DRAFTING: Mapping[str, tuple[str, ...]] = {
+    "self-speculative": ("draft_vocabulary", "exit_heads", "policy"),
+    "speculative": ("policy",),
+}
+"""What each method needs, and what else it can be given."""
+
+
+class Chosen(Protocol):
+    """A way to decode (`choice.choose.Candidate`). drafts: who drafts; None where nobody does."""
+
+    @property
+    def drafts(self) -> Drafter | None: ...
+
+    @property
+    def draft_length(self) -> int: ...
+
+
+class ChoiceLike(Protocol):
+    """What `probekit.choose` returns."""
+
+    @property
+    def best(self) -> Chosen: ...
+
+    @property
+    def policy(self) -> Policy: ...
 
 
 def decode(
     loaded: Loaded,
     prompt: str | Sequence[int],
+    choice: ChoiceLike | None = None,
     *,
-    method: str = "autoregressive",
+    method: str | None = None,
     exit_layer: int | None = None,
     draft_length: int | None = None,
     draft_model: Loaded | None = None,
     draft_vocabulary: Sequence[int] | None = None,
     exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
+    policy: Policy | None = None,
     max_new_tokens: int = 96,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     stop: str | Sequence[str] = (),
@@ -39,11 +73,15 @@ def decode(
     Parameters
     ----------
     prompt: a text, encoded as `tokenizer(prompt)` does by default, or token ids.
-    method: one of METHODS. "self-speculative" needs exit_layer and draft_length, "speculative" draft_model and
-        draft_length, "early-exit" exit_layer; a setting that the method has no use for is refused.
+    choice: what `probekit.choose` chose: its drafter, draft length and policy, or plain decoding where it says not to
+        speculate. A chosen draft model is to be given too. Without a choice:
+    method: one of METHODS, autoregressive by default. "self-speculative" needs exit_layer and draft_length,
+        "speculative" draft_model and draft_length, "early-exit" exit_layer; a setting that the method has no use for is
+        refused.
     draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
     exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.exit_heads`), of which the exit
         layer's is put before norm and head when drafting; none by default.
+    policy: when to stop drafting before draft_length; never by default.
     stop: strings that end the text.
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
 
@@ -51,7 +89,14 @@ def decode(
     ------
     InputError, ResourceError: before any work.
     """
-    run = _method(loaded, method, exit_layer, draft_length, draft_model, draft_vocabulary, exit_heads)
+    given = {
+        "exit_layer": exit_layer, "draft_length": draft_length, "draft_model": draft_model,
+        "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,
+    }  # fmt: skip
+    if choice is None:
+        run = _by_method(loaded, method or "autoregressive", given)
+    else:
+        run = _as_chosen(loaded, choice, given | {"method": method})
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
@@ -60,8 +105,8 @@ def decode(
         prompt_ids = prompt
 
     def hand_out(piece: Piece) -> None:
-        assert on_accept is not None
-        on_accept(piece.text, piece.how)
+        if on_accept is not None:
+            on_accept(piece.text, piece.how)
 
     return run.decode(
         [prompt_ids],
@@ -72,46 +117,44 @@ def decode(
     )[0]
 
 
-def _method(
-    loaded: Loaded,
-    method: str,
-    exit_layer: int | None,
-    draft_length: int | None,
-    draft_model: Loaded | None,
-    draft_vocabulary: Sequence[int] | None,
-    exit_heads: Mapping[int, ExitHead] | str | Path | None,
-) -> Decoder:
-    needs = {
-        "autoregressive": (),
-        "self-speculative": ("exit_layer", "draft_length"),
-        "speculative": ("draft_length", "draft_model"),
-        "early-exit": ("exit_layer",),
-    }
-    if method not in needs:
+def _as_chosen(loaded: Loaded, choice: ChoiceLike, given: Mapping[str, Any]) -> Decoder:
+    for name in ("method", "exit_layer", "draft_length", "draft_vocabulary", "policy"):
+        if given[name] is not None:
+            raise InputError(f"a choice and {name} were both given.", "Give one of the two.")
+    best = choice.best
+    if best.drafts is None:
+        return Autoregressive(loaded)
+    heads = None if given["exit_heads"] is None else _heads(given["exit_heads"], loaded)
+    drafter = equipped(best.drafts, draft_model=given["draft_model"], exit_heads=heads)
+    return Speculative(loaded, drafter, best.draft_length, policy=choice.policy)
+
+
+def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder:
+    if method not in _NEEDS:
         raise InputError(f"no method is named {method!r}; there are {', '.join(METHODS)}.")
-    given = {"exit_layer": exit_layer, "draft_length": draft_length, "draft_model": draft_model}
     for name, value in given.items():
-        if name in needs[method] and value is None:
+        if name in _NEEDS[method] and value is None:
             raise InputError(f"{method} decoding needs {name}.")
-        if name not in needs[method] and value is not None:
+        if name not in (*_NEEDS[method], *_DRAFTING.get(method, ())) and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
+    exit_layer, draft_length, policy = given["exit_layer"], given["draft_length"], given["policy"]
     if method == "self-speculative":
-        assert exit_layer is not None and draft_length is not None
-        ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
-        head = None if exit_heads is None else _exit_head(exit_heads, exit_layer, loaded)
-        return SelfSpeculative(loaded, exit_layer, draft_length, exit_head=head, draft_vocabulary=ids)
-    for name, given_drafting in (("draft_vocabulary", draft_vocabulary), ("exit_heads", exit_heads)):
-        if given_drafting is not None:
-            raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
+        head = None if given["exit_heads"] is None else _exit_head(given["exit_heads"], exit_layer, loaded)
+        ids = given["draft_vocabulary"]
+        return SelfSpeculative(loaded, exit_layer, draft_length, policy=policy, exit_head=head, draft_vocabulary=ids)
     if method == "speculative":
-        return Speculative(loaded, draft_model, draft_length)  # type: ignore[arg-type]
-    return EarlyExit(loaded, exit_layer) if method == "early-exit" else Autoregressive(loaded)  # type: ignore[arg-type]
+        return Speculative(loaded, given["draft_model"], draft_length, policy=policy)
+    return EarlyExit(loaded, exit_layer) if method == "early-exit" else Autoregressive(loaded)
+
+
+def _heads(given: Mapping[int, ExitHead] | str | Path, loaded: Loaded) -> dict[int, ExitHead]:
+    parts = loaded.anatomy
+    return load_heads(given, parts) if isinstance(given, (str, Path)) else check_heads(given, parts)
 
 
 def _exit_head(given: Mapping[int, ExitHead] | str | Path, exit_layer: int, loaded: Loaded) -> ExitHead:
-    parts = loaded.anatomy
-    heads = load_heads(given, parts) if isinstance(given, (str, Path)) else check_heads(given, parts)
-    if parts.check_exit(exit_layer) not in heads:
+    heads = _heads(given, loaded)
+    if loaded.anatomy.check_exit(exit_layer) not in heads:
         known = ", ".join(map(str, heads))
         raise InputError(f"there is no exit head of layer {exit_layer} among these: they have {known}.", "Fit one.")
     return heads[exit_layer]

@@ -61,11 +61,11 @@ class Decoder:
         """
         plan = self._plan(prompts, max_new_tokens, sampling, stop, on_accept, indices)
         with torch.inference_mode():
-            session = DecodeBatch(plan, self.loaded, self._setting())
-            self._run(session)
-        return session.results()
+            batch = DecodeBatch(plan, self.loaded, self._setting())
+            self._run(batch)
+        return batch.results()
 
-    def _run(self, session: DecodeBatch) -> None:
+    def _run(self, batch: DecodeBatch) -> None:
         raise NotImplementedError
 
     def _models(self) -> list[Loaded]:

@@ -22,27 +22,27 @@ from probekit.models.loaded import Loaded
 class _InRounds(Decoder):
     """A method whose rounds the device runs alone, after a prefill like any other."""
 
-    def _run(self, session: DecodeBatch) -> None:
-        engine = DeviceEngine(self.loaded.anatomy, len(session.rows), self._length(session.plan))
-        prompt = session.prompt_tokens()
-        session.begin([engine], engine.full(prompt, engine.places([0], prompt.shape[1])))
-        if not session.rows:
+    def _run(self, batch: DecodeBatch) -> None:
+        engine = DeviceEngine(self.loaded.anatomy, len(batch.rows), self._length(batch.plan))
+        prompt = batch.prompt_tokens()
+        batch.begin([engine], engine.full(prompt, engine.places([0], prompt.shape[1])))
+        if not batch.rows:
             return
-        standing = DeviceState.of(session, self.draft_length)
-        head = self.head if isinstance(self, SelfSpeculative) else None
+        state = DeviceState.of(batch, self.draft_length)
+        head = self.drafts.head if isinstance(self, SelfSpeculative) else None
         rounds: dict[int, Round] = {}
         sent = read = 0
-        while going := [row for row in session.rows if row.ended is None]:
+        while going := [row for row in batch.rows if row.ended is None]:
             visible = self._visible(going, sent - read)
             if visible not in rounds:
-                rounds[visible] = Round(engine, standing, session.rule, visible, self.exit_layer, head)
+                rounds[visible] = Round(engine, state, batch.sampler, visible, self.exit_layer, head)
             rounds[visible]()
             sent += 1
             if sent > read + 1:
-                self._book(session.rows, standing.log[read])
+                self._account(batch.rows, state.log[read])
                 read += 1
-        session.tick("verify")
-        session.let_go()
+        batch.lap("verify")
+        batch.retire_finished()
 
     def _visible(self, rows: Sequence[SequenceState], unread: int) -> int:
         """The slots that the next round must see, wherever the rounds that were not read yet have led."""
@@ -50,9 +50,9 @@ class _InRounds(Decoder):
         furthest = max(min(row.position + most, row.position + row.budget - len(row.tokens)) for row in rows)
         return bucket(furthest + self.draft_length + 1)
 
-    def _book(self, rows: Sequence[SequenceState], told: Tensor) -> None:
-        """told: (rows, K + 2), a round's entry in the log."""
-        for row, (run, token, *drafts) in zip(rows, told.tolist(), strict=True):
+    def _account(self, rows: Sequence[SequenceState], host_copy: Tensor) -> None:
+        """host_copy: (rows, K + 2), a round's entry in the log."""
+        for row, (run, token, *drafts) in zip(rows, host_copy.tolist(), strict=True):
             if row.ended is None:
                 row.round(drafts, row.limit(self.draft_length), run, token)
 

@@ -19,7 +19,7 @@ from probekit.decoding.batch import DecodeBatch
 from probekit.decoding.caches import PassPositions
 from probekit.decoding.engine import Engine
 from probekit.decoding.sampling import Sampler, scatter
-from probekit.decoding.speculative import DraftHead
+from probekit.drafting.proposers import DraftHead
 from probekit.errors import InputError
 from probekit.hooks.sites import unreplayable_hooks
 from probekit.models.anatomy import Anatomy
@@ -86,21 +86,21 @@ class DeviceState:
     done: Tensor
 
     @classmethod
-    def of(cls, session: DecodeBatch, draft_length: int) -> DeviceState:
+    def of(cls, batch: DecodeBatch, draft_length: int) -> DeviceState:
         """After the prefill. A round moves each row by one token at least, and one round may come too late."""
-        rows, budget = session.rows, session.plan.max_new_tokens
+        rows, budget = batch.rows, batch.plan.max_new_tokens
 
         def column(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, device=session.device)[:, None]
+            return torch.tensor(numbers, device=batch.device)[:, None]
 
         return cls(
-            last=session.last.clone(),
-            position=column(session.positions),
+            last=batch.last.clone(),
+            position=column(batch.positions),
             before=column([len(row.prompt_ids) - 1 for row in rows]),
             final=column([len(row.prompt_ids) - 1 + budget for row in rows]),
-            stream=session.stream,
-            log=torch.zeros(budget + 1, len(rows), draft_length + 2, dtype=torch.long, device=session.device),
-            done=torch.zeros(1, dtype=torch.long, device=session.device),
+            stream=batch.stream,
+            log=torch.zeros(budget + 1, len(rows), draft_length + 2, dtype=torch.long, device=batch.device),
+            done=torch.zeros(1, dtype=torch.long, device=batch.device),
         )
 
 
@@ -120,23 +120,23 @@ class Round:
     def __init__(
         self,
         engine: DeviceEngine,
-        standing: DeviceState,
-        rule: Sampler,
+        state: DeviceState,
+        sampler: Sampler,
         visible: int,
         exit_layer: int | None = None,
         head: DraftHead | None = None,
     ) -> None:
         self.engine = engine
-        self.standing = standing
-        self.rule = rule
+        self.state = state
+        self.sampler = sampler
         self.visible = visible
         self.exit_layer = exit_layer
         self.head = head
-        self.draft_length = standing.log.shape[2] - 2
-        self._steps = torch.arange(self.draft_length + 1, device=standing.last.device)
+        self.draft_length = state.log.shape[2] - 2
+        self._steps = torch.arange(self.draft_length + 1, device=state.last.device)
 
     def __call__(self) -> None:
-        at = self.standing
+        at = self.state
         places = self.engine.places_at(at.position + self._steps, self.visible)
         outputs = (at.position - at.before)[:, 0]
         if self.exit_layer is None:
@@ -147,7 +147,7 @@ class Round:
             states = self.engine.late(residuals, places, self.exit_layer)
         limits = (at.final - at.position - 1).clamp(0, self.draft_length)[:, 0]
         logits = self.engine.logits(states)
-        verdict = self.rule.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
+        verdict = self.sampler.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
         at.log.index_copy_(0, at.done, torch.cat([run, token, drafts], dim=1)[None])
         at.done.add_(1)
@@ -157,11 +157,11 @@ class Round:
     def _draft(self, exit_layer: int, places: PassPositions, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         assert self.head is not None
-        at, ids = self.standing, self.head.ids
+        at, ids = self.state, self.head.ids
         tokens, distributions, residuals = [at.last], [], []
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
-            token, distribution, _ = self.rule.draft(self.head(residuals[-1]), at.stream, outputs + step)
+            token, distribution, _ = self.sampler.draft(self.head(residuals[-1]), at.stream, outputs + step)
             if distribution is not None:
                 whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)

@@ -1,24 +1,32 @@
-"""When to stop drafting. A policy sees only what a running decoder can see: the drafts so far and their confidence."""
+"""When to stop drafting. A policy sees only what a running decoder can see: the drafts so far and their confidence.
+
+The same object drives the decoder and the prediction from a trace.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from probekit.errors import InputError
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides after each draft whether its round drafts another; the draft length K stays the most.
 
-    exact: whether a trace predicts the rounds exactly. needs_confidence: whether `goes_on` looks at it; if not, the
-    host need not wait for it.
+    exact: whether a trace predicts the rounds exactly. needs_confidence: whether `keep_drafting` looks at it; if not,
+    the host need not wait for it, and it is NaN.
     """
 
     exact: bool
     needs_confidence: bool
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:
+    def keep_drafting(self, drafted: int, confidence: float) -> bool:
         """drafted: drafts of this round so far. confidence: the drafter's probability of the last one."""
         ...
 
@@ -30,16 +38,19 @@ class FixedLength:
     exact = True
     needs_confidence = False
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:
+    def keep_drafting(self, drafted: int, confidence: float) -> bool:
         return True
+
+
+FIXED = FixedLength()
 
 
 @dataclass(frozen=True)
 class ConfidenceThreshold:
     """Stop after a draft whose probability is below `threshold`; that draft is still verified.
 
-    The probability is that of the distribution drafted from; for greedy drafts, at temperature 1. Predictions for
-    this policy are estimates: what is drafted after a mismatch is not in a trace.
+    The probability is that of the distribution drafted from; for greedy drafts, at temperature 1. What is drafted
+    after a mismatch is not in a trace: accepted tokens and rounds are predicted exactly, drafted tokens estimated.
     """
 
     threshold: float
@@ -50,5 +61,60 @@ class ConfidenceThreshold:
         if not 0 <= self.threshold <= 1:
             raise InputError(f"the confidence threshold must lie in [0, 1], not {self.threshold}.")
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:
+    def keep_drafting(self, drafted: int, confidence: float) -> bool:
         return confidence >= self.threshold
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {"fixed": FixedLength, "confidence": ConfidenceThreshold}
+"""By the names that the command line knows."""
+
+
+def policy_named(text: str) -> Policy:
+    """The policy that a text names: `fixed`, `confidence:0.6`, or `module.Class` of your own, `:` before each number.
+
+    Raises InputError for a name or numbers that make no policy.
+    """
+    name, *numbers = text.split(":")
+    make = POLICIES.get(name) or _imported(name)
+    if make is None:
+        raise InputError(
+            f"there is no policy {name!r}: there are {', '.join(POLICIES)}.",
+            "Write confidence:0.6, or module.Class for one of your own.",
+        )
+    try:
+        policy = make(*map(float, numbers))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{text!r} makes no policy: {error}.", "Write its numbers behind colons: confidence:0.6."
+        ) from None
+    if not isinstance(policy, Policy):
+        raise InputError(f"{name} is no policy: it lacks exact, needs_confidence or keep_drafting.")
+    return policy
+
+
+def _imported(name: str) -> Callable[..., Policy] | None:
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return None
+    try:
+        return getattr(import_module(module), attribute, None)
+    except ImportError:
+        return None
+
+
+def drafts_allowed(policy: Policy, confidence: np.ndarray | None, positions: int, longest: int) -> np.ndarray:
+    """How many drafts a policy lets a round have that starts at each output position: (positions,) int32, 1..longest.
+
+    confidence: (positions,) the drafter's, on the model's own text; None where the policy does not look at it. Past a
+    mismatch, and past the end of the text, a decoder may see another one.
+    """
+    allowed = np.full(positions, longest, dtype=np.int32)
+    for start in range(positions):
+        for drafted in range(1, longest):
+            place = start + drafted - 1
+            if place >= positions:
+                break
+            if not policy.keep_drafting(drafted, np.nan if confidence is None else float(confidence[place])):
+                allowed[start] = drafted
+                break
+    return allowed

@@ -70,15 +70,24 @@ class ExpectedRounds:
         return float(self.accepted_by_position.sum())
 
 
-def rounds_of(agrees: np.ndarray, draft_length: int, budget: int, first_round: str = "prefill") -> Rounds:
+def rounds_of(
+    agrees: np.ndarray,
+    draft_length: int,
+    budget: int,
+    first_round: str = "prefill",
+    *,
+    allowed: np.ndarray | None = None,
+) -> Rounds:
     """The rounds of one greedy text.
 
     agrees: (N,) bool, whether the drafter has the model's token at each output index.
     budget: M, the most tokens that the decoder was allowed; N <= M.
+    allowed: (N,) the most drafts of a round that starts at each output index, where a policy has a say.
     """
     agrees = np.asarray(agrees, dtype=bool)
     lengths, first = check_lengths([draft_length], budget, first_round, len(agrees))
-    walk = walk_rounds(agrees[None, None], np.array([len(agrees)]), lengths, budget, first)
+    most = None if allowed is None else np.asarray(allowed, dtype=np.int32)[None, None]
+    walk = walk_rounds(agrees[None, None], np.array([len(agrees)]), lengths, budget, first, most)
     drafted, accepted = walk.drafted[:, 0, 0, 0], walk.accepted[:, 0, 0, 0]
     start, emitted = walk.start[:, 0, 0, 0], walk.emitted[:, 0, 0, 0]
     return Rounds(start, drafted, accepted, emitted)
@@ -130,11 +139,17 @@ class RoundCounts(NamedTuple):
 
 
 def walk_rounds(
-    agrees: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, budgets: np.ndarray | int, first: int
+    agrees: np.ndarray,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    budgets: np.ndarray | int,
+    first: int,
+    allowed: np.ndarray | None = None,
 ) -> Walk:
     """Jump from round to round in every text and cell at once.
 
     agrees: (drafters, prompts, N) bool, False beyond the end of a text. tokens, budgets: (prompts,) N and M of each.
+    allowed: (drafters, prompts, N) the most drafts of a round that starts at each position, where a policy has a say.
     """
     drafters, prompts, width = agrees.shape
     place = np.arange(width, dtype=np.int32)
@@ -144,13 +159,18 @@ def walk_rounds(
     flat = np.append(ahead.ravel(), np.int32(0))
     base = (np.arange(drafters * prompts, dtype=np.int64) * width).reshape(drafters, 1, prompts)
 
+    most = None if allowed is None else np.append(allowed.ravel(), np.int32(0))
+
     lengths, tokens = lengths.astype(np.int32)[:, None], tokens.astype(np.int32)
     start = np.full((drafters, len(lengths), prompts), first, dtype=np.int32)
     steps: list[tuple[np.ndarray, ...]] = []
     while (going := start < tokens).any():
         drafted = np.minimum(lengths, np.asarray(budgets, dtype=np.int32) - 1 - start)
+        here = np.where(going, base + start, 0)
+        if most is not None:
+            drafted = np.minimum(drafted, most[here])
         left = tokens - start
-        run = flat[np.where(going, base + start, 0)] - start
+        run = flat[here] - start
         accepted = np.minimum(np.minimum(run, drafted), left)
         emitted = np.minimum(accepted + 1, left)
         steps.append((start, np.where(going, drafted, -1), np.where(going, accepted, -1), np.where(going, emitted, 0)))

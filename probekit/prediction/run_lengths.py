@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from probekit.prediction.predict import check_exits
+from probekit.drafting.keys import check_exits
 
 if TYPE_CHECKING:
     from probekit.traces.trace import Trace
@@ -43,7 +43,7 @@ class RunLengths:
 
 def run_lengths(trace: Trace, exit_layers: Iterable[int] | None = None) -> list[RunLengths]:
     """Run lengths of agreement over the generated tokens, for each exit layer."""
-    exits = check_exits(trace, exit_layers)
+    exits = check_exits(exit_layers, trace.depth)
     texts = [trace.agreement(prompt) for prompt in trace.prompts]
     tokens = np.array([text.shape[1] for text in texts])
     longest = int(tokens.max()) - 1

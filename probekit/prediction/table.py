@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from probekit.drafting.drafters import Drafter
+from probekit.drafting.keys import DrafterKey
+from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
-from probekit.html_tables import HtmlCell, grid_html
+from probekit.html_tables import HtmlCell
+from probekit.prediction.grids import grid_html
 from probekit.prediction.intervals import listed
 from probekit.prediction.rounds import closed_form_tokens_per_round
 
 SCHEMA = "probekit/predict/1"
-SELF = "self"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,7 @@ class Cell:
 
     Parameters
     ----------
-    exit_layer: E; None for a draft model.
-    drafter: "self", or the draft model's name.
+    drafts: who drafts.
     tokens_of_prompt: (prompts,) tokens that rounds emit.
     rounds_by_drafted: (prompts, K + 1) rounds with 0, 1, ... K drafts.
     accepted_at: (prompts, K) rounds that accept their first, second, ... draft.
@@ -39,9 +41,8 @@ class Cell:
     counts_interval: {"rounds", "drafted", "accepted"} over prompts, for expected counts only.
     """
 
-    exit_layer: int | None
+    drafts: Drafter
     draft_length: int
-    drafter: str
     tokens_of_prompt: np.ndarray
     rounds_by_drafted: np.ndarray
     accepted_at: np.ndarray
@@ -53,12 +54,26 @@ class Cell:
     counts_interval: dict[str, tuple[float, float] | None] | None = None
 
     @property
+    def key(self) -> DrafterKey:
+        return self.drafts.key
+
+    @property
+    def exit_layer(self) -> int | None:
+        """E, as tables and JSON hold it: null where a draft model drafts."""
+        return self.key.exit_or_null
+
+    @property
+    def drafter(self) -> str:
+        """The name of the draft model; `self` for an exit layer."""
+        return self.key.model
+
+    @property
     def label(self) -> str:
-        return self.drafter if self.exit_layer is None else f"layer {self.exit_layer}"
+        return self.key.label
 
     @property
     def cell(self) -> tuple[int | None, int]:
-        """(exit layer, draft length): what names it among the cells of a prediction."""
+        """(exit layer, draft length), as tables and JSON name it."""
         return self.exit_layer, self.draft_length
 
     @property
@@ -154,19 +169,23 @@ class PromptRounds(NamedTuple):
     """The rounds of one prompt in one cell; for text that is not greedy, w of each position instead."""
 
     prompt: int
-    exit_layer: int | None
+    key: DrafterKey
     draft_length: int
-    drafter: str
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     accept_probability: tuple[float, ...] | None = None
+
+    @property
+    def exit_layer(self) -> int | None:
+        """E, as tables and JSON hold it: null where a draft model drafts."""
+        return self.key.exit_or_null
 
     def to_json(self) -> dict[str, Any]:
         keys = {
             "prompt": self.prompt,
             "exit_layer": self.exit_layer,
             "draft_length": self.draft_length,
-            "drafter": self.drafter,
+            "drafter": self.key.model,
         }
         if self.accept_probability is not None:
             return keys | {"accept_probability": list(self.accept_probability)}
@@ -181,6 +200,7 @@ class Prediction:
     decoding: the run's temperature, top_k, top_p. budget: M. prompts: their indices. rounds: only when asked for.
     draft_rows: F, the rows of the head that exit layers draft with; None: all of them.
     exit_heads: the name (fingerprint) of the exit heads that exit layers draft through; None: none.
+    policy: when rounds stop drafting early; JSON names it only where it is not the fixed length.
     """
 
     model: str
@@ -194,13 +214,22 @@ class Prediction:
     rounds: tuple[PromptRounds, ...] | None = None
     draft_rows: int | None = None
     exit_heads: str | None = None
+    policy: Policy = FIXED
 
-    def cell(self, exit_layer: int | None, draft_length: int) -> Cell:
-        """The cell of an exit layer (None: the draft model) and a draft length."""
+    @property
+    def keys(self) -> list[DrafterKey]:
+        """The drafters of the cells, each once, in their order."""
+        return list(dict.fromkeys(cell.key for cell in self.cells))
+
+    def cell(self, drafter: DrafterKey | int | None, draft_length: int) -> Cell:
+        """The cell of a drafter and a draft length.
+
+        drafter: its key; or an exit layer, or None for the draft model, as JSON names them.
+        """
         for cell in self.cells:
-            if cell.cell == (exit_layer, draft_length):
+            if cell.key.names(drafter) and cell.draft_length == draft_length:
                 return cell
-        raise InputError(f"this prediction has no cell for exit layer {exit_layer} and draft length {draft_length}.")
+        raise InputError(f"this prediction has no cell for exit layer {drafter} and draft length {draft_length}.")
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = {
@@ -213,6 +242,7 @@ class Prediction:
             "draft_rows": self.draft_rows,
             "exit_heads": self.exit_heads,
             "exact": self.exact,
+            **({} if self.policy == FIXED else {"policy": str(self.policy)}),
             "cells": [cell.to_json() for cell in self.cells],
         }
         if self.rounds is not None:
@@ -232,19 +262,16 @@ class Prediction:
         return pd.DataFrame(rows).astype({"exit_layer": "Int64"})
 
     def _repr_html_(self) -> str:
-        drafter = next((cell.drafter for cell in self.cells if cell.exit_layer is None), None)
         longest = max(2.0, *(cell.tokens_per_round or 1.0 for cell in self.cells))
         about = f"{self.model}: {len(self.prompts)} prompts, {self.text} text, first round: {self.first_round}"
         rates = grid_html(
             "acceptance rate over exit layer E and draft length K",
-            {cell.cell: cell.acceptance_rate for cell in self.cells},
+            {(cell.key, cell.draft_length): cell.acceptance_rate for cell in self.cells},
             lambda rate: HtmlCell(f"{rate:.2f}", rate),
-            drafter=drafter,
         )
         per_round = grid_html(
             "tokens per round",
-            {cell.cell: cell.tokens_per_round for cell in self.cells},
+            {(cell.key, cell.draft_length): cell.tokens_per_round for cell in self.cells},
             lambda tokens: HtmlCell(f"{tokens:.2f}", (tokens - 1) / (longest - 1)),
-            drafter=drafter,
         )
         return f"<p>{escape(about)}</p>{rates}{per_round}"

@@ -370,9 +370,10 @@ def _cost_rows(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield row | {"words": "–", "early": None, "head": costs.head_s, "verify": None, "round": None}
     elif exit_layer is None:
         words = f"{costs.drafter}, K = {drafts}"
-        verify = (costs.verify_all_s or {}).get(drafts + 1)
+        helper = costs.draft_model
+        step, verify = (None, None) if helper is None else (helper.step_s, helper.verify_s.get(drafts + 1))
         whole = costs.round_seconds(None, drafts)
-        yield row | {"words": words, "early": costs.drafter_step_s, "head": None, "verify": verify, "round": whole}
+        yield row | {"words": words, "early": step, "head": None, "verify": verify, "round": whole}
     else:
         yield row | {
             "words": f"E = {exit_layer}, K = {drafts}",

@@ -204,7 +204,7 @@ def _cell(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _seconds(costs: Costs, exit_layer: int | None, drafts: int) -> float | None:
-    known = exit_layer in costs.early_s if exit_layer is not None else costs.drafter is not None
+    known = exit_layer in costs.early_s if exit_layer is not None else costs.draft_model is not None
     return costs.round_seconds(exit_layer, drafts) if known and drafts <= costs.longest_draft else None
 
 

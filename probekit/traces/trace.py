@@ -129,6 +129,11 @@ class Trace:
     def depth(self) -> int:
         return self.manifest.depth
 
+    @property
+    def rounds_logits(self) -> bool:
+        """Whether a decoder compares logits rounded to its 16-bit type, and this trace knows them."""
+        return self.manifest.dtype != "float32" and self.manifest.statistics == "all"
+
     def __len__(self) -> int:
         return len(self.texts)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import probekit
 from probekit.decoding.sampling import warp
-from probekit.decoding.speculative import check_drafter
+from probekit.drafting.keys import check_draft_model
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_heads, unpack_heads
 from probekit.lens.lens import KINDS
@@ -104,7 +104,7 @@ def plan_trace(
     for one in encoded.values():
         _check_encoded(one, loaded, drafter, budget, given)
     if drafter is not None:
-        check_drafter(loaded, drafter)
+        check_draft_model(loaded, drafter)
 
     rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
     row_budget = _row_budget(loaded)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from probekit.decoding.results import Decoded
+from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.policies import FIXED, FixedLength, Policy, drafts_allowed
 from probekit.models.loaded import Loaded
 from probekit.prediction.table import Cell
 from probekit.traces.trace import Trace
-
-CellKey = tuple[int | None, int]
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,59 @@ class Difference:
 
 
 class PredictedText(NamedTuple):
-    """What the trace says of one prompt: y, the drafter's agreement, and near-ties of the drafter and of the model."""
+    """What the trace says of one prompt: y, the drafter's agreement, and near-ties of the drafter and of the model.
+
+    allowed: (N,) the most drafts of a round that starts at each output index, where a policy has a say.
+    """
 
     prompt: int
     tokens: list[int]
     agrees: np.ndarray
     drafter_ties: np.ndarray
     model_ties: np.ndarray
+    allowed: np.ndarray | None = None
 
     @classmethod
-    def of(cls, trace: Trace, prompt: int, cell: Cell, draft_rows: int | None) -> PredictedText:
-        rounded = trace.manifest.dtype != "float32" and trace.manifest.statistics == "all"
-        ties = trace.near_ties(prompt)
-        if cell.exit_layer is None:
-            agrees = trace.drafter_agreement(prompt, rounded=rounded)
-            own = trace.drafter_values(prompt, "near_tie")
-        elif draft_rows is not None:
-            agrees = trace.draft_head_agreement(prompt, draft_rows, rounded=True)[cell.exit_layer]
-            own = trace.draft_head_near_ties(prompt, draft_rows)[cell.exit_layer]
-        else:
-            agrees, own = trace.agreement(prompt, rounded=rounded)[cell.exit_layer], ties[cell.exit_layer]
-        return cls(prompt, trace.outputs(prompt).tolist(), agrees, own, ties[-1])
+    def of(cls, trace: Trace, prompt: int, cell: Cell, policy: Policy = FIXED) -> PredictedText:
+        tokens, allowed = trace.outputs(prompt).tolist(), None
+        if not isinstance(policy, FixedLength):
+            sure = cell.drafts.confidence(trace, prompt) if policy.needs_confidence else None
+            allowed = drafts_allowed(policy, sure, len(tokens), cell.draft_length)
+        return cls(
+            prompt,
+            tokens,
+            cell.drafts.signal(trace, prompt),
+            cell.drafts.near_ties(trace, prompt),
+            trace.near_ties(prompt)[-1],
+            allowed,
+        )
+
+    def most_drafts(self, start: int, draft_length: int, budget: int) -> int:
+        """Drafts of a round that starts at an output index."""
+        most = min(draft_length, budget - start - 1)
+        return most if self.allowed is None else min(most, int(self.allowed[start]))
 
 
 def differences_from(
     trace: Trace, prompt: int, cell: Cell, run: Decoded, draft_rows: int | None = None
 ) -> list[Difference]:
-    """Where a decoder's run of one prompt of a greedy trace leaves the prediction of a cell."""
-    text = PredictedText.of(trace, prompt, cell, draft_rows)
+    """Where a decoder's run of one prompt of a greedy trace leaves the prediction of a cell.
+
+    draft_rows: F, where the run drafted among the first F tokens of the trace's draft vocabulary only.
+    """
+    if draft_rows is not None and isinstance(cell.drafts, ExitLayer):
+        cell = replace(cell, drafts=replace(cell.drafts, rows=draft_rows))
+    text = PredictedText.of(trace, prompt, cell)
     return differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
 
 
-def differences_of(text: PredictedText, draft_length: int, budget: int, run: Decoded) -> list[Difference]:
+def differences_of(
+    text: PredictedText, draft_length: int, budget: int, run: Decoded, *, exact: bool = True
+) -> list[Difference]:
     """Where a decoder's run leaves the trace: the first token that differs, and every round before it that does.
 
-    After a round that differs, the next ones are judged from where the decoder really is.
+    After a round that differs, the next ones are judged from where the decoder really is. exact: whether the number of
+    drafts is predicted, too.
     """
     y, N = text.tokens, len(text.tokens)
     left = first_difference(y, run.tokens)
@@ -80,8 +98,8 @@ def differences_of(text: PredictedText, draft_length: int, budget: int, run: Dec
     for drafted, accepted in zip(run.drafted, run.accepted, strict=True):
         if i >= end:
             break
-        k = min(draft_length, budget - i - 1)
-        if drafted != k:
+        k = text.most_drafts(i, draft_length, budget)
+        if exact and drafted != k:
             found.append(_difference(text.prompt, "drafts", i, False, k, drafted))
         breaks = np.flatnonzero(~text.agrees[i : i + drafted])
         expected = min(int(breaks[0]) if len(breaks) else drafted, N - i)

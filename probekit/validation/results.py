@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.drafting.keys import DrafterKey
 from probekit.html_tables import Colour, HtmlCell, html_table
 from probekit.validation.differences import Difference
 
@@ -30,9 +31,8 @@ class CellValidation:
     rounds: (prompt, round, drafted, accepted as predicted, accepted as measured), greedy text only.
     """
 
-    exit_layer: int | None
+    key: DrafterKey
     draft_length: int
-    drafter: str
     prompts: int
     predicted: dict[str, float]
     measured: dict[str, float]
@@ -47,8 +47,18 @@ class CellValidation:
     rounds: tuple[tuple[int, int, int, int | None, int | None], ...]
 
     @property
+    def exit_layer(self) -> int | None:
+        """E, as tables and JSON hold it: null where a draft model drafts."""
+        return self.key.exit_or_null
+
+    @property
+    def drafter(self) -> str:
+        """The name of the draft model; `self` for an exit layer."""
+        return self.key.model
+
+    @property
     def label(self) -> str:
-        return self.drafter if self.exit_layer is None else f"layer {self.exit_layer}"
+        return self.key.label
 
     @property
     def ties(self) -> int:

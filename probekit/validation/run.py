@@ -12,16 +12,17 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from probekit.choice.choose import check_draft_head, speedups
+from probekit.choice.choose import speedups
 from probekit.costs.measure import FEWEST, measure_costs
 from probekit.costs.profile import Costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
-from probekit.decoding.speculative import SelfSpeculative, Speculative
+from probekit.decoding.speculative import Speculative
+from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, traced_drafters
+from probekit.drafting.keys import DrafterKey, check_exits
+from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
 from probekit.models.loaded import Loaded
@@ -32,7 +33,7 @@ from probekit.prediction.table import Cell
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.plan import traced_heads
-from probekit.validation.differences import CellKey, Difference, PredictedText, apart, differences_of
+from probekit.validation.differences import Difference, PredictedText, apart, differences_of
 from probekit.validation.results import CellValidation, Validation
 
 WARM_UP_TOKENS = 8
@@ -42,13 +43,14 @@ Progress = Callable[..., None]
 def validate(
     loaded: Loaded,
     trace: Trace,
-    cells: Iterable[CellKey] | None = None,
+    cells: Iterable[tuple[DrafterKey | int | None, int]] | None = None,
     *,
     exit_layers: Iterable[int] | None = None,
     draft_lengths: Iterable[int] | None = None,
     limit: int | None = None,
     drafter: Loaded | None = None,
     draft_rows: int | None = None,
+    policy: Policy = FIXED,
     costs: Costs | None = None,
     repeats: int = 1,
     progress: Progress | None = None,
@@ -58,10 +60,13 @@ def validate(
     Parameters
     ----------
     loaded, drafter: the models that were traced.
-    cells: (exit layer, draft length) pairs; exit layer None is the draft model. By default every exit layer of
-        `exit_layers` with every one of `draft_lengths` (all exits, 1..8), and the draft model where no exits are named.
+    cells: (drafter, draft length) pairs: a drafter's key, an exit layer, or None for the draft model, as JSON names
+        them. By default every exit layer of `exit_layers` with every one of `draft_lengths` (all exits, 1..8), and the
+        draft model where no exits are named.
     limit: only the first prompts of the trace.
     draft_rows: F, to draft at exit layers with the first F tokens of the trace's draft vocabulary only.
+    policy: when rounds stop drafting early, in the prediction and in the decoder; never by default. Where it looks at
+        drafts, the drafted tokens are estimated, and are not held against the decoder's.
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
     progress: called as `progress("validate", done, total)`.
@@ -76,34 +81,34 @@ def validate(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
     chosen = trace.select(trace.prompts[:limit])
-    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows)
+    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows, policy)
     heads = traced_heads(trace, loaded)
-    ids = None if draft_rows is None else torch.from_numpy(trace.draft_head_ids(draft_rows))
-    methods: list[Decoder] = [
-        SelfSpeculative(
-            loaded, cell.exit_layer, cell.draft_length, exit_head=heads.get(cell.exit_layer), draft_vocabulary=ids
+    decoders: list[Decoder] = [
+        Speculative(
+            loaded,
+            equipped(cell.drafts, draft_model=drafter, exit_heads=heads),
+            cell.draft_length,
+            policy=policy,
         )
-        if cell.exit_layer is not None
-        else Speculative(loaded, drafter, cell.draft_length)  # type: ignore[arg-type]
         for cell in predicted
     ]
-    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, ids, heads)
-    check_draft_head(draft_rows, trace.manifest.heads_name, costs)
-    plain, *runs = _decode(chosen, [Autoregressive(loaded), *methods], repeats, progress)
-    compare = _greedy if trace.manifest.text == "greedy" else partial(_sampled, cells=len(predicted))
+    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, heads, policy)
+    costs.check_draft_head(cell.key for cell in predicted)
+    plain, *runs = _decode(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
+    greedy = trace.manifest.text == "greedy"
+    compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=len(predicted))
     return Validation(
         trace.manifest.model.name,
         trace.manifest.text,
         tuple(
             CellValidation(
-                exit_layer=cell.exit_layer,
+                key=cell.key,
                 draft_length=cell.draft_length,
-                drafter=cell.drafter,
                 prompts=cell.prompts,
                 predicted=cell.counts(),
                 speedup_predicted=speedup,
                 **_speedups_measured(plain, own),
-                **compare(loaded, chosen, cell, own, plain, draft_rows),
+                **compare(loaded, chosen, cell, own, plain),
             )
             for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
         ),
@@ -137,27 +142,39 @@ def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
 
 def _predicted(
     trace: Trace,
-    cells: Iterable[CellKey] | None,
+    cells: Iterable[tuple[DrafterKey | int | None, int]] | None,
     exit_layers: Iterable[int] | None,
     draft_lengths: Iterable[int] | None,
     drafter: Loaded | None,
     draft_rows: int | None,
+    policy: Policy,
 ) -> list[Cell]:
     """The predicted cells of these prompts, in the order asked for."""
     if cells is None:
         lengths = range(1, 9) if draft_lengths is None else draft_lengths
         two_models = drafter is not None and exit_layers is None
-        return list(predict(trace, exit_layers, lengths, drafter=two_models, draft_rows=draft_rows).cells)
+        drafters = traced_drafters(trace, exit_layers, draft_model=two_models, draft_rows=draft_rows)
+        return list(predict(trace, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
     named = list(dict.fromkeys(cells))
     if not named:
         raise InputError("there is no cell to validate.", "Name (exit layer, draft length) pairs.")
-    two_models = any(exit_layer is None for exit_layer, _ in named)
-    if two_models and drafter is None:
+    known = traced_drafters(trace, draft_rows=draft_rows)
+    asked = [_named(known, name, trace) for name, _ in named]
+    if any(isinstance(each, DraftModel) for each in asked) and drafter is None:
         raise InputError("a cell of the draft model needs the draft model.", "Give `drafter`.")
-    exits = dict.fromkeys(exit_layer for exit_layer, _ in named if exit_layer is not None)
     lengths = dict.fromkeys(length for _, length in named)
-    table = predict(trace, exits, lengths, drafter=two_models, draft_rows=draft_rows)
-    return [table.cell(*name) for name in named]
+    table = predict(trace, draft_lengths=lengths, drafters=list(dict.fromkeys(asked)), policy=policy)
+    return [table.cell(each.key, length) for each, (_, length) in zip(asked, named, strict=True)]
+
+
+def _named(known: Sequence[Drafter], name: DrafterKey | int | None, trace: Trace) -> Drafter:
+    found = next((each for each in known if each.key.names(name)), None)
+    if found is None:
+        if isinstance(name, int):
+            check_exits([name], trace.depth)
+        what = "a draft model" if name is None else name.label if isinstance(name, DrafterKey) else name
+        raise InputError(f"this run was traced without {what}.", "Trace again with it.")
+    return found
 
 
 def _quick_costs(
@@ -165,21 +182,23 @@ def _quick_costs(
     trace: Trace,
     cells: Sequence[Cell],
     drafter: Loaded | None,
-    ids: Tensor | None,
     heads: Mapping[int, ExitHead],
+    policy: Policy,
 ) -> Costs:
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
     longest = max(cell.draft_length for cell in cells)
-    used = drafter if any(cell.exit_layer is None for cell in cells) else None
+    used = None if all(cell.key.is_exit for cell in cells) else drafter
     most = min(model.anatomy.context for model in (loaded, used) if model is not None) - max(2, longest) - 1
+    ids = next((cell.drafts.draft_ids for cell in cells if isinstance(cell.drafts, ExitLayer)), None)
     return measure_costs(
         loaded,
         max(1, min(middle, most)),
         draft_lengths=[longest],
         drafter=used,
-        draft_vocabulary=None if ids is None else ids.tolist(),
+        draft_vocabulary=ids,
         exit_heads=heads,
+        policy=policy,
         repeats=FEWEST,
     )
 
@@ -256,20 +275,24 @@ def _greedy(
     cell: Cell,
     own: Sequence[Sequence[Decoded]],
     plain: Sequence[Sequence[Decoded]],
-    draft_rows: int | None,
+    *,
+    policy: Policy,
 ) -> dict[str, Any]:
-    """The fields of CellValidation that say whether rounds and tokens are the same."""
+    """The fields of CellValidation that say whether rounds and tokens are the same.
+
+    Where the policy looks at drafts, drafted tokens are estimated: rounds are held against the accepted ones only.
+    """
     differences: list[Difference] = []
     rows: list[tuple[int, int, int, int | None, int | None]] = []
     rounds_equal = tokens_equal = True
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
-        text = PredictedText.of(trace, prompt, cell, draft_rows)
+        text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
-        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.max_new_tokens)
+        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.max_new_tokens, allowed=text.allowed)
         drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
-        rounds_equal &= drafted == run.drafted and accepted == run.accepted
+        rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
         tokens_equal &= run.tokens == reference
-        differences += differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
+        differences += differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run, exact=policy.exact)
         if run.tokens != reference:
             differences += apart(loaded, trace, text, run.tokens, reference)
         both = zip_longest(drafted, accepted, run.drafted, run.accepted)
@@ -304,7 +327,6 @@ def _sampled(
     cell: Cell,
     own: Sequence[Sequence[Decoded]],
     plain: Sequence[Sequence[Decoded]],
-    draft_rows: int | None,
     *,
     cells: int,
 ) -> dict[str, Any]:

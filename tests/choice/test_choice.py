@@ -10,7 +10,8 @@ from traces.fabricate import fabricate
 
 from probekit.choice.choose import SCHEMA, choose, decoding_seconds, speedups
 from probekit.choice.export import export_choice, transformers_settings
-from probekit.costs.profile import Costs
+from probekit.costs.profile import Costs, DraftModelCosts
+from probekit.drafting.drafters import DraftModel, ExitLayer
 from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -25,15 +26,17 @@ def linear_costs(depth: int = 6, longest: int = 8, layer: float = 1.0, head: flo
         autoregressive_s=depth * layer + head,
         early_s={exit_layer: exit_layer * layer for exit_layer in range(1, depth)}, head_s=head,
         verify_s={(e, rows): (depth - e) * layer + head for e in range(1, depth) for rows in widths},
-        drafter=drafter, drafter_step_s=layer if drafter else None, drafter_first_s=layer if drafter else None,
-        verify_all_s={rows: depth * layer + head for rows in widths} if drafter else None,
+        draft_model=DraftModelCosts(drafter, layer, layer, {rows: depth * layer + head for rows in widths})
+        if drafter
+        else None,
     )  # fmt: skip
 
 
 def one_cell(exit_layer=1, rounds=((0, 0, 2), (1, 0, 1)), tokens=(6, 4), drafter="self") -> Prediction:
     """Two prompts at K = 2; rounds with 0, 1, 2 drafts of each."""
     cell = Cell(
-        exit_layer=exit_layer, draft_length=2, drafter=drafter, tokens_of_prompt=np.array(tokens),
+        ExitLayer(exit_layer) if drafter == "self" else DraftModel(drafter), draft_length=2,
+        tokens_of_prompt=np.array(tokens),
         rounds_by_drafted=np.array(rounds), accepted_at=np.array([[2, 2], [1, 1]]),
         rejections_of_prompt=np.array([0, 0]),
     )  # fmt: skip

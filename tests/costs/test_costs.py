@@ -11,8 +11,9 @@ import pytest
 from traces.fabricate import fabricate
 
 from probekit.costs import measure as costs_module
+from probekit.costs import timing
 from probekit.costs.measure import measure_costs, row_design
-from probekit.costs.profile import Costs
+from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.costs.roofline import Dimensions, roofline_costs
 from probekit.errors import InputError
 from probekit.prediction.rounds import closed_form_tokens_per_round
@@ -41,7 +42,7 @@ def test_a_round_adds_up():
 
 
 def test_a_two_model_round_adds_up():
-    costs = by_hand(drafter="small", drafter_step_s=1.0, drafter_first_s=1.5, verify_all_s={1: 5.0, 2: 5.0, 3: 6.0})
+    costs = by_hand(draft_model=DraftModelCosts("small", 1.0, 1.5, {1: 5.0, 2: 5.0, 3: 6.0}))
     assert costs.round_seconds(None, 2) == 1.5 + 1.0 + 6.0 + 0.5
     assert costs.round_seconds(None, 0) == 5.0 + 0.5  # the drafter has nothing to do
 
@@ -67,7 +68,7 @@ def test_times_are_positive(bad):
 
 def test_json_and_back():
     costs = by_hand(
-        drafter="small", drafter_step_s=1.0, drafter_first_s=1.5, verify_all_s={1: 5.0}, cold_s={1: 0.1, 2: 0.2},
+        draft_model=DraftModelCosts("small", 1.0, 1.5, {1: 5.0}), cold_s={1: 0.1, 2: 0.2},
         heads_s={1: 1.0, 2: 2.0}, quantiles={"head": [1.0, 2.0, 3.0]},
     )  # fmt: skip
     assert Costs.from_json(json.loads(json.dumps(costs.to_json()))) == costs
@@ -195,7 +196,7 @@ class WorkClock:
 @pytest.fixture
 def work_clock(monkeypatch):
     clock = WorkClock()
-    monkeypatch.setattr(costs_module.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
     monkeypatch.setattr("probekit.decoding.batch.perf_counter", clock.perf_counter)
     with clock.hooks:
         yield clock
@@ -243,7 +244,7 @@ def test_exits_and_widths_between_are_read_off_a_line():
         for count in rows:
             times[f"verify {exit_layer} {count}"] = [(6 - exit_layer) * (2 + 0.5 * count) + 3]
     blank = by_hand(depth=6)
-    found = costs_module._assemble(times, [1, 3, 5], rows, blank)
+    found = costs_module.assemble(times, [1, 3, 5], rows, blank)
     assert found.early_s == {exit_layer: 2.5 * exit_layer for exit_layer in range(1, 6)}
     assert found.verify_s[2, 3] == 4 * 3.5 + 3
     assert found.verify_s[4, 4] == 2 * 4 + 3
@@ -254,7 +255,7 @@ def test_exits_and_widths_between_are_read_off_a_line():
     assert found.fit_error == 0
     assert found.longest_draft == 4
     times["early 3"] = [10.0]
-    assert costs_module._assemble(times, [1, 3, 5], rows, blank).fit_error == pytest.approx(0.25)
+    assert costs_module.assemble(times, [1, 3, 5], rows, blank).fit_error == pytest.approx(0.25)
 
 
 def test_a_measured_calibration_is_whole(any_tiny, unchanged):
@@ -281,7 +282,7 @@ def test_a_draft_model_whose_head_is_padded_otherwise(tiny, vocabulary):
 
     helper = replace(synthetic("tiny-draft", vocabulary=vocabulary), tokenizer=tiny.tokenizer)
     costs = measure_costs(tiny, 4, draft_lengths=[2], drafter=helper, sampling=Sampling(temperature=1.0), repeats=1)
-    assert sorted(costs.verify_all_s) == [1, 2, 3]
+    assert sorted(costs.draft_model.verify_s) == [1, 2, 3]
     assert costs.round_seconds(None, 2) > 0
 
 

@@ -14,7 +14,8 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.device_round import BUCKET, DeviceEngine, DeviceState, Round, bucket, one_place
 from probekit.decoding.engine import Engine
 from probekit.decoding.sampling import Sampler, streams
-from probekit.decoding.speculative import DraftHead, SelfSpeculative
+from probekit.decoding.speculative import SelfSpeculative
+from probekit.drafting.proposers import DraftHead
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.hooks.edit import Edit

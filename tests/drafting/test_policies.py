@@ -6,15 +6,15 @@ from probekit.errors import InputError
 
 def test_a_fixed_length_never_stops_early_and_is_exact():
     policy = FixedLength()
-    assert policy.goes_on(1, 0.0)
+    assert policy.keep_drafting(1, 0.0)
     assert policy.exact
     assert not policy.needs_confidence
 
 
 def test_a_threshold_stops_behind_an_unsure_draft_and_is_estimated():
     policy = ConfidenceThreshold(0.4)
-    assert policy.goes_on(1, 0.4)
-    assert not policy.goes_on(1, 0.39)
+    assert policy.keep_drafting(1, 0.4)
+    assert not policy.keep_drafting(1, 0.39)
     assert not policy.exact
 
 

@@ -132,17 +132,17 @@ def test_a_roofline_reads_only_the_rows_that_are_kept(dialled):
 
 
 def test_measured_costs_draft_with_the_rows_that_are_kept(tiny, monkeypatch):
-    from probekit.decoding import speculative as self_speculative
+    from probekit.drafting import proposers
 
     used = []
-    original = self_speculative.DraftHead.__call__
+    original = proposers.DraftHead.__call__
 
     def watched(self, residual):
         logits = original(self, residual)
         used.append(logits.shape[-1])
         return logits
 
-    monkeypatch.setattr(self_speculative.DraftHead, "__call__", watched)
+    monkeypatch.setattr(proposers.DraftHead, "__call__", watched)
     costs = measure_costs(tiny, 20, draft_lengths=[2], draft_vocabulary=[5, 3, 40], repeats=1)
     assert set(used) == {3}
     assert costs.draft_rows == 3

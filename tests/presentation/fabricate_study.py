@@ -13,7 +13,7 @@ import pandas as pd
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import Choice, choose
-from probekit.costs.profile import Costs
+from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.prediction.predict import predict
 from probekit.presentation import tables
 from probekit.study.summary import recommendation
@@ -125,10 +125,11 @@ def fabricate_costs(depth: int, longest: int, drafter: bool = False) -> Costs:
             for count in rows
         },
         overhead_s=1e-4,
-        drafter="fabricated-drafter" if drafter else None,
-        drafter_step_s=2e-3 if drafter else None,
-        drafter_first_s=2.2e-3 if drafter else None,
-        verify_all_s={count: depth * layer + head + 1e-4 * count for count in rows} if drafter else None,
+        draft_model=DraftModelCosts(
+            "fabricated-drafter", 2e-3, 2.2e-3, {count: depth * layer + head + 1e-4 * count for count in rows}
+        )
+        if drafter
+        else None,
     )
 
 

@@ -6,13 +6,14 @@ import pytest
 
 from probekit.choice.choose import NO_DRAFTS, Candidate, Choice
 from probekit.costs.profile import Costs
+from probekit.drafting.drafters import ExitLayer
 from probekit.study.summary import recommendation
 
 
 @pytest.fixture
 def choice():
     costs = Costs("measured", "cpu", "float32", 128, 3, 1.0, {1: 0.3, 2: 0.6}, 0.1, {(1, 2): 1.0, (2, 2): 0.7})
-    best = Candidate("self-speculative", 1, 2, None, 1.30, (1.25, 1.35), 2.5, 0.75)
+    best = Candidate(ExitLayer(1), 2, 1.30, (1.25, 1.35), 2.5, 0.75)
     return Choice("toy", "greedy", (best,), costs, prompts=12)
 
 
@@ -39,7 +40,7 @@ def test_a_wide_miss_is_remarked_on(choice):
 def test_without_a_choice_or_a_round_there_is_nothing_to_add(choice):
     assert recommendation(choice, None) == choice.sentence()
     assert recommendation(choice, {"speedup_measured": None, "speedup_predicted": None}) == choice.sentence()
-    slow = Candidate("self-speculative", 1, 1, None, 0.9, None)
+    slow = Candidate(ExitLayer(1), 1, 0.9, None)
     refused = Choice("toy", "greedy", (slow,), choice.costs, prompts=12)
     assert refused.best is NO_DRAFTS
     assert recommendation(refused, None).startswith("toy: do not speculate")

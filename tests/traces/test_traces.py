@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tracing.fabricate import fabricate, record
+from traces.fabricate import fabricate, record
 
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest, read_manifest

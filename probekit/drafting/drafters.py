@@ -1,0 +1,225 @@
+"""Who drafts. A drafter is a value: it names itself, reads off a trace what it would draft, and drafts in a decoder.
+
+Predictions, costs, choices, decoders and validations pass it on whole. To read a trace it needs a name only; to draft
+in a decoder it must also hold what it drafts with (a model, a head): `equipped` puts it in. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from probekit.drafting.keys import DrafterKey, check_exits
+from probekit.errors import InputError
+
+if TYPE_CHECKING:
+    from probekit.drafting.proposers import BoundDrafter
+    from probekit.models.loaded import Loaded
+    from probekit.traces.trace import Trace
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """What every way of drafting is.
+
+    Arrays are over the output positions of one prompt's text, (N,).
+    """
+
+    @property
+    def key(self) -> DrafterKey: ...
+
+    def signal(self, trace: Trace, prompt: int) -> np.ndarray:
+        """bool: each position would be accepted if it was drafted; for text that is not greedy the chance, w."""
+        ...
+
+    def near_ties(self, trace: Trace, prompt: int) -> np.ndarray:
+        """bool: within the measured noise, what it drafts could fall either way. Greedy text only."""
+        ...
+
+    def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
+        """The sum over tokens of min(p, q)."""
+        ...
+
+    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+        """The drafter's probability of what it drafts, as a policy sees it in a decoder."""
+        ...
+
+    def on(self, loaded: Loaded) -> BoundDrafter:
+        """Ready to draft for a model. Raises InputError where it cannot."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ExitLayer:
+    """The model's first `exit_layer` layers, its norm and its head; the rest of it verifies.
+
+    Parameters
+    ----------
+    rows: F, to draft among the first F tokens of a draft vocabulary only; None: among all.
+    exit_heads: the fingerprint of the exit heads that drafts go through; None: none.
+    draft_ids: the F token ids; to be known when it drafts in a decoder.
+    exit_head: the map itself, (..., width) -> (..., width); the same holds.
+    packed_heads: where the map can be read from when it is needed: the contents of a file of exit heads.
+    read: in place of the trace's own signal: given a prompt's index, (L+1, N).
+    """
+
+    exit_layer: int
+    rows: int | None = None
+    exit_heads: str | None = None
+    draft_ids: Sequence[int] | None = field(default=None, repr=False)
+    exit_head: Callable[..., Any] | None = field(default=None, repr=False)
+    packed_heads: Callable[[], bytes | None] | None = field(default=None, repr=False)
+    read: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> DrafterKey:
+        return DrafterKey.exit(self.exit_layer, rows=self.rows, exit_heads=self.exit_heads)
+
+    def signal(self, trace: Trace, prompt: int) -> np.ndarray:
+        if self.read is not None:
+            return self._given(trace, prompt)
+        if self.rows is not None:
+            return trace.draft_head_agreement(prompt, self.rows, rounded=True)[self.exit_layer]
+        if trace.manifest.text != "greedy":
+            return trace.accept_probability(prompt)[self.exit_layer]
+        return trace.agreement(prompt, rounded=trace.rounds_logits)[self.exit_layer]
+
+    def _given(self, trace: Trace, prompt: int) -> np.ndarray:
+        assert self.read is not None
+        layers = np.asarray(self.read(prompt))
+        expected = trace.depth + 1, len(trace.outputs(prompt))
+        if layers.shape != expected:
+            raise InputError(f"the agreement of prompt {prompt} has shape {layers.shape}; expected {expected}.")
+        return layers[self.exit_layer]
+
+    def near_ties(self, trace: Trace, prompt: int) -> np.ndarray:
+        if self.rows is None:
+            return trace.near_ties(prompt)[self.exit_layer]
+        return trace.draft_head_near_ties(prompt, self.rows)[self.exit_layer]
+
+    def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
+        return trace.values(prompt, "overlap")[self.exit_layer]
+
+    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+        if self.rows is not None or self.read is not None:
+            raise InputError(
+                "a trace does not say how sure a draft head with fewer rows is, so no policy that asks for it can be "
+                "predicted.",
+                "Leave the draft rows out, or draft with a fixed length.",
+            )
+        return trace.values(prompt, "probability")[self.exit_layer]
+
+    def on(self, loaded: Loaded) -> BoundDrafter:
+        from probekit.drafting.proposers import ExitLayerDrafts
+
+        return ExitLayerDrafts(loaded, self.key, self.draft_ids, self._head_of(loaded))
+
+    def _head_of(self, loaded: Loaded) -> Callable[..., Any] | None:
+        """The map that drafts go through: the one at hand, else out of the file that it was traced with."""
+        packed = None if self.exit_head is not None or self.packed_heads is None else self.packed_heads()
+        if packed is None:
+            return self.exit_head
+        from probekit.lens.exit_heads import fingerprint, unpack_heads
+
+        heads = unpack_heads(packed, loaded.anatomy, "the run's file of exit heads")
+        if self.exit_heads != fingerprint(heads):
+            raise InputError(f"these exit heads are not those that were traced ({self.exit_heads}).", "Trace again.")
+        return heads.get(self.exit_layer)
+
+
+@dataclass(frozen=True, eq=False)
+class DraftModel:
+    """A second model with the same tokenizer. `loaded`: the model itself, to be known when it drafts in a decoder."""
+
+    name: str
+    loaded: Loaded | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> DrafterKey:
+        return DrafterKey.draft_model(self.name)
+
+    def signal(self, trace: Trace, prompt: int) -> np.ndarray:
+        if trace.manifest.text != "greedy":
+            return trace.drafter_accept_probability(prompt)
+        return trace.drafter_agreement(prompt, rounded=trace.rounds_logits)
+
+    def near_ties(self, trace: Trace, prompt: int) -> np.ndarray:
+        return trace.drafter_values(prompt, "near_tie")
+
+    def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
+        return trace.drafter_values(prompt, "overlap")
+
+    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+        raise InputError(
+            "a trace does not say how sure the draft model is, so no policy that asks for it can be predicted.",
+            "Predict exit layers, or draft with a fixed length.",
+        )
+
+    def on(self, loaded: Loaded) -> BoundDrafter:
+        from probekit.drafting.proposers import DraftModelDrafts
+
+        if self.loaded is None:
+            raise InputError(f"drafting with {self.name} needs that model.", "Give it as the draft model.")
+        return DraftModelDrafts(loaded, self.key, self.loaded)
+
+
+def traced_drafters(
+    trace: Trace,
+    exit_layers: Iterable[int] | None = None,
+    *,
+    draft_model: bool | None = None,
+    draft_rows: int | None = None,
+    read: Callable[[int], np.ndarray] | None = None,
+) -> list[Drafter]:
+    """The drafters that a trace answers for: its exits, and last its draft model.
+
+    Parameters
+    ----------
+    exit_layers: 1..L-1 by default.
+    draft_model: the trace's draft model, too; by default where it has one and no exit layers were named.
+    draft_rows: F, for exits that draft among the first F tokens of the trace's draft vocabulary only.
+    read: of the exits, as in ExitLayer.
+
+    Raises InputError for an exit layer, a draft head or a draft model that the trace does not know.
+    """
+    manifest = trace.manifest
+    ids = None if draft_rows is None else trace.draft_head_ids(draft_rows)
+    exits = check_exits(exit_layers, trace.depth)
+    found: list[Drafter] = [
+        ExitLayer(
+            exit_layer,
+            rows=None if ids is None else len(ids),
+            exit_heads=manifest.heads_name,
+            draft_ids=None if ids is None else ids.tolist(),
+            packed_heads=(lambda: trace.exit_heads) if _has_head(trace, exit_layer) else None,
+            read=read,
+        )
+        for exit_layer in exits
+    ]
+    if draft_model or (draft_model is None and exit_layers is None and manifest.drafter is not None):
+        if manifest.drafter is None:
+            raise InputError("this trace has no draft model.", "Trace again with --draft-model.")
+        found.append(DraftModel(manifest.drafter.name))
+    return found
+
+
+def _has_head(trace: Trace, exit_layer: int) -> bool:
+    record = trace.manifest.exit_heads
+    return record is not None and exit_layer in record.exits
+
+
+def equipped(
+    drafter: Drafter,
+    *,
+    draft_model: Loaded | None = None,
+    exit_heads: Mapping[int, Any] | None = None,
+) -> Drafter:
+    """The same drafter with what it runs with. exit_heads: {exit: head}."""
+    if isinstance(drafter, DraftModel):
+        return drafter if draft_model is None else replace(drafter, loaded=draft_model)
+    if isinstance(drafter, ExitLayer) and exit_heads:
+        return replace(drafter, exit_head=exit_heads.get(drafter.exit_layer))
+    return drafter

@@ -1,0 +1,103 @@
+"""The names of drafters, and what may draft for a model. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from probekit.errors import InputError
+from probekit.settings import whole_number
+
+if TYPE_CHECKING:
+    from probekit.models.loaded import Loaded
+
+SELF = "self"
+"""What tables and JSON call the drafter of an exit layer: the model itself."""
+
+Kind = Literal["exit", "model"]
+METHODS: Mapping[Kind, str] = {"exit": "self-speculative", "model": "speculative"}
+
+
+@dataclass(frozen=True)
+class DrafterKey:
+    """The name of a drafter: hashable, equal for equal ways of drafting.
+
+    Parameters
+    ----------
+    kind: "exit" (the model's first layers draft) or "model" (a draft model does).
+    exit_layer: E, of an exit; 0 otherwise.
+    model: the name of a draft model; "self" for an exit.
+    rows: of the head that an exit drafts with; None: all. exit_heads: the name (fingerprint) of the exit heads that it
+        drafts through; None: none.
+    """
+
+    kind: Kind
+    exit_layer: int = 0
+    model: str = SELF
+    rows: int | None = None
+    exit_heads: str | None = None
+
+    @classmethod
+    def exit(cls, exit_layer: int, *, rows: int | None = None, exit_heads: str | None = None) -> DrafterKey:
+        return cls("exit", exit_layer, rows=rows, exit_heads=exit_heads)
+
+    @classmethod
+    def draft_model(cls, name: str) -> DrafterKey:
+        return cls("model", model=name)
+
+    @property
+    def is_exit(self) -> bool:
+        return self.kind == "exit"
+
+    @property
+    def method(self) -> str:
+        """What decoding with it is called."""
+        return METHODS[self.kind]
+
+    @property
+    def label(self) -> str:
+        """As tables show it."""
+        return f"layer {self.exit_layer}" if self.is_exit else self.model
+
+    @property
+    def exit_or_null(self) -> int | None:
+        """The exit layer as JSON and tables hold it: null for a draft model."""
+        return self.exit_layer if self.is_exit else None
+
+    def names(self, given: DrafterKey | int | None) -> bool:
+        """Whether `given` means this one: a key, an exit layer, or None for the draft model, as JSON writes it."""
+        return given == self if isinstance(given, DrafterKey) else given == self.exit_or_null
+
+
+def check_exits(exit_layers: Iterable[int] | None, depth: int) -> list[int]:
+    """Exit layers of a model of L layers as whole numbers, each once; all of them by default. Or InputError."""
+    exits = list(range(1, depth)) if exit_layers is None else list(dict.fromkeys(exit_layers))
+    for exit_layer in exits:
+        whole = isinstance(exit_layer, (int, np.integer)) and not isinstance(exit_layer, bool)
+        if not whole or not 1 <= exit_layer < depth:
+            raise InputError(f"exit layer {exit_layer!r} is out of range: this model has exits 1..{depth - 1}.")
+    return [int(exit_layer) for exit_layer in exits]
+
+
+def check_draft_model(loaded: Loaded, drafter: Loaded) -> Loaded:
+    """Return `drafter`, or raise InputError if its tokens are not those of `loaded`."""
+    problem = f"the draft model {drafter.name} cannot draft for {loaded.name}: "
+    advice = "Take a draft model of the same family, with the same tokenizer."
+    if loaded.tokenizer is None or drafter.tokenizer is None:
+        sizes = loaded.anatomy.vocabulary, drafter.anatomy.vocabulary
+        if (loaded.tokenizer is None) != (drafter.tokenizer is None) or sizes[0] != sizes[1]:
+            raise InputError(f"{problem}vocabularies of {sizes[1]} and {sizes[0]} tokens, no two tokenizers.", advice)
+    elif loaded.tokenizer.get_vocab() != drafter.tokenizer.get_vocab():
+        sizes = len(loaded.tokenizer), len(drafter.tokenizer)
+        raise InputError(f"{problem}its tokenizer has other tokens ({sizes[1]}, not {sizes[0]}).", advice)
+    if loaded.device != drafter.device:
+        raise InputError(f"{problem}it is on {drafter.device}, not on {loaded.device}.", "Load both on one device.")
+    return drafter
+
+
+def check_draft_length(draft_length: int) -> int:
+    """Return K, or raise InputError."""
+    return whole_number("the draft length must be", draft_length)
