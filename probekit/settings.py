@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from probekit.errors import InputError
@@ -49,3 +51,50 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study does; two studies with equal settings are the same study.
+
+    Parameters
+    ----------
+    models: references as `load` takes them. prompts: a prompts file; None: the bundled set of the first model.
+    max_new_tokens: the budget M of each text. draft_lengths: K, ascending.
+    draft_model: a model that drafts, too. draft_rows: rows of the head that exit layers draft with; None: all.
+    fit_heads: exit layers draft through fitted heads. chat: put prompts through the chat template.
+    device, dtype: of the models; None: by `load`'s own rule.
+    """
+
+    models: tuple[str, ...]
+    prompts: str | None = None
+    max_new_tokens: int = 96
+    draft_lengths: tuple[int, ...] = tuple(range(1, 9))
+    draft_model: str | None = None
+    chat: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    draft_rows: int | None = None
+    fit_heads: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.draft_lengths or min(self.draft_lengths) < 1:
+            raise InputError(f"draft lengths are {list(self.draft_lengths)}; expected one or more, each 1 or more.")
+        if self.max_new_tokens < 1:
+            raise InputError(f"the budget is {self.max_new_tokens} new tokens; expected 1 or more.")
+        if self.draft_rows is not None and self.draft_rows < 1:
+            raise InputError(f"a draft head of {self.draft_rows} rows is out of range: expected 1 or more.")
+
+    @property
+    def learns(self) -> bool:
+        """Whether drafting is learned from text."""
+        return self.fit_heads or self.draft_rows is not None
+
+    def to_json(self) -> dict[str, Any]:
+        kept = asdict(self)
+        return {**kept, "models": list(self.models), "draft_lengths": list(self.draft_lengths)}
+
+
+def digest(*parts: Any) -> str:
+    """Names settings in a few letters: equal JSON gives equal names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -52,7 +52,7 @@ ROWS = {
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": ("tokens", "plots", "latex", "tables", "previews", "study_folder", "report_data", "report"),
     "presentation.plots": ("glyphs", "style", "lens", "layers", "grids", "rounds"),
-    "study": ("plan", "phases", "summary", "run"),
+    "study": ("plan", "kept", "phases", "summary", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")

@@ -196,6 +196,7 @@ class Choice:
             "drafter": self.drafter,
             "draft_rows": self.draft_rows,
             "exit_heads": self.exit_heads,
+            **({} if self.policy == FIXED else {"policy": str(self.policy)}),
             "speedup": self.speedup,
             "interval": None if self.interval is None else list(self.interval),
             "speculate": self.speculate,

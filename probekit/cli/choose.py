@@ -24,6 +24,7 @@ def choose(
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
+    policy: options.Policy = "fixed",
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -32,6 +33,7 @@ def choose(
     """Choose the exit layer and draft length with the greatest speedup, or neither."""
     from probekit.choice.choose import choose as choose_pair
     from probekit.choice.export import export_choice
+    from probekit.drafting.policies import policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
@@ -41,9 +43,10 @@ def choose(
     trace = Trace.open(run)
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
-    prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows)
+    when_to_stop = policy_named(policy)
+    prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows, policy=when_to_stop)
     with progress_bars(quiet or as_json) as bars:
-        timed = _costs_of(trace, costs, context, lengths, draft_rows, device, dtype, bars)
+        timed = _costs_of(trace, costs, context, lengths, draft_rows, when_to_stop, device, dtype, bars)
     choice = choose_pair(prediction, timed)
     if export is not None:
         export_choice(choice, export)
@@ -59,7 +62,7 @@ def choose(
     )
 
 
-def _costs_of(trace, source, context, lengths, draft_rows, device, dtype, bars):
+def _costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.costs.roofline import roofline_costs
@@ -75,5 +78,5 @@ def _costs_of(trace, source, context, lengths, draft_rows, device, dtype, bars):
     kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
     return measure_costs(
         loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept,
-        exit_heads=traced_heads(trace, loaded), progress=bars,
+        exit_heads=traced_heads(trace, loaded), policy=policy, progress=bars,
     )  # fmt: skip

@@ -29,6 +29,7 @@ def decode(
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
     draft_rows: options.DraftRows = None,
+    policy: options.Policy = "fixed",
     exit_heads: options.ExitHeads = None,
     max_new_tokens: options.MaxNewTokens = 96,
     temperature: options.Temperature = 0.0,
@@ -43,6 +44,7 @@ def decode(
 ) -> None:
     """Decode one prompt; accepted drafts are marked as they stream."""
     from probekit.decoding.decode import decode as decode_prompt
+    from probekit.drafting.policies import policy_named
     from probekit.models.loaded import load
     from probekit.settings import Sampling
 
@@ -61,6 +63,7 @@ def decode(
         draft_model=drafter,
         draft_vocabulary=None if draft_rows is None else _kept(draft_vocabulary, draft_rows, loaded),
         exit_heads=exit_heads,
+        policy=None if policy == "fixed" else policy_named(policy),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=tuple(stop or ()),

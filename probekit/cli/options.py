@@ -39,6 +39,13 @@ DraftRows = Annotated[
     int | None,
     typer.Option("--draft-rows", help="Exit layers draft with the head's rows of so many tokens. [default: all]"),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="When a round stops drafting early: fixed (never), confidence:0.6, or module.Class of your own.",
+    ),
+]
 ExitHeads = Annotated[
     Path | None,
     typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these; see `probekit fit-heads`."),

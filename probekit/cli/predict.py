@@ -20,6 +20,7 @@ def predict(
     draft_lengths: options.DraftLengths = None,
     first_round: FirstRound = "prefill",
     draft_rows: options.DraftRows = None,
+    policy: options.Policy = "fixed",
     rounds: Annotated[bool, typer.Option("--rounds", help="Every round of every prompt, too.")] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -27,6 +28,7 @@ def predict(
     quiet: options.Quiet = False,
 ) -> None:
     """Predict the acceptance of every exit layer and draft length from one trace."""
+    from probekit.drafting.policies import policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
@@ -37,6 +39,7 @@ def predict(
         first_round=first_round,
         with_rounds=rounds,
         draft_rows=draft_rows,
+        policy=policy_named(policy),
     )
     if as_json:
         print_json(prediction.to_json())

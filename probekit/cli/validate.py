@@ -16,6 +16,7 @@ def validate(
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
+    policy: options.Policy = "fixed",
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -23,6 +24,7 @@ def validate(
     quiet: options.Quiet = False,
 ) -> None:
     """Run the decoder and hold it against the prediction, round by round and token by token."""
+    from probekit.drafting.policies import policy_named
     from probekit.traces.trace import Trace
     from probekit.validation.run import validate as validate_cells
 
@@ -37,6 +39,7 @@ def validate(
             limit=limit,
             drafter=drafter,
             draft_rows=draft_rows,
+            policy=policy_named(policy),
             progress=bars,
         )
     if as_json:

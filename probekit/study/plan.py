@@ -1,14 +1,14 @@
-"""What a study will do: settings, checked before any work, and the folder that keeps it."""
+"""What a study will do: settings and prompts, checked before any work, and the folder that keeps it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from probekit.errors import InputError
+from probekit.settings import StudySettings
 from probekit.traces.storage import atomic_text
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 
@@ -18,86 +18,43 @@ LEARNED_ON = 4  # where drafting is learned, on every fourth prompt; heads are t
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What a study will do; two studies with equal settings are the same study."""
+    """A study after all checks that need no model.
 
-    models: tuple[str, ...]
+    learned, traced: the prompts that drafting is learned on, which are then not traced, and the others.
+    """
+
+    settings: StudySettings
     folder: Path
-    prompts: str | None
-    max_new_tokens: int
-    draft_lengths: tuple[int, ...]
-    draft_model: str | None
-    chat: bool
-    device: str | None
-    dtype: str | None
-    draft_rows: int | None = None
-    fit_heads: bool = False
-
-    @property
-    def learns(self) -> bool:
-        """Whether drafting is learned from text."""
-        return self.fit_heads or self.draft_rows is not None
-
-    def learns_on(self, prompt: Prompt) -> bool:
-        """Drafting is learned on prompts 0, 4, 8, .., which are then not traced."""
-        return self.learns and prompt.index % LEARNED_ON == 0
-
-    def settings(self) -> dict[str, Any]:
-        kept = asdict(self)
-        del kept["folder"]
-        return {"schema": SCHEMA, **kept, "models": list(self.models), "draft_lengths": list(self.draft_lengths)}
+    learned: tuple[Prompt, ...]
+    traced: tuple[Prompt, ...]
 
 
-def plan_study(
-    models: Sequence[str] | None,
-    folder: str | Path,
-    prompts: str | Path | None,
-    max_new_tokens: int,
-    draft_lengths: Iterable[int],
-    draft_model: str | None,
-    draft_rows: int | None,
-    fit_heads: bool,
-    chat: bool,
-    device: str | None,
-    dtype: str | None,
-) -> tuple[StudyPlan, list[Prompt]]:
-    """Check everything that can be checked without a model."""
-    from probekit.models.reference import TALES
-
-    lengths = tuple(sorted(set(draft_lengths)))
-    if not lengths or lengths[0] < 1:
-        raise InputError(f"draft lengths are {list(lengths)}; expected one or more, each 1 or more.")
-    if max_new_tokens < 1:
-        raise InputError(f"the budget is {max_new_tokens} new tokens; expected 1 or more.")
-    if draft_rows is not None and draft_rows < 1:
-        raise InputError(f"a draft head of {draft_rows} rows is out of range: expected 1 or more.")
-    references = tuple(models or TALES)
-    labels = [label_of(reference) for reference in references]
+def plan_study(settings: StudySettings, folder: str | Path) -> StudyPlan:
+    """Check everything that can be checked without a model. Raises InputError."""
+    labels = [label_of(reference) for reference in settings.models]
     if len(set(labels)) < len(labels):
         raise InputError(f"two models of this study are both called {_repeated(labels)!r}.", "Study them apart.")
-    plan = StudyPlan(
-        models=references, folder=Path(folder), prompts=str(prompts) if prompts else None,
-        max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model, draft_rows=draft_rows,
-        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype,
-    )  # fmt: skip
-    chosen = load_prompts(prompts, chat=chat) if prompts else bundled_prompts_for(labels[0])
-    least = 3 if plan.learns else 2
-    if len(chosen) < least:
+    prompts = load_prompts(settings.prompts, chat=settings.chat) if settings.prompts else bundled_prompts_for(labels[0])
+    least = 3 if settings.learns else 2
+    if len(prompts) < least:
         raise InputError(
-            f"a study needs at least {least} prompts, and {plan.prompts} has {len(chosen)}.",
+            f"a study needs at least {least} prompts, and {settings.prompts} has {len(prompts)}.",
             "It chooses on the even-numbered ones and validates on the odd ones"
-            + (", and learns drafting on every fourth." if plan.learns else "."),
+            + (", and learns drafting on every fourth." if settings.learns else "."),
         )
-    return plan, chosen
+    learned = tuple(prompt for prompt in prompts if settings.learns and prompt.index % LEARNED_ON == 0)
+    traced = tuple(prompt for prompt in prompts if prompt not in learned)
+    return StudyPlan(settings, Path(folder), learned, traced)
 
 
 def open_folder(plan: StudyPlan) -> None:
     """Make the folder, or resume it if it holds a study with the same settings."""
     marker = plan.folder / "study.json"
+    now = {"schema": SCHEMA, **plan.settings.to_json()}
     if plan.folder.exists() and not plan.folder.is_dir():
         raise InputError(f"{plan.folder} is a file; expected a folder for the study.")
     if marker.exists():
         before = json.loads(marker.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(plan.settings()))
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             raise InputError(
@@ -107,7 +64,7 @@ def open_folder(plan: StudyPlan) -> None:
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise InputError(f"{plan.folder} exists and is not a study.", "Name an empty or a new folder.")
     plan.folder.mkdir(parents=True, exist_ok=True)
-    atomic_text(marker, json.dumps(plan.settings(), indent=2))
+    atomic_text(marker, json.dumps(now, indent=2))
 
 
 def label_of(reference: str) -> str:

@@ -1,19 +1,21 @@
-"""`run_study`: the main job."""
+"""`run_study`: the main job. Each model goes through the phases; what they made becomes tables, figures and a page."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from probekit.presentation.report import write_report
-from probekit.study.phases import PHASES, ModelStudy, Progress, elapsed
-from probekit.study.plan import label_of, open_folder, plan_study
-from probekit.study.summary import Study, draw_figures, write_summary, write_tables
+from probekit.settings import StudySettings, digest
+from probekit.study import phases
+from probekit.study.kept import Kept
+from probekit.study.phases import Progress, elapsed
+from probekit.study.plan import StudyPlan, label_of, open_folder, plan_study
+from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
+
+Made = TypeVar("Made")
 
 
 def run_study(
@@ -48,21 +50,17 @@ def run_study(
     ------
     InputError: before any work, when the plan cannot be carried out.
     """
+    from probekit.models.reference import TALES
+
     started = time.perf_counter()
-    plan, prompt_set = plan_study(
-        models, folder, prompts, max_new_tokens, draft_lengths, draft_model, draft_rows, fit_heads, chat, device, dtype
-    )
+    settings = StudySettings(
+        models=tuple(models or TALES), prompts=str(prompts) if prompts else None, max_new_tokens=max_new_tokens,
+        draft_lengths=tuple(sorted(set(draft_lengths))), draft_model=draft_model, draft_rows=draft_rows,
+        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype,
+    )  # fmt: skip
+    plan = plan_study(settings, folder)
     open_folder(plan)
-    studies = []
-    for reference in plan.models:
-        study = ModelStudy(plan, reference, label_of(reference), prompt_set, progress or _silent)
-        with _own_threads():
-            for phase in PHASES:
-                with elapsed() as spent:
-                    phase(study)
-                study.seconds[phase.__name__] = spent.seconds
-        study.loaded = study.drafter = None  # one model in memory at a time
-        studies.append(study)
+    studies = [study_model(plan, reference, progress or _no_progress) for reference in settings.models]
     with elapsed() as writing:
         write_tables(plan.folder, studies)
         draw_figures(plan.folder, studies)
@@ -71,15 +69,35 @@ def run_study(
     return Study(plan.folder, summary)
 
 
-def _silent(*_: Any, **__: Any) -> None:
+def study_model(plan: StudyPlan, reference: str, progress: Progress) -> ModelStudy:
+    """One model through all phases, each from what those before it made. The model is let go at the end."""
+    settings, folder, name = plan.settings, plan.folder, label_of(reference)
+    seconds: dict[str, float] = {}
+
+    def run(phase: Callable[..., Made], *artefacts: Any) -> Made:
+        with elapsed() as spent:
+            made = phase(*artefacts)
+        seconds[phase.__name__] = spent.seconds
+        return made
+
+    def say(phase: str, *counts: Any, **figures: Any) -> None:
+        progress(f"{name}: {phase}", *counts, **figures)
+
+    with phases.own_threads():
+        models = run(phases.load_model, settings, reference, say)
+        loaded = models.loaded
+        kept = Kept(folder / "phases" / name, digest(settings.to_json(), loaded.weights_hash))
+        run(phases.settle_threads, loaded, (*plan.learned, *plan.traced)[0], kept)
+        heads_file = folder / "exit_heads" / f"{name}.safetensors"
+        drafting = run(phases.learn_drafting, loaded, plan.learned, settings, kept, heads_file, say)
+        trace = run(phases.trace_prompts, models, plan.traced, drafting, settings, folder / "traces" / name, say)
+        prediction = run(phases.predict_rounds, trace, settings)
+        timings = run(phases.time_the_trace, loaded, plan.traced, drafting, settings, kept, say)
+        costs = run(phases.calibrate_costs, models, trace, drafting, settings, kept, say)
+        choice = run(phases.choose_pair, prediction, costs)
+        validated = run(phases.validate_choice, models, trace, choice, settings, kept, say)
+    return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds)
+
+
+def _no_progress(*_: Any, **__: Any) -> None:
     return None
-
-
-@contextmanager
-def _own_threads() -> Iterator[None]:
-    """Torch's number of threads comes back as it was."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,37 @@ import torch
 
 import probekit
 from probekit.choice.choose import Choice
+from probekit.costs.profile import Costs
+from probekit.prediction.table import Prediction
 from probekit.presentation import tables
 from probekit.presentation.previews import draw_previews
-from probekit.study.phases import ModelStudy
+from probekit.study.phases import Validated
 from probekit.study.plan import SCHEMA, StudyPlan
 from probekit.traces.storage import atomic_text
+from probekit.traces.trace import Trace
 
+LIBRARIES = ("torch", "transformers", "numpy", "nnsight")
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStudy:
+    """What the phases made of one model. timings: of its trace beside its text; seconds: of each phase."""
+
+    name: str
+    reference: str
+    trace: Trace
+    prediction: Prediction
+    costs: Costs
+    choice: Choice
+    validated: Validated
+    timings: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def pair(self) -> tuple[int | None, int] | None:
+        """The chosen (exit layer, draft length), as tables name it; None: do not speculate."""
+        return self.choice.best.cell if self.choice.speculate else None
 
 
 @dataclass(frozen=True)
@@ -66,12 +90,11 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
     """One CSV file a table, the models below one another."""
     parts: dict[str, list[pd.DataFrame]] = {}
     for study in studies:
-        assert study.trace is not None and study.prediction is not None and study.costs is not None
-        rounds = pd.DataFrame([{"model": study.name, **row} for row in study.validation["rounds"]])
+        rounds = pd.DataFrame([{"model": study.name, **row} for row in study.validated.rounds])
         for name, table in (
             ("layers", tables.layers_table(study.trace, study.name)),
             ("cells", tables.cells_table(study.prediction, study.choice, study.name)),
-            ("validation", tables.validation_table(study.validation, study.name, rounds)),
+            ("validation", tables.validation_table({"cells": study.validated.cells}, study.name, rounds)),
             ("rounds", rounds),
             ("run_lengths", tables.run_lengths_table(study.trace, model=study.name)),
             ("costs", tables.costs_table(study.costs, study.name)),
@@ -85,7 +108,7 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
 def draw_figures(folder: Path, studies: Sequence[ModelStudy]) -> None:
     """Previews; `python -m figures --study DIR` draws a paper's."""
     read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
-    traces = {study.name: study.trace for study in studies if study.trace is not None}
+    traces = {study.name: study.trace for study in studies}
     chosen = {study.name: study.pair for study in studies}
     draw_previews(folder / "figures", read, traces, chosen)
 
@@ -96,10 +119,10 @@ def write_summary(plan: StudyPlan, studies: Sequence[ModelStudy], writing_s: flo
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"probekit": probekit.__version__}
-        | {name: version(name) for name in ("torch", "transformers", "numpy", "nnsight")},
+        | {name: installed for name in LIBRARIES if (installed := _version(name)) is not None},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads()},
-        "settings": plan.settings(),
+        "settings": {"schema": SCHEMA, **plan.settings.to_json()},
         "seconds": {"tables_and_figures": writing_s, "total": total_s},
         "models": [_summary_of(study) for study in studies],
     }  # fmt: skip
@@ -107,13 +130,20 @@ def write_summary(plan: StudyPlan, studies: Sequence[ModelStudy], writing_s: flo
     return summary
 
 
+def _version(name: str) -> str | None:
+    """A library's version; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _summary_of(study: ModelStudy) -> dict[str, Any]:
     trace, choice = study.trace, study.choice
-    assert trace is not None and choice is not None
     model = trace.manifest.model
     document = choice.to_json()
     best = choice.ranking[0]
-    cells = [{key: value for key, value in cell.items() if key != "rounds"} for cell in study.validation["cells"]]
+    cells = [{key: value for key, value in cell.items() if key != "rounds"} for cell in study.validated.cells]
     chosen = next(
         (cell for cell in cells if (cell["exit_layer"], cell["draft_length"]) == best.cell and document["speculate"]),
         None,

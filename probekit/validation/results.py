@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.drafting.keys import DrafterKey
+from probekit.drafting.policies import FIXED, Policy
 from probekit.html_tables import Colour, HtmlCell, html_table
 from probekit.validation.differences import Difference
 
@@ -131,6 +132,7 @@ class Validation:
     cells: tuple[CellValidation, ...]
     draft_rows: int | None = None
     exit_heads: str | None = None
+    policy: Policy = FIXED
 
     @property
     def holds(self) -> bool:
@@ -157,6 +159,7 @@ class Validation:
             "text": self.text,
             "draft_rows": self.draft_rows,
             "exit_heads": self.exit_heads,
+            **({} if self.policy == FIXED else {"policy": str(self.policy)}),
             "cells": [cell.to_json() for cell in self.cells],
         }
 

@@ -114,6 +114,7 @@ def validate(
         ),
         draft_rows,
         trace.manifest.heads_name,
+        policy,
     )
 
 
