@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, print_table, progress_bars, remark
+from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
 
@@ -53,7 +53,7 @@ def choose(
     if as_json:
         print_json(choice.to_json())
         return
-    remark(choice.sentence())
+    notice(choice.sentence())
     print_table(
         f"costs: {timed.source}, {timed.device}, {timed.dtype}, context {timed.context}",
         ["drafts at", "length", "speedup", "95 %"],

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import out, print_json, remark
+from probekit.cli.terminal import notice, out, print_json
 from probekit.errors import InputError
 from probekit.presentation.tokens import shown
 
@@ -61,7 +61,9 @@ def decode(
         exit_layer=exit_layer,
         draft_length=draft_length,
         draft_model=drafter,
-        draft_vocabulary=None if draft_rows is None else _kept(draft_vocabulary, draft_rows, loaded),
+        draft_vocabulary=None
+        if draft_rows is None or draft_vocabulary is None
+        else _kept(draft_vocabulary, draft_rows, loaded),
         exit_heads=exit_heads,
         policy=None if policy == "fixed" else policy_named(policy),
         max_new_tokens=max_new_tokens,
@@ -74,15 +76,14 @@ def decode(
         return
     out.print()
     marked = " (underlined)" if out.is_terminal else ""
-    remark(_figures(decoded, marked), quiet=quiet)
+    notice(_figures(decoded, marked), quiet=quiet)
 
 
-def _kept(run: Path | None, rows: int, loaded: Loaded) -> list[int]:
+def _kept(run: Path, rows: int, loaded: Loaded) -> list[int]:
     """The most frequent tokens of a run: those that a draft head of so many rows keeps."""
     from probekit.traces.draft_vocabulary import check_draft_rows
     from probekit.traces.trace import Trace
 
-    assert run is not None
     order = Trace.open(run).frequent_tokens().fit(loaded.anatomy.vocabulary).order(loaded.anatomy.vocabulary)
     return order[: check_draft_rows(rows, len(order))].tolist()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, progress_bars, remark
+from probekit.cli.terminal import notice, print_json, progress_bars
 from probekit.errors import InputError
 
 
@@ -63,8 +63,8 @@ def fit_heads(
         )
         return
     exits = len(heads)
-    remark(f"fitted heads for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
-    remark(f"Next: probekit trace {record.reference} --exit-heads {output} -o RUN, on other prompts.", quiet=quiet)
+    notice(f"fitted heads for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
+    notice(f"Next: probekit trace {record.reference} --exit-heads {output} -o RUN, on other prompts.", quiet=quiet)
 
 
 def _counted(items: Iterable[Any], total: int, phase: str, progress: Callable[..., None]) -> Iterator[Any]:

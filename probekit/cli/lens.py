@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import out, print_json, progress_bars, remark
+from probekit.cli.terminal import notice, out, print_json, progress_bars
 from probekit.presentation.tokens import clipped, columns, shown
 
 
@@ -39,7 +39,7 @@ def lens(
         from probekit.presentation.report import write_lens_page
 
         write_lens_page(trace, html)
-        remark(f"wrote {html}", quiet=quiet)
+        notice(f"wrote {html}", quiet=quiet)
     if as_json:
         print_json({"schema": "probekit/lens/1", **table.to_json()})
     else:

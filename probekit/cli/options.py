@@ -43,7 +43,7 @@ Policy = Annotated[
     str,
     typer.Option(
         "--policy",
-        help="When a round stops drafting early: fixed (never), confidence:0.6, or module.Class of your own.",
+        help="When a round stops drafting early: fixed (never), confidence:0.6, or your own module.Class.",
     ),
 ]
 ExitHeads = Annotated[

@@ -39,7 +39,7 @@ def print_json(document: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def remark(message: str, *, quiet: bool = False) -> None:
+def notice(message: str, *, quiet: bool = False) -> None:
     """A line for the person at the terminal; escaped, since it may quote prompts and tokens."""
     if not quiet:
         err.print(escape(message))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, progress_bars, remark
+from probekit.cli.terminal import notice, print_json, progress_bars
 
 
 def trace(
@@ -80,12 +80,12 @@ def trace(
             }
         )
         return
-    remark(
+    notice(
         f"traced {manifest.prompt_count} prompts of {manifest.model.name} into {output}. "
         f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",
         quiet=quiet,
     )
     if manifest.savings is not None:
         spared = manifest.savings["products_avoided"]
-        remark(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
-    remark(f"Next: probekit predict {output}", quiet=quiet)
+        notice(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
+    notice(f"Next: probekit predict {output}", quiet=quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.keys import check_draft_model
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
-from probekit.settings import Sampling, whole_number
+from probekit.settings import Progress, Sampling, whole_number
 
 if TYPE_CHECKING:
     from probekit.lens.exit_heads import ExitHead
@@ -27,7 +27,6 @@ CALIBRATION_S = 4.0
 FEWEST, MOST = 5, 40
 """A calibration sweeps over all steps for about CALIBRATION_S seconds, FEWEST times at least and MOST at most."""
 MOST_DRAFTS = 4  # of a timed round: further ones take as long as the last of these
-Progress = Callable[..., None]
 
 
 def measure_costs(
@@ -159,10 +158,11 @@ def assemble(
     by_exit = np.stack([np.interp(every, exits, column) for column in verify.T], axis=1)  # (exits, timed widths)
     by_width = np.stack([np.interp(widths, rows, row) for row in by_exit])  # (exits, widths)
     drafted = min(rows[-1] - 1, MOST_DRAFTS)
-    booking = max(0.0, (median[f"booking {drafted}"] - median["booking 0"]) / drafted)
-    heads = np.array([median[f"head {exit_layer}"] for exit_layer in exits]) + booking
+    # "booking" is what the accounting of a round is called in the quantiles that profiles keep
+    accounting = max(0.0, (median[f"booking {drafted}"] - median["booking 0"]) / drafted)
+    heads = np.array([median[f"head {exit_layer}"] for exit_layer in exits]) + accounting
     colder = np.array([median[f"early first {exit_layer}"] for exit_layer in exits]) - early
-    colder = np.maximum(colder + median["head first"] + booking - heads, 0.0)
+    colder = np.maximum(colder + median["head first"] + accounting - heads, 0.0)
     errors = [_distance_from_line(exits, column) for column in (early, *verify.T)]
     helper = None
     if draft_model is not None:

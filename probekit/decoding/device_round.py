@@ -105,7 +105,7 @@ class DeviceState:
 
 
 class Round:
-    """Draft, verify, judge, book and move on: call it, or record the call and replay it.
+    """One round on the device: draft, verify, log, move on. Call it, or record the call and replay it.
 
     With an exit layer: K early passes with a head each, one more for the last draft's residual, and a late pass with
     the head over K + 1 rows. Without one: a step of autoregressive decoding. A round always drafts K tokens; where

@@ -119,7 +119,8 @@ class SequenceState:
 
     def decoded(self, *, seconds: dict[str, float], **setting: Any) -> Decoded:
         """The finished result. setting: the fields of Decoded that the method knows."""
-        assert self.ended is not None
+        if self.ended is None:
+            raise RuntimeError("this sequence has not ended yet")
         return Decoded(
             prompt=self.index,
             prompt_ids=self.prompt_ids,

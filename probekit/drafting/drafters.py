@@ -80,16 +80,15 @@ class ExitLayer:
 
     def signal(self, trace: Trace, prompt: int) -> np.ndarray:
         if self.read is not None:
-            return self._given(trace, prompt)
+            return self._given(trace, prompt, self.read)
         if self.rows is not None:
             return trace.draft_head_agreement(prompt, self.rows, rounded=True)[self.exit_layer]
         if trace.manifest.text != "greedy":
             return trace.accept_probability(prompt)[self.exit_layer]
         return trace.agreement(prompt, rounded=trace.rounds_logits)[self.exit_layer]
 
-    def _given(self, trace: Trace, prompt: int) -> np.ndarray:
-        assert self.read is not None
-        layers = np.asarray(self.read(prompt))
+    def _given(self, trace: Trace, prompt: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
+        layers = np.asarray(read(prompt))
         expected = trace.depth + 1, len(trace.outputs(prompt))
         if layers.shape != expected:
             raise InputError(f"the agreement of prompt {prompt} has shape {layers.shape}; expected {expected}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from probekit.costs.profile import Costs
 from probekit.drafting.keys import DrafterKey
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
-from probekit.settings import StudySettings
+from probekit.settings import Progress, StudySettings
 from probekit.study.kept import Kept
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
@@ -34,8 +34,6 @@ TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
 CONTEXT = 128  # tokens in the cache when a step is timed
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
-
-Progress = Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)

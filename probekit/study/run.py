@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from probekit.presentation.report import write_report
-from probekit.settings import StudySettings, digest
+from probekit.settings import Progress, StudySettings, digest, no_progress
 from probekit.study import phases
 from probekit.study.kept import Kept
-from probekit.study.phases import Progress, elapsed
+from probekit.study.phases import elapsed
 from probekit.study.plan import StudyPlan, label_of, open_folder, plan_study
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
 
@@ -60,7 +60,7 @@ def run_study(
     )  # fmt: skip
     plan = plan_study(settings, folder)
     open_folder(plan)
-    studies = [study_model(plan, reference, progress or _no_progress) for reference in settings.models]
+    studies = [study_model(plan, reference, progress or no_progress) for reference in settings.models]
     with elapsed() as writing:
         write_tables(plan.folder, studies)
         draw_figures(plan.folder, studies)
@@ -97,7 +97,3 @@ def study_model(plan: StudyPlan, reference: str, progress: Progress) -> ModelStu
         choice = run(phases.choose_pair, prediction, costs)
         validated = run(phases.validate_choice, models, trace, choice, settings, kept, say)
     return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds)
-
-
-def _no_progress(*_: Any, **__: Any) -> None:
-    return None

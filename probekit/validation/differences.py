@@ -116,8 +116,7 @@ def apart(
 ) -> list[Difference]:
     """Where a cell and autoregressive decoding part, unless the trace has named that place already."""
     place = first_difference(tokens, reference)
-    assert place is not None
-    if place == first_difference(text.tokens, tokens):
+    if place is None or place == first_difference(text.tokens, tokens):
         return []
     before = list(tokens[:place])
     if before == text.tokens[:place] and place < len(text.tokens):

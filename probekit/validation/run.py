@@ -6,7 +6,7 @@ that difference can change places: such a near-tie is counted and named. Any oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -30,14 +30,13 @@ from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell
-from probekit.settings import Sampling
+from probekit.settings import Progress, Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.differences import Difference, PredictedText, apart, differences_of
 from probekit.validation.results import CellValidation, Validation
 
 WARM_UP_TOKENS = 8
-Progress = Callable[..., None]
 
 
 def validate(

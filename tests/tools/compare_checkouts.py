@@ -95,7 +95,8 @@ def everything(checkout: Path, folder: Path) -> Iterator[tuple[str, Any]]:
             elif path.suffix == ".safetensors":
                 yield f"{name}/{path.name}", path.read_bytes()
             else:
-                yield f"{name}/{path.name}", _without(json.loads(path.read_text(encoding="utf-8")))
+                text = path.read_text(encoding="utf-8").replace(str(folder), "RUN")
+                yield f"{name}/{path.name}", _without(json.loads(text))
     for name, words in COMMANDS.items():
         yield name, _parsed(run(checkout, folder, [*words, "--json"]))
         status, out, err = run(checkout, folder, [*words, "--quiet"])
