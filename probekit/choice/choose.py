@@ -91,7 +91,7 @@ class Choice:
     """What to do with this model on this device, and how sure that is.
 
     ranking: every way of drafting, the fastest first. methods: the best of each method, the fastest first;
-    autoregressive decoding stands among them at 1. policy: when rounds stop drafting early.
+    autoregressive decoding is among them, at 1. policy: when rounds stop drafting early.
 
     A decoder takes it as it is: `probekit.decode(model, prompt, choice)`.
     """

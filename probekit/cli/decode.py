@@ -108,6 +108,6 @@ def _stream(text: str, how: str) -> None:
         out.file.write(text)
         out.file.flush()
         return
-    # A model may say anything, but what it says must not steer the terminal.
+    # What a model writes is data: it must not control the terminal.
     harmless = "".join(sign if sign in "\n\t" or sign.isprintable() else shown(sign) for sign in text)
     out.print(Text(harmless, style="underline green" if how == "accepted" else ""), end="", soft_wrap=True)

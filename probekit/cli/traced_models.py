@@ -1,10 +1,10 @@
-"""The models of a run, loaded again from where its manifest says."""
+"""The models of a run, loaded from the references in its manifest."""
 
 from __future__ import annotations
 
 
 def models_of(trace, device, dtype):
-    """The model of a run and its drafter, loaded from where the manifest says."""
+    """The model of a run and its draft model, loaded from the references in its manifest."""
     from probekit.models.loaded import load
 
     manifest = trace.manifest

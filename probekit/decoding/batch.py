@@ -65,7 +65,7 @@ class DecodeBatch:
 
     @property
     def positions(self) -> list[int]:
-        """Where each row's last token stands."""
+        """Position of each row's last token."""
         return [row.position for row in self.rows]
 
     @property
@@ -74,7 +74,7 @@ class DecodeBatch:
         return torch.tensor([len(row.tokens) for row in self.rows], device=self.device)
 
     def prompt_tokens(self) -> Tensor:
-        """(rows, longest prompt), filled up on the right: what stands there is overwritten before it is seen."""
+        """(rows, longest prompt), padded on the right; the padding's slots are overwritten before any row sees them."""
         longest = self.plan.longest
         padded = [ids + [0] * (longest - len(ids)) for ids in self.plan.prompts]
         return torch.tensor(padded, device=self.device)

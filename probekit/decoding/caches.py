@@ -1,4 +1,4 @@
-"""Keys and values of every layer, written where a pass says: rollback is only a smaller position.
+"""A key-value cache that each pass writes at the positions it is given: rollback is only a smaller position.
 
 Nothing is ever cut, copied or concatenated. A slot is a position of the sequence; what a rejected draft left there is
 overwritten before any row can see it, because a row at position s sees the slots up to s and a pass writes its own

@@ -1,4 +1,4 @@
-"""`decode`: one prompt, by any method, or as a choice says."""
+"""`decode`: continue one prompt, by a method, or by a choice."""
 
 from __future__ import annotations
 

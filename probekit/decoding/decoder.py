@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Decoder:
-    """What every decoding method is: `decode` checks everything first, then runs; the model stays as it was.
+    """The base of every decoding method: `decode` checks everything first, then runs, and leaves the model unchanged.
 
     A subclass says how a batch runs (`_run`) and what it needs.
     """

@@ -33,7 +33,7 @@ def bucket(slots: int) -> int:
 
 
 class DeviceEngine(Engine):
-    """An engine whose passes stand where a tensor of the device says.
+    """An engine whose positions are a tensor on the device.
 
     Raises InputError for a model with hooks that a replay would not call; those of `Capture(into=buffer)` are device
     work like the rest.
@@ -70,8 +70,8 @@ def one_place(places: PassPositions, token: int) -> PassPositions:
 class DeviceState:
     """Where the rows of a batch stand: buffers of the device, int64.
 
-    last: (rows, 1) each row's last token. position: (rows, 1) where that stands.
-    before: (rows, 1) where the prompt's last token stands. final: (rows, 1) where the budget's last token would stand.
+    last: (rows, 1) each row's last token. position: (rows, 1) its position.
+    before: (rows, 1) position of the prompt's last token. final: (rows, 1) position of the budget's last token.
     stream: (rows,) random streams.
     log: (rounds, rows, K + 2) what each round did: accepted drafts, the token after them, the drafts.
     done: (1,) rounds in the log.

@@ -10,12 +10,12 @@ from probekit.decoding.results import Decoded, Ended, How, Piece
 
 
 class SequenceState:
-    """One text while it grows: tokens, counts, and what to hand out.
+    """One sequence while it is decoded: its tokens, its counts of drafted and accepted tokens, and its text.
 
     Parameters
     ----------
     index: the prompt's index. budget: most new tokens, M.
-    stop, on_accept: as for `decode`; text is followed token by token only where one of them needs it.
+    stop, on_accept: as for `decode`; text is decoded token by token only where one of them needs it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SequenceState:
 
     @property
     def position(self) -> int:
-        """Where the last token stands in the sequence: the row that predicts the next token."""
+        """Position of the last token in the sequence: the row that predicts the next token."""
         return len(self.prompt_ids) + len(self.tokens) - 1
 
     def limit(self, draft_length: int) -> int:
@@ -53,12 +53,12 @@ class SequenceState:
         return min(draft_length, self.budget - len(self.tokens) - 1)
 
     def first(self, token: int) -> None:
-        """Book y[0], which the prefill emits."""
+        """Count y[0], which the prefill emits."""
         self._append(token)
         self._hand_out((token,), "prefill")
 
     def round(self, drafts: Sequence[int], drafted: int, run: int, token: int) -> None:
-        """Book a round: `run` of `drafted` drafts were accepted, then comes `token`.
+        """Count a round: `run` of `drafted` drafts were accepted, then comes `token`.
 
         An ending inside the run leaves what follows out; an accepted ending counts as accepted.
         """

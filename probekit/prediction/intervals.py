@@ -28,7 +28,7 @@ def bootstrap_ratio(
     """Intervals of pooled ratios: numerators.sum() / denominators.sum() over prompts that are drawn again.
 
     The percentile bootstrap of scipy, paired: a prompt brings its numerator and its denominator, and the same prompts
-    are drawn for every ratio. A draw in which nothing was counted stands at the ratio itself.
+    are drawn for every ratio. A draw in which nothing was counted gives the ratio itself.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ from probekit.errors import InputError
 FIRST_START = {"prefill": 1, "draft": 0}
 """Output index at which the first round starts: `prefill` is our decoder's convention, `draft` that of transformers."""
 CUT = "cut"
-"""What `ended` says of a text that an analysis cut short: it neither ended by itself nor filled the trace's budget."""
+"""Value of `ended` for a text that an analysis cut short: it neither ended by itself nor filled the trace's budget."""
 
 
 class Rounds(NamedTuple):
@@ -187,7 +187,7 @@ def tally(walk: Walk, longest: int) -> RoundCounts:
     cells = np.arange(int(np.prod(shape))).reshape(shape) * (longest + 2)
 
     def histogram(values: np.ndarray) -> np.ndarray:
-        """(drafters, lengths, prompts, K + 1): rounds with each value; -1, which stands for no round, is left out."""
+        """(drafters, lengths, prompts, K + 1): rounds with each value; -1 (no round) is left out."""
         bins = np.bincount((cells + values + 1).ravel(), minlength=cells.size * (longest + 2))
         return bins.reshape(*shape, longest + 2)[..., 1:]
 

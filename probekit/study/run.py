@@ -70,7 +70,7 @@ def run_study(
 
 
 def study_model(plan: StudyPlan, reference: str, progress: Progress) -> ModelStudy:
-    """One model through all phases, each from what those before it made. The model is let go at the end."""
+    """One model through all phases; each takes what earlier ones made. The model is freed at the end."""
     settings, folder, name = plan.settings, plan.folder, label_of(reference)
     seconds: dict[str, float] = {}
 

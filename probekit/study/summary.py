@@ -1,4 +1,4 @@
-"""What a study leaves behind: tables, figures, `summary.json`, and the recommendation."""
+"""The results of a study: tables, figures, `summary.json`, and the recommendation."""
 
 from __future__ import annotations
 
