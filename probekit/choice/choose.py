@@ -296,8 +296,8 @@ def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:
 
 
 def speedups(cells: Sequence[Cell], costs: Costs) -> list[float | None]:
-    """The predicted speedup of each cell; None for a cell without a round."""
-    seconds = [float(decoding_seconds(cell, costs).sum()) for cell in cells]
+    """The predicted speedup of each cell; None for a cell without a round, or whose drafter was not timed."""
+    seconds = [float(decoding_seconds(cell, costs).sum()) if costs.knows(cell.key) else 0.0 for cell in cells]
     return [
         cell.tokens * costs.autoregressive_s / total if total else None
         for cell, total in zip(cells, seconds, strict=True)

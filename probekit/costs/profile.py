@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.drafting.keys import DrafterKey
+from probekit.drafting.keys import MODEL, DrafterKey
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
 
@@ -120,7 +120,7 @@ class Costs:
         """Whether rounds of this drafter have a cost here, whatever it drafts with."""
         if key.is_exit:
             return key.exit_layer in self.early_s
-        return self.draft_model is not None and self.draft_model.name == key.model
+        return key.kind == MODEL and self.drafter == key.model
 
     def check_draft_head(self, keys: Iterable[DrafterKey]) -> None:
         """Raise InputError for exits that draft with another head than the one that was timed."""
@@ -159,7 +159,7 @@ class Costs:
     def _check(self, key: DrafterKey, drafts: int) -> None:
         if not self.knows(key):
             what = f"exit layer {key.exit_layer} is out of range" if key.is_exit else f"{key.model} was not timed"
-            there = f"exits 1..{self.depth - 1}" if key.is_exit else f"the draft model {self.drafter}"
+            there = f"exits 1..{self.depth - 1}" if key.is_exit else f"the draft model {self.drafter or '(none)'}"
             raise InputError(f"{what}: these costs know {there}.")
         if not 0 <= drafts <= self.longest_draft:
             raise InputError(

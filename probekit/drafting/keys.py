@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 SELF = "self"
 """What tables and JSON call the drafter of an exit layer: the model itself."""
 
-Kind = Literal["exit", "model"]
-METHODS: Mapping[Kind, str] = {"exit": "self-speculative", "model": "speculative"}
+EXIT, MODEL = "exit", "model"
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class DrafterKey:
 
     Parameters
     ----------
-    kind: "exit" (the model's first layers draft) or "model" (a draft model does).
+    kind: "exit" (the model's first layers draft), "model" (a draft model does), or a word of your own.
     exit_layer: E, of an exit; 0 otherwise.
-    model: the name of a draft model; "self" for an exit.
+    model: the name of what drafts, as tables show it; "self" for an exit.
     rows: of the head that an exit drafts with; None: all. exit_heads: the name (fingerprint) of the exit heads that it
         drafts through; None: none.
     """
 
-    kind: Kind
+    kind: str
     exit_layer: int = 0
     model: str = SELF
     rows: int | None = None
@@ -42,20 +41,20 @@ class DrafterKey:
 
     @classmethod
     def exit(cls, exit_layer: int, *, rows: int | None = None, exit_heads: str | None = None) -> DrafterKey:
-        return cls("exit", exit_layer, rows=rows, exit_heads=exit_heads)
+        return cls(EXIT, exit_layer, rows=rows, exit_heads=exit_heads)
 
     @classmethod
     def draft_model(cls, name: str) -> DrafterKey:
-        return cls("model", model=name)
+        return cls(MODEL, model=name)
 
     @property
     def is_exit(self) -> bool:
-        return self.kind == "exit"
+        return self.kind == EXIT
 
     @property
     def method(self) -> str:
         """What decoding with it is called."""
-        return METHODS[self.kind]
+        return "self-speculative" if self.is_exit else "speculative"
 
     @property
     def label(self) -> str:
@@ -64,12 +63,14 @@ class DrafterKey:
 
     @property
     def exit_or_null(self) -> int | None:
-        """The exit layer as JSON and tables hold it: null for a draft model."""
+        """The exit layer as JSON and tables hold it: null for every other drafter."""
         return self.exit_layer if self.is_exit else None
 
     def names(self, given: DrafterKey | int | None) -> bool:
         """Whether `given` means this one: a key, an exit layer, or None for the draft model, as JSON writes it."""
-        return given == self if isinstance(given, DrafterKey) else given == self.exit_or_null
+        if isinstance(given, DrafterKey):
+            return given == self
+        return self.kind in (EXIT, MODEL) and given == self.exit_or_null
 
 
 def check_exits(exit_layers: Iterable[int] | None, depth: int) -> list[int]:

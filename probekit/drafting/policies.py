@@ -19,6 +19,8 @@ from probekit.errors import InputError
 class Policy(Protocol):
     """Decides after each draft whether its round drafts another; the draft length K stays the most.
 
+    A function of its arguments alone: the rows of a batch take turns, so nothing may be kept between two calls.
+
     exact: whether a trace predicts the rounds exactly. needs_confidence: whether `keep_drafting` looks at it; if not,
     the host need not wait for it, and it is NaN.
     """

@@ -21,7 +21,7 @@ from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
 from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, traced_drafters
-from probekit.drafting.keys import DrafterKey, check_exits
+from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
@@ -49,6 +49,7 @@ def validate(
     limit: int | None = None,
     drafter: Loaded | None = None,
     draft_rows: int | None = None,
+    drafters: Sequence[Drafter] | None = None,
     policy: Policy = FIXED,
     costs: Costs | None = None,
     repeats: int = 1,
@@ -64,6 +65,7 @@ def validate(
         draft model where no exits are named.
     limit: only the first prompts of the trace.
     draft_rows: F, to draft at exit layers with the first F tokens of the trace's draft vocabulary only.
+    drafters: in place of the cells: these, with every one of `draft_lengths`.
     policy: when rounds stop drafting early, in the prediction and in the decoder; never by default. Where it looks at
         drafts, the drafted tokens are estimated, and are not held against the decoder's.
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
@@ -80,7 +82,11 @@ def validate(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
     chosen = trace.select(trace.prompts[:limit])
-    predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows, policy)
+    if drafters is None:
+        predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows, policy)
+    else:
+        lengths = range(1, 9) if draft_lengths is None else draft_lengths
+        predicted = list(predict(chosen, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
     heads = traced_heads(trace, loaded)
     decoders: list[Decoder] = [
         Speculative(
@@ -188,7 +194,7 @@ def _quick_costs(
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
     longest = max(cell.draft_length for cell in cells)
-    used = None if all(cell.key.is_exit for cell in cells) else drafter
+    used = drafter if any(cell.key.kind == MODEL for cell in cells) else None
     most = min(model.anatomy.context for model in (loaded, used) if model is not None) - max(2, longest) - 1
     ids = next((cell.drafts.draft_ids for cell in cells if isinstance(cell.drafts, ExitLayer)), None)
     return measure_costs(
