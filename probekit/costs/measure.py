@@ -19,6 +19,8 @@ from probekit.errors import InputError
 from probekit.settings import Progress, Sampling, whole_number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from probekit.lens.exit_heads import ExitHead
     from probekit.models.loaded import Loaded
 
@@ -36,7 +38,7 @@ def measure_costs(
     exit_layers: Iterable[int] | None = None,
     draft_lengths: Iterable[int] = range(1, 9),
     drafter: Loaded | None = None,
-    draft_vocabulary: Sequence[int] | None = None,
+    draft_vocabulary: Sequence[int] | Tensor | None = None,
     exit_heads: Mapping[int, ExitHead] | None = None,
     sampling: Sampling | None = None,
     policy: Policy | None = None,

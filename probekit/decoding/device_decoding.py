@@ -16,6 +16,7 @@ from probekit.decoding.decoder import Decoder
 from probekit.decoding.device_round import DeviceEngine, DeviceState, Round, bucket
 from probekit.decoding.sequence import SequenceState
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.drafting.proposers import ExitLayerDrafts
 from probekit.models.loaded import Loaded
 
 
@@ -29,7 +30,8 @@ class _InRounds(Decoder):
         if not batch.rows:
             return
         state = DeviceState.of(batch, self.draft_length)
-        head = self.drafts.head if isinstance(self, SelfSpeculative) else None
+        drafts = self.drafts if isinstance(self, SelfSpeculative) else None
+        head = drafts.head if isinstance(drafts, ExitLayerDrafts) else None
         rounds: dict[int, Round] = {}
         sent = read = 0
         while going := [row for row in batch.rows if row.ended is None]:

@@ -16,6 +16,8 @@ from probekit.drafting.keys import DrafterKey, check_exits
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from probekit.drafting.proposers import BoundDrafter
     from probekit.models.loaded import Loaded
     from probekit.traces.trace import Trace
@@ -69,7 +71,7 @@ class ExitLayer:
     exit_layer: int
     rows: int | None = None
     exit_heads: str | None = None
-    draft_ids: Sequence[int] | None = field(default=None, repr=False)
+    draft_ids: Sequence[int] | Tensor | None = field(default=None, repr=False)
     exit_head: Callable[..., Any] | None = field(default=None, repr=False)
     packed_heads: Callable[[], bytes | None] | None = field(default=None, repr=False)
     read: Callable[[int], np.ndarray] | None = field(default=None, repr=False)

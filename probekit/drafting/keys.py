@@ -73,6 +73,26 @@ class DrafterKey:
         return self.kind in (EXIT, MODEL) and given == self.exit_or_null
 
 
+class NamedByKey:
+    """What a row of a table that has a `key` calls its drafter."""
+
+    key: DrafterKey
+
+    @property
+    def exit_layer(self) -> int | None:
+        """E, as tables and JSON hold it: null for every other drafter."""
+        return self.key.exit_or_null
+
+    @property
+    def drafter(self) -> str:
+        """The name of what drafts; `self` for an exit layer."""
+        return self.key.model
+
+    @property
+    def label(self) -> str:
+        return self.key.label
+
+
 def check_exits(exit_layers: Iterable[int] | None, depth: int) -> list[int]:
     """Exit layers of a model of L layers as whole numbers, each once; all of them by default. Or InputError."""
     exits = list(range(1, depth)) if exit_layers is None else list(dict.fromkeys(exit_layers))

@@ -25,8 +25,11 @@ class Policy(Protocol):
     the host need not wait for it, and it is NaN.
     """
 
-    exact: bool
-    needs_confidence: bool
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def needs_confidence(self) -> bool: ...
 
     def keep_drafting(self, drafted: int, confidence: float) -> bool:
         """drafted: drafts of this round so far. confidence: the drafter's probability of the last one."""

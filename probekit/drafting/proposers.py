@@ -62,7 +62,7 @@ class ExitLayerDrafts:
         self,
         loaded: Loaded,
         key: DrafterKey,
-        draft_ids: Sequence[int] | None = None,
+        draft_ids: Sequence[int] | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         parts = loaded.anatomy

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.drafting.drafters import Drafter
-from probekit.drafting.keys import DrafterKey
+from probekit.drafting.keys import DrafterKey, NamedByKey
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
@@ -22,7 +22,7 @@ SCHEMA = "probekit/predict/1"
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Cell(NamedByKey):
     """What one drafter does at one draft length K: counts of each prompt, and what follows from them.
 
     Counts are whole for greedy text and expected ones otherwise.
@@ -54,22 +54,8 @@ class Cell:
     counts_interval: dict[str, tuple[float, float] | None] | None = None
 
     @property
-    def key(self) -> DrafterKey:
+    def key(self) -> DrafterKey:  # type: ignore[override]
         return self.drafts.key
-
-    @property
-    def exit_layer(self) -> int | None:
-        """E, as tables and JSON hold it: null where a draft model drafts."""
-        return self.key.exit_or_null
-
-    @property
-    def drafter(self) -> str:
-        """The name of the draft model; `self` for an exit layer."""
-        return self.key.model
-
-    @property
-    def label(self) -> str:
-        return self.key.label
 
     @property
     def cell(self) -> tuple[int | None, int]:

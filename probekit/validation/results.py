@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.drafting.keys import DrafterKey
+from probekit.drafting.keys import DrafterKey, NamedByKey
 from probekit.drafting.policies import FIXED, Policy
 from probekit.html_tables import Colour, HtmlCell, html_table
 from probekit.validation.differences import Difference
@@ -17,7 +17,7 @@ SCHEMA = "probekit/validate/1"
 
 
 @dataclass(frozen=True, eq=False)
-class CellValidation:
+class CellValidation(NamedByKey):
     """One cell, predicted and run on the same prompts.
 
     predicted, measured: counts: rounds, drafted, accepted, tokens. For sampled text expected counts, and the mean of
@@ -46,20 +46,6 @@ class CellValidation:
     speedup_measured_quantiles: tuple[float, float] | None
     speedup_measured_end_to_end: float | None
     rounds: tuple[tuple[int, int, int, int | None, int | None], ...]
-
-    @property
-    def exit_layer(self) -> int | None:
-        """E, as tables and JSON hold it: null where a draft model drafts."""
-        return self.key.exit_or_null
-
-    @property
-    def drafter(self) -> str:
-        """The name of the draft model; `self` for an exit layer."""
-        return self.key.model
-
-    @property
-    def label(self) -> str:
-        return self.key.label
 
     @property
     def ties(self) -> int:
