@@ -21,11 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
 
-from probekit.choice.robustness import autocorrelation, closed_form_error, runs_against_geometric
+from probekit.choice.robustness import autocorrelation, closed_form_error
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.costs.roofline import roofline_costs
 from probekit.models.loaded import Loaded
+from probekit.prediction.run_lengths import run_lengths
 from probekit.presentation.plots.glyphs import plain
 from probekit.presentation.plots.style import PALETTE
 from probekit.traces.trace import Trace
@@ -139,10 +140,10 @@ def form_rows(trace: Trace, exits: list[int]) -> pd.DataFrame:
 def dependence_rows(trace: Trace) -> pd.DataFrame:
     """Every exit: variance of run lengths over the geometric law's, and autocorrelation, also within texts."""
     rows = []
-    for exit_layer in range(1, trace.depth):
+    for runs in run_lengths(trace):
+        exit_layer = runs.exit_layer
         keys = {"model": trace.manifest.model.name, "exit_layer": exit_layer}
-        runs = runs_against_geometric(trace, exit_layer)
-        rows.append({**keys, "quantity": "variance of runs / geometric", **runs.variance._asdict()})
+        rows.append({**keys, "quantity": "variance of runs / geometric", **runs.variance_ratio()._asdict()})
         for within in (False, True):
             share = autocorrelation(trace, exit_layer, LAGS, within=within)
             low, high = share.interval()

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from figures.artefacts import open_study
 from figures.latex import make_tables
-from figures.making import Output, StudyFolder, chosen, finish, make
+from figures.making import OutputOption, StudyOption, chosen, finish, make
+from probekit.presentation.study_folder import open_study
 
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One figure, by its name or fig03.")]
 
 
-def command(study: StudyFolder, only: Only = None, output: Output = None) -> None:
+def command(study: StudyOption, only: Only = None, output: OutputOption = None) -> None:
     """Draw a study's figures as PDF, SVG and PNG, and write its tables as LaTeX."""
 
     def work() -> Iterator[Path]:

@@ -6,10 +6,10 @@ import math
 
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.style import PAGE, TWO_COLUMNS
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import lens_table
 
 PROMPT = 0
@@ -19,7 +19,7 @@ TITLE = 0.32
 AROUND = TITLE + 0.6  # tokens and the axis's name below
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     tables = [lens_table(study.trace(model), PROMPT).window(POSITIONS) for model in study.models]
     room = PAGE / len(tables) - AROUND
     every = [max(1, math.ceil(table.frame["layer"].nunique() * ROW / max(room, 1.0))) for table in tables]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.panels import by_lens
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     return by_lens(study.table("layers"), plots.agreement_by_layer)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.panels import grids
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     cells = study.table("cells")
     most = float(cells["tokens_per_round"].max())
     rows = (

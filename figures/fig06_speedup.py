@@ -7,13 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.panels import grids
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     cells = study.table("cells")
     low, high = float(cells["speedup"].min()), float(cells["speedup"].max())
 
@@ -24,7 +24,7 @@ def draw(study: Study) -> Figure:
     return grids(study, cells, rows, {model: _verdict(study, model) for model in study.models})
 
 
-def _verdict(study: Study, model: str) -> str:
+def _verdict(study: StudyFolder, model: str) -> str:
     """The chosen pair and its speedup, with its interval."""
     choice, pair = study.entry(model)["choice"], study.chosen(model)
     if pair is None:

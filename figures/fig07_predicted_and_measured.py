@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.style import TWO_COLUMNS, canvas
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     validation = study.table("validation")
     figure = canvas(TWO_COLUMNS, 2.5, layout="compressed")
     axes = figure.subplots(1, len(plots.COMPARED))

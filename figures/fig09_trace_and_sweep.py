@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.making import alone
 from figures.panels import of_models
 from probekit.errors import InputError
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import sweep_table
 
 
-def draw(study: Study) -> Figure:
+def draw(study: StudyFolder) -> Figure:
     figure, axes = of_models(study, height=2.2, share_y=True)
     for ax, model in zip(axes, study.models, strict=True):
         timings = study.entry(model)["timings"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures.artefacts import TABLES, Study
 from probekit.presentation.latex import to_latex
+from probekit.presentation.study_folder import TABLES, StudyFolder
 from probekit.traces.storage import atomic_text
 
 
@@ -86,7 +86,7 @@ PRINTED: dict[str, Printed] = {
 }  # fmt: skip
 
 
-def make_tables(study: Study, output: Path) -> Iterator[Path]:
+def make_tables(study: StudyFolder, output: Path) -> Iterator[Path]:
     """Write each of the study's tables as LaTeX; yields every file."""
     (output / "tables").mkdir(parents=True, exist_ok=True)
     for name in TABLES:

@@ -12,17 +12,17 @@ import typer
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.artefacts import Study, open_study
 from probekit.errors import InputError, ProbekitError
+from probekit.presentation.study_folder import StudyFolder, open_study
 
-Draw = Callable[[Study], Figure]
-
-StudyFolder = Annotated[Path, typer.Option("--study", metavar="DIR", help="A folder that `probekit study` wrote.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="By default the study's paper/.")]
+StudyOption = Annotated[Path, typer.Option("--study", metavar="DIR", help="A folder that `probekit study` wrote.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="By default the study's paper/.")
+]
 
 
 class _Script(Protocol):
-    def draw(self, study: Study) -> Figure: ...
+    def draw(self, study: StudyFolder) -> Figure: ...
 
 
 def names() -> list[str]:
@@ -30,7 +30,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("fig[0-9][0-9]_*.py"))
 
 
-def make(study: Study, wanted: Sequence[str], output: Path) -> Iterator[Path]:
+def make(study: StudyFolder, wanted: Sequence[str], output: Path) -> Iterator[Path]:
     """Draw and write each wanted figure; yields every file."""
     for name in wanted:
         script: _Script = import_module(f"figures.{name}")
@@ -63,7 +63,7 @@ def alone(file: str) -> None:
     """Run one script by itself: `python -m figures.<name> --study DIR`."""
     name = Path(file).stem
 
-    def command(study: StudyFolder, output: Output = None) -> None:
+    def command(study: StudyOption, output: OutputOption = None) -> None:
         finish(lambda: make(open_study(study), [name], output or study / "paper"))
 
     command.__doc__ = sys.modules["__main__"].__doc__

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from figures.artefacts import Study
 from figures.style import ONE_COLUMN, PAGE, TWO_COLUMNS, canvas
 from probekit.presentation import plots
+from probekit.presentation.study_folder import StudyFolder
 
 ACROSS = 3
 """Panels beside one another in two columns of text."""
@@ -36,7 +36,7 @@ def by_lens(layers: pd.DataFrame, curve: Callable[[Axes, pd.DataFrame], None]) -
     return figure
 
 
-def of_models(study: Study, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
+def of_models(study: StudyFolder, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
     """One panel, `height` inches high, for each model, with its label; labels of the y axis only at the left."""
     many = len(study.models)
     across, down = min(many, ACROSS), math.ceil(many / ACROSS)
@@ -50,7 +50,10 @@ def of_models(study: Study, height: float, share_y: bool = False) -> tuple[Figur
 
 
 def grids(
-    study: Study, cells: pd.DataFrame, rows: Sequence[tuple[str, str, Grid]], below: Mapping[str, str] | None = None
+    study: StudyFolder,
+    cells: pd.DataFrame,
+    rows: Sequence[tuple[str, str, Grid]],
+    below: Mapping[str, str] | None = None,
 ) -> Figure:
     """For each row a colour bar with its label, for each model a heat map over exit layer and draft length.
 

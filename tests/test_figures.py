@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from figures import making, style
 from figures.__main__ import command
-from figures.artefacts import TABLES, open_study
 from figures.latex import PRINTED
+from probekit.presentation.study_folder import TABLES, open_study
 
 ROOT = Path(__file__).parent.parent
 NAMES = making.names()

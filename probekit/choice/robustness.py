@@ -1,7 +1,7 @@
 """How sure is a choice: dependence of acceptances, prompts that a choice needs, and what another kind of text costs.
 
-Acceptances are compared with what independence would give: runs with the geometric law, neighbours with no
-correlation, tokens per round with the closed form. Choices are judged by drawing prompts again. Needs no torch.
+Acceptances are compared with what independence would give: neighbours with no correlation, tokens per round with the
+closed form (runs with the geometric law: `prediction/run_lengths.py`). Choices are judged by drawing prompts again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 
 from probekit.choice.choose import decoding_seconds
 from probekit.errors import InputError
-from probekit.prediction.intervals import Estimate, Share, draws, spread
+from probekit.prediction.intervals import Share, draws, spread
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import CUT, closed_form_tokens_per_round, expected_rounds
 from probekit.prediction.table import Prediction
@@ -26,74 +26,6 @@ if TYPE_CHECKING:
 
 NONE = "none"
 """The name of the choice not to speculate: speedup 1, always."""
-
-
-def run_lengths(agrees: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of agreement that a disagreement ended, 0 included: (disagreements,).
-
-    The run that the end of the text cuts is left out.
-    """
-    ends = np.flatnonzero(~np.asarray(agrees, dtype=bool))
-    return np.diff(ends, prepend=-1) - 1
-
-
-@dataclass(frozen=True, eq=False)
-class RunLengths:
-    """Runs of agreement of one exit layer, over all texts.
-
-    counts: (longest + 1,) runs of length 0, 1, ..; chance: a, the share of positions that agree. geometric: (longest +
-    1,) the runs that independent agreements with chance a leave in texts of these lengths: a geometric law, less what
-    the ends of texts cut off. variance: of the lengths / of that law's, with its interval (1: as independent
-    acceptances have; above 1: longer runs and longer gaps).
-    """
-
-    exit_layer: int
-    counts: np.ndarray
-    chance: float
-    geometric: np.ndarray
-    variance: Estimate
-
-
-def runs_against_geometric(trace: Trace, exit_layer: int) -> RunLengths:
-    """Run lengths of a greedy trace at one exit, against the geometric law that independent agreements follow.
-
-    In a text of N > r tokens the law expects a^r (1 - a) (1 + (N - 1 - r) (1 - a)) runs of length r: one may start at
-    the text's beginning and after each disagreement, and its end must still be inside the text.
-    """
-    _require_greedy(trace)
-    agrees = [trace.agreement(prompt)[exit_layer] for prompt in trace.prompts]
-    tokens = np.array([len(each) for each in agrees], dtype=np.float64)
-    agreed = np.array([each.sum() for each in agrees], dtype=np.float64)
-    r = np.arange(int(tokens.max()))
-    counts = np.stack([np.bincount(run_lengths(each), minlength=len(r)) for each in agrees])  # (prompts, r)
-    places = tokens[:, None] - 1 - r  # starts that leave room for a run and its end, but for the text's beginning
-
-    def law(times: np.ndarray) -> np.ndarray:
-        a = ((times @ agreed) / (times @ tokens))[:, None]
-        return a**r * (1 - a) * (times @ (places >= 0) + (1 - a) * (times @ np.maximum(places, 0.0)))
-
-    def ratio(times: np.ndarray) -> np.ndarray:
-        observed, expected = _variance(times @ counts, r), _variance(law(times), r)
-        return np.where(expected > 0, observed / np.where(expected > 0, expected, 1.0), np.nan)
-
-    whole = np.ones((1, len(agrees)))
-    low, high = spread(ratio(draws(len(agrees)))) if len(agrees) > 1 else (np.nan, np.nan)
-    longest = max(np.flatnonzero(counts.sum(axis=0)), default=0)
-    return RunLengths(
-        exit_layer,
-        counts.sum(axis=0)[: longest + 1],
-        float(agreed.sum() / tokens.sum()),
-        law(whole)[0, : longest + 1],
-        Estimate(float(ratio(whole)[0]), float(low), float(high)),
-    )
-
-
-def _variance(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(draws,): variance of values, (n,), that are weighted, (draws, n); NaN without weight."""
-    total = weights.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = weights @ values / total
-        return weights @ values**2 / total - mean**2
 
 
 def autocorrelation(trace: Trace, exit_layer: int, lags: Iterable[int] = range(1, 9), *, within: bool = False) -> Share:

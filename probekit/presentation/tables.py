@@ -294,17 +294,10 @@ def run_lengths_table(trace: Trace, exit_layers: Iterable[int] | None = None, mo
     count: runs of exactly `run` tokens; at_least: of `run` or more, with its interval; geometric and
     geometric_at_least: how many independent agreements would give.
     """
-    exits = list(range(1, trace.depth)) if exit_layers is None else list(exit_layers)
-    whole = run_lengths(trace, exits)
-    single = [run_lengths(trace.select([prompt]), exits) for prompt in trace.prompts]
-    share = np.full(len(single), 1 / len(single))  # a ratio to the number of prompts: the interval of a sum
+    share = np.full(len(trace), 1 / len(trace))  # a ratio to the number of prompts: the interval of a sum
     tables = []
-    for place, runs in enumerate(whole):
-        of_prompt = np.zeros((len(runs.counts), len(single)))
-        for column, found in enumerate(single):
-            counts = found[place].counts
-            of_prompt[: len(counts), column] = counts
-        at_least = of_prompt[::-1].cumsum(axis=0)[::-1]
+    for runs in run_lengths(trace, exit_layers):
+        at_least = runs.counts_of_prompt.T[::-1].cumsum(axis=0)[::-1].astype(np.float64)  # (run, prompts)
         low, high = bootstrap_ratio(at_least, share)
         table = runs.to_pandas()
         table["at_least"], table["at_least_low"], table["at_least_high"] = at_least.sum(axis=1), low, high

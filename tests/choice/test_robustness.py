@@ -1,11 +1,9 @@
-"""Runs, correlations, the closed form, and what choices are worth: worked by hand."""
+"""Correlations, the closed form, and what choices are worth: worked by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from traces.fabricate import fabricate
 from tying.toys import toy
 
@@ -14,8 +12,6 @@ from probekit.choice.robustness import (
     autocorrelation,
     closed_form_error,
     learning_curve,
-    run_lengths,
-    runs_against_geometric,
     timed,
     transfer,
 )
@@ -31,62 +27,6 @@ class Steps:
 
     def rounds_seconds(self, exit_layer: int, draft_length: int) -> np.ndarray:
         return 1 + np.arange(draft_length + 1) / 4
-
-
-def test_run_lengths():
-    assert run_lengths(np.array([1, 1, 0, 0, 1, 0, 1, 1])).tolist() == [2, 0, 1]  # the last run was cut
-    assert run_lengths(np.array([1, 1])).tolist() == []
-    assert run_lengths(np.array([], bool)).tolist() == []
-
-
-@given(st.lists(st.booleans(), max_size=40))
-def test_runs_and_their_ends_make_up_the_text(agrees):
-    lengths = run_lengths(np.array(agrees, bool))
-    cut = len(agrees) - int(lengths.sum()) - len(lengths)
-    assert len(lengths) == agrees.count(False)
-    assert all(agrees[len(agrees) - cut :])
-
-
-def test_runs_against_the_geometric_law():
-    found = runs_against_geometric(toy([[[1, 1, 0, 0, 1, 0]]] * 2), 0)  # runs 2, 0, 1, twice
-    assert found.counts.tolist() == [2, 2, 2]
-    assert found.chance == pytest.approx(1 / 2)
-    # of length 0 in 6 tokens: (1 - a) (1 + 5 (1 - a)) = 7/4; then 3/4, 5/16, 1/8, 3/64, 1/64; twice
-    assert found.geometric == pytest.approx([7 / 2, 3 / 2, 5 / 8])
-    law = np.array([112, 48, 20, 8, 3, 1]) / 64  # 3 runs a text, as many as disagreements are expected
-    mean = law @ np.arange(6) / 3
-    expected = law @ np.arange(6) ** 2 / 3 - mean**2
-    assert found.variance.value == pytest.approx((2 / 3) / expected)  # 2/3: the variance of 0, 1, 2
-    assert (found.variance.low, found.variance.high) == pytest.approx(
-        (found.variance.value,) * 2
-    )  # the texts are alike
-
-
-@given(st.floats(0.05, 0.95), st.integers(1, 12))
-def test_the_law_expects_as_many_runs_as_disagreements(a, n):
-    """Each text of n independent positions has n (1 - a) disagreements on average, and each of them ends a run."""
-    r = np.arange(n)
-    assert (a**r * (1 - a) * (1 + (n - 1 - r) * (1 - a))).sum() == pytest.approx(n * (1 - a))
-
-
-@pytest.mark.parametrize(("chance", "tokens"), [(0.7, 200), (0.9, 30)])
-def test_independent_runs_are_geometric(chance, tokens):
-    """Also where the ends of short texts cut most of the long runs."""
-    found = runs_against_geometric(fabricate(2, prompts=120, tokens=tokens, agreement=[chance] * 2), 1)
-    assert found.chance == pytest.approx(chance, abs=0.02)
-    assert found.variance.value == pytest.approx(1, abs=0.15)
-    assert found.variance.low < 1 < found.variance.high
-
-
-def test_runs_that_come_together_vary_more():
-    found = runs_against_geometric(toy([[[1] * 8 + [0] * 8]] * 3), 0)
-    assert found.variance.value > 2
-
-
-def test_no_run_where_everything_agrees():
-    found = runs_against_geometric(toy([[[1, 1, 1]]] * 2), 0)
-    assert found.counts.tolist() == [0]
-    assert np.isnan(found.variance.value)
 
 
 def test_autocorrelation():

@@ -18,7 +18,6 @@ from probekit.errors import InputError
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import closed_form_tokens_per_round, expected_rounds, rounds_of
-from probekit.prediction.run_lengths import run_lengths
 from probekit.prediction.table import SCHEMA
 
 END = 0
@@ -392,37 +391,6 @@ def test_bootstrap_at_its_limits():
     assert np.isnan(bootstrap_ratio([0.0, 0.0], [0.0, 0.0])).all()
     low, high = bootstrap_ratio([1.0, 0.0], [2.0, 0.0])  # a draw of the second alone counts nothing
     assert low == high == 0.5
-
-
-# ------------------------------------------------------------------------------------------------ run lengths
-def test_run_lengths_by_hand(monkeypatch):
-    trace = fabricate(depth=2, prompts=1, tokens=7)
-    agrees = np.array([[0] * 7, [1, 1, 0, 0, 1, 0, 1], [1] * 7], dtype=bool)
-    monkeypatch.setattr(type(trace), "agreement", lambda self, prompt: agrees)
-    (found,) = run_lengths(trace)
-    assert found.counts.tolist() == [1, 1, 1, 0, 0, 0, 0]  # two, none, one; the last was cut off by the end
-    assert found.chance == 4 / 7
-
-
-@pytest.mark.parametrize("chance", [0.3, 0.8])
-def test_the_geometric_law_equals_enumeration(chance, monkeypatch):
-    """Expected number of complete runs of each length, over all strings of 6 independent agreements."""
-    expected = np.zeros(6)
-    for bits in itertools.product([False, True], repeat=6):
-        weight = np.prod([chance if bit else 1 - chance for bit in bits])
-        breaks = [-1, *np.flatnonzero(~np.array(bits))]
-        for before, here in itertools.pairwise(breaks):
-            expected[here - before - 1] += weight
-    trace = fabricate(depth=2, prompts=10, tokens=6, text="given")
-    total = 60
-    agreed = round(chance * total)
-    bits = np.arange(total) < agreed
-    monkeypatch.setattr(
-        type(trace), "agreement", lambda self, prompt: np.stack([bits[prompt * 6 : prompt * 6 + 6]] * 3)
-    )
-    (found,) = run_lengths(trace)
-    np.testing.assert_allclose(found.geometric, 10 * expected, rtol=1e-12)
-    assert list(found.to_pandas().columns) == ["exit_layer", "run", "count", "geometric"]
 
 
 # ------------------------------------------------------------------------------------------------ how it runs

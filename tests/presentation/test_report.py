@@ -312,7 +312,7 @@ def _summary(**changes):
         (_empty("summary.json"), "cannot be read"),
         (_summary(schema="other/1"), "has schema 'other/1'; expected 'probekit/study/1'"),
         (_summary(models=[]), "names no model"),
-        (_summary(models=[{"name": "a"}]), "lacks label, sentence, trace of a model"),
+        (_summary(models=[{"name": "a"}]), "has no label, trace, sentence for 'a'"),
         (_without("tables/layers.csv"), "has no .*layers.csv"),
         (_empty("tables/cells.csv"), "cells.csv cannot be read"),
         (_column, "cells.csv has no column speedup"),

@@ -1,0 +1,150 @@
+"""The one reader of a study folder, for the report and for the figures.
+
+A file is read when it is asked for, checked then, and kept. Each failure is one clear sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from probekit.errors import InputError
+from probekit.traces.trace import Trace
+
+SCHEMA = "probekit/study/1"
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "layers": ("model", "lens", "layer", "agreement", "agreement_low", "agreement_high", "echo", "entropy", "kl"),
+    "cells": ("model", "drafter", "exit_layer", "draft_length", "first_round", "prompts", "acceptance_rate",
+              "tokens_per_round", "speedup", "speedup_low", "speedup_high"),
+    "validation": ("model", "drafter", "exit_layer", "draft_length", "predicted_rounds", "measured_rounds",
+                   "predicted_acceptance_rate", "measured_acceptance_rate", "speedup_predicted", "speedup_measured"),
+    "rounds": ("model", "prompt", "exit_layer", "draft_length", "round", "drafted"),
+    "run_lengths": ("model", "exit_layer", "run", "at_least", "at_least_low", "at_least_high", "geometric_at_least"),
+    "costs": ("model", "step", "exit_layer", "rows", "seconds"),
+}  # fmt: skip
+"""The study's tables, and the columns without which a file is another program's, or an older version's."""
+
+_RUN_AGAIN = "Run `probekit study` on that folder again: finished steps are kept."
+
+
+@dataclass(frozen=True, eq=False)
+class StudyFolder:
+    """A finished study. Use `open_study`.
+
+    summary: `summary.json`; each entry of its `models` holds at least the keys that `open_study` was asked for.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    _tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+    _traces: dict[str, Trace] = field(default_factory=dict, repr=False)
+
+    @property
+    def models(self) -> list[str]:
+        """Names, in the study's order."""
+        return [entry["name"] for entry in self.entries]
+
+    @property
+    def entries(self) -> Sequence[Mapping[str, Any]]:
+        """What the summary says of each model."""
+        return self.summary["models"]
+
+    def entry(self, model: str) -> Mapping[str, Any]:
+        """What the summary says of one model."""
+        return next(entry for entry in self.entries if entry["name"] == model)
+
+    def label(self, model: str) -> str:
+        """The model's name in tables and captions."""
+        return str(self.entry(model).get("label", model))
+
+    def chosen(self, model: str) -> tuple[int | None, int] | None:
+        """The recommended (exit layer, draft length), the exit layer None for a draft model; None: do not speculate."""
+        choice = self.entry(model).get("choice") or {}
+        return (choice["exit_layer"], choice["draft_length"]) if choice.get("speculate") else None
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of TABLES, models under their labels. Raises InputError when it is missing, foreign or incomplete."""
+        if name not in self._tables:
+            self._tables[name] = self._read_table(name)
+        return self._tables[name].copy()
+
+    def of(self, name: str, model: str) -> pd.DataFrame:
+        """The rows of one model in a table."""
+        table = self.table(name)
+        return table[table["model"] == self.label(model)]
+
+    def trace(self, model: str) -> Trace:
+        """The model's trace. Raises InputError when it is missing or not finished."""
+        if model not in self._traces:
+            self._traces[model] = Trace.open(self.folder / str(self.entry(model)["trace"]))
+        return self._traces[model]
+
+    def check(self, tables: Iterable[str] = tuple(TABLES)) -> None:
+        """Raise InputError if one of these tables, or a trace, is missing or foreign."""
+        for name in tables:
+            self.table(name)
+        for model in self.models:
+            self.trace(model)
+
+    def _read_table(self, name: str) -> pd.DataFrame:
+        path = self.folder / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise InputError(f"the study in {self.folder} has no tables/{name}.csv.", _RUN_AGAIN)
+        try:
+            table = pd.read_csv(path)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path} cannot be read: {str(error).strip()}.", _RUN_AGAIN) from None
+        missing = [column for column in TABLES[name] if column not in table.columns]
+        if missing:
+            raise InputError(f"{path} has no column {', '.join(missing)}.", _RUN_AGAIN)
+        unknown = sorted(set(self.models) - set(table["model"]))
+        if unknown:
+            raise InputError(f"{path} says nothing of {', '.join(unknown)}.", _RUN_AGAIN)
+        table["model"] = table["model"].map({model: self.label(model) for model in self.models})
+        return table.dropna(subset=["model"])
+
+
+def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "timings")) -> StudyFolder:
+    """The study in a folder.
+
+    keys: what the summary must say of each model, beside its name.
+
+    Raises InputError when there is no study, when it is not finished, or when another program wrote it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected one that `probekit study -o {folder}` wrote.")
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise _not_finished(folder)
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", _RUN_AGAIN) from None
+    schema = summary.get("schema") if isinstance(summary, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema!r}; expected {SCHEMA!r}, as `probekit study` writes it.")
+    entries = summary.get("models")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path} names no model.", _RUN_AGAIN)
+    for entry in entries:
+        lacking = [key for key in ("name", *keys) if key not in entry]
+        if lacking:
+            raise InputError(f"{path} has no {', '.join(lacking)} for {entry.get('name', 'a model')!r}.", _RUN_AGAIN)
+    return StudyFolder(folder, summary)
+
+
+def _not_finished(folder: Path) -> InputError:
+    """Why a folder without a summary is no finished study."""
+    if (folder / "study.json").is_file():
+        return InputError(f"the study in {folder} is not finished: it has no summary.json.", _RUN_AGAIN)
+    wanted = f"expected a folder that `probekit study -o {folder}` wrote."
+    if any(folder.iterdir()):
+        return InputError(f"{folder} holds other files and is not a finished study: it has no summary.json; {wanted}")
+    return InputError(f"{folder} is empty; {wanted}")
