@@ -120,7 +120,7 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
         found.run("self-speculative, alone", SelfSpeculative(loaded, exit_layer, length), [prompt])
         found.run("two models, alone", Speculative(loaded, drafter, length), [prompt])
         found.run("autoregressive, alone", Autoregressive(loaded), [prompt])
-    return {"texts": count, "tokens": int(traced.texts["new_tokens"].sum()), "noise": traced.manifest.noise,
+    return {"texts": count, "tokens": int(traced.texts["new_tokens"].sum()), "noise": traced.manifest.measured.noise,
             "ended_by_eos": int((traced.texts["ended"] == "eos").sum()), "methods": methods}  # fmt: skip
 
 
@@ -137,7 +137,7 @@ class Tally:
         """Decode some prompts together, and hold each against the trace."""
         names = ("runs", "rounds", "tokens", "runs_equal", "near_ties", "unexplained")
         count = self.methods.setdefault(name, dict.fromkeys(names, 0))
-        budget = self.traced.manifest.max_new_tokens
+        budget = self.traced.manifest.settings.max_new_tokens
         for done in method.decode([self.prompts[at] for at in chosen], max_new_tokens=budget, indices=chosen):
             kinds = self._differences(method, done, draft_rows)
             count["runs"] += 1

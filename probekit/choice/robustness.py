@@ -66,13 +66,13 @@ def closed_form_error(
     `dependence` is exact / independent - 1.
     """
     rows = []
-    budget = trace.manifest.max_new_tokens
+    budget = trace.manifest.settings.max_new_tokens
     texts = trace.texts.set_index("prompt").loc[trace.prompts]
     lengths = texts["new_tokens"].tolist()
     budgets = np.where(texts["ended"] == CUT, lengths, np.maximum(budget, lengths)).tolist()
     prediction = predict(trace, exit_layers, draft_lengths, drafter=False)
     times = draws(len(trace))
-    greedy = trace.manifest.text == "greedy"
+    greedy = trace.manifest.settings.text == "greedy"
     for cell in prediction.cells:
         assert cell.exit_layer is not None
         read = trace.agreement if greedy else trace.accept_probability
@@ -94,7 +94,7 @@ def closed_form_error(
         rows.append(
             {
                 "model": trace.manifest.model.name,
-                "text": trace.manifest.text,
+                "text": trace.manifest.settings.text,
                 "exit_layer": cell.exit_layer,
                 "draft_length": cell.draft_length,
                 "acceptance": chance,
@@ -116,9 +116,10 @@ def _closed_form(alpha: Any, draft_length: int) -> Any:
 
 
 def _require_greedy(trace: Trace) -> None:
-    if trace.manifest.text != "greedy":
+    if trace.manifest.settings.text != "greedy":
+        text = trace.manifest.settings.text
         raise InputError(
-            f"runs and correlations are of agreement on greedy text; this trace has {trace.manifest.text} text.",
+            f"runs and correlations are of agreement on greedy text; this trace has {text} text.",
             "Trace without a temperature.",
         )
 

@@ -40,7 +40,11 @@ def fit_heads(
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"{output} is no file that can be written: expected a file name in a folder that exists.")
     layers = options.integers(exit_layers, "--exit-layers")
-    loaded = load(record.reference, device=device or traces[0].manifest.device, dtype=dtype or traces[0].manifest.dtype)
+    loaded = load(
+        record.reference,
+        device=device or traces[0].manifest.settings.device,
+        dtype=dtype or traces[0].manifest.settings.dtype,
+    )
     texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]
     with progress_bars(quiet or as_json) as bars:
         batches = _counted((torch.tensor([text]) for text in texts), len(texts), "reading texts", bars)

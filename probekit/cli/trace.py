@@ -85,7 +85,7 @@ def trace(
         f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",
         quiet=quiet,
     )
-    if manifest.savings is not None:
-        spared = manifest.savings["products_avoided"]
+    if manifest.measured.savings is not None:
+        spared = manifest.measured.savings["products_avoided"]
         notice(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
     notice(f"Next: probekit predict {output}", quiet=quiet)

@@ -8,8 +8,8 @@ def models_of(trace, device, dtype):
     from probekit.models.loaded import load
 
     manifest = trace.manifest
-    device = device or manifest.device
-    loaded = load(manifest.model.reference, device=device, dtype=dtype or manifest.dtype)
+    device = device or manifest.settings.device
+    loaded = load(manifest.model.reference, device=device, dtype=dtype or manifest.settings.dtype)
     if manifest.drafter is None:
         return loaded, None
-    return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.dtype)
+    return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.settings.dtype)

@@ -85,7 +85,7 @@ class ExitLayer:
             return self._given(trace, prompt, self.read)
         if self.rows is not None:
             return trace.draft_head_agreement(prompt, self.rows, rounded=True)[self.exit_layer]
-        if trace.manifest.text != "greedy":
+        if trace.manifest.settings.text != "greedy":
             return trace.accept_probability(prompt)[self.exit_layer]
         return trace.agreement(prompt, rounded=trace.rounds_logits)[self.exit_layer]
 
@@ -143,7 +143,7 @@ class DraftModel:
         return DrafterKey.draft_model(self.name)
 
     def signal(self, trace: Trace, prompt: int) -> np.ndarray:
-        if trace.manifest.text != "greedy":
+        if trace.manifest.settings.text != "greedy":
             return trace.drafter_accept_probability(prompt)
         return trace.drafter_agreement(prompt, rounded=trace.rounds_logits)
 
@@ -208,7 +208,7 @@ def traced_drafters(
 
 
 def _has_head(trace: Trace, exit_layer: int) -> bool:
-    record = trace.manifest.exit_heads
+    record = trace.manifest.settings.exit_heads
     return record is not None and exit_layer in record.exits
 
 

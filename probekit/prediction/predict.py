@@ -56,9 +56,9 @@ def predict(
     """
     if drafters is None:
         drafters = traced_drafters(trace, exit_layers, draft_model=drafter, draft_rows=draft_rows, read=agreement)
-    budget = max(trace.manifest.max_new_tokens, int(trace.texts["new_tokens"].max()))
+    budget = max(trace.manifest.settings.max_new_tokens, int(trace.texts["new_tokens"].max()))
     lengths, first = check_lengths(draft_lengths, budget, first_round, int(trace.texts["new_tokens"].min()))
-    greedy = trace.manifest.text == "greedy"
+    greedy = trace.manifest.settings.text == "greedy"
     if not greedy and not isinstance(policy, FixedLength):
         raise InputError(
             "a policy is predicted on greedy text: sampled drafts would need every draft's own distribution.",
@@ -89,11 +89,11 @@ def predict(
     emitted = np.maximum(tokens.astype(np.int64) - first, 0)
     return Prediction(
         model=trace.manifest.model.name,
-        text=trace.manifest.text,
-        decoding=dict(trace.manifest.decoding),
+        text=trace.manifest.settings.text,
+        decoding=dict(trace.manifest.settings.decoding),
         first_round=first_round,
         budget=budget,
-        exact=trace.manifest.text != "given" and policy.exact,
+        exact=trace.manifest.settings.text != "given" and policy.exact,
         prompts=tuple(trace.prompts),
         cells=tuple(
             _cells(
@@ -120,7 +120,7 @@ def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
 
 def _signal(trace: Trace, prompts: Sequence[int], tokens: np.ndarray, drafters: Sequence[Drafter]) -> np.ndarray:
     """(drafters, prompts, N): agreement, bool, for greedy text, else w, float64; nothing beyond a text's end."""
-    dtype = bool if trace.manifest.text == "greedy" else np.float64
+    dtype = bool if trace.manifest.settings.text == "greedy" else np.float64
     signal = np.zeros((len(drafters), len(prompts), int(tokens.max())), dtype=dtype)
     for place, prompt in enumerate(prompts):
         for row, drafter in enumerate(drafters):

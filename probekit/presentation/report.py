@@ -66,12 +66,12 @@ def write_report(study_folder: str | Path) -> Path:
 
 def write_lens_page(trace: Trace, path: str | Path) -> Path:
     """Write the lens table of a trace as a self-contained page."""
-    if trace.manifest.statistics != "all":
+    if trace.manifest.settings.statistics != "all":
         raise InputError("this trace keeps agreement only; a lens table shows tokens.", "Trace with --statistics all.")
     models = pack_models([Source(trace.manifest.model.name, trace)])
     page = _page(
         title=f"What each layer of {trace.manifest.model.name} would say",
-        standfirst=f"{trace.depth} layers, {trace.manifest.text} text.",
+        standfirst=f"{trace.depth} layers, {trace.manifest.settings.text} text.",
         data={"models": models},
         study=None,
         heads_note=_heads_note([trace]),
@@ -83,7 +83,7 @@ def write_lens_page(trace: Trace, path: str | Path) -> Path:
 
 def _heads_note(traces: Sequence[Trace]) -> str:
     """Which models' final-norm lens is not the plain one."""
-    names = [trace.manifest.model.name for trace in traces if trace.manifest.exit_heads is not None]
+    names = [trace.manifest.model.name for trace in traces if trace.manifest.settings.exit_heads is not None]
     return f"The final-norm lens of {listed(names)} is read through exit heads; the raw lens is not." if names else ""
 
 

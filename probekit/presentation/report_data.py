@@ -62,7 +62,7 @@ def pack_models(sources: Sequence[Source], limit: int = LIMIT_BYTES - _ROOM_FOR_
     packers = [_Packer(source) for source in sources]
     spent = sum(packer.bytes for packer in packers)
     most = max(len(packer.prompts) for packer in packers)
-    kept = max(source.trace.manifest.top_prompts for source in sources)
+    kept = max(source.trace.manifest.settings.top_prompts for source in sources)
     wanted = [("lens", range(kept)), ("drafts", range(most)), ("lens", range(kept, most))]
     for part, places in wanted:
         for place in places:
@@ -100,8 +100,8 @@ class _Packer:
             "label": self.source.label,
             "depth": self.trace.depth,
             "vocabulary": self.manifest.model.vocabulary,
-            "text": self.manifest.text,
-            "budget": max(self.manifest.max_new_tokens, int(self.trace.texts["new_tokens"].max())),
+            "text": self.manifest.settings.text,
+            "budget": max(self.manifest.settings.max_new_tokens, int(self.trace.texts["new_tokens"].max())),
             "drafter": self.manifest.drafter.name if self.manifest.drafter else None,
             "longest": longest,
             "chosen": pair,
@@ -125,7 +125,7 @@ class _Packer:
     def _signal(self, prompt: int) -> np.ndarray:
         """(exits, N), the draft model last: agreement, bool, for greedy text, else chances of acceptance."""
         trace, rounded, kept = self.trace, self._rounded, self.source.draft_rows
-        greedy = self.manifest.text == "greedy"
+        greedy = self.manifest.settings.text == "greedy"
         if kept is not None:
             rows = trace.draft_head_agreement(prompt, kept, rounded=True)
         else:
@@ -139,14 +139,14 @@ class _Packer:
     @property
     def _rounded(self) -> bool:
         """A decoder that runs in a 16-bit type compares rounded logits."""
-        return self.manifest.dtype != "float32" and self.manifest.statistics == "all"
+        return self.manifest.settings.dtype != "float32" and self.manifest.settings.statistics == "all"
 
     def drafts(self, place: int) -> dict[str, Any] | None:
         """(exits, N) tokens that each exit layer, and last the draft model, would draft.
 
         A trace knows whether a draft head of fewer rows agrees, not what it says instead.
         """
-        if self.manifest.statistics != "all" or self.source.draft_rows is not None:
+        if self.manifest.settings.statistics != "all" or self.source.draft_rows is not None:
             return None
         prompt, column = self.prompts[place]["prompt"], "argmax_rounded" if self._rounded else "argmax"
         rows = self.trace.values(prompt, column)[1:-1]
@@ -156,13 +156,13 @@ class _Packer:
 
     def lens(self, place: int) -> dict[str, Any] | None:
         """{lens: figures over (layer, row)}; with the top ten where the run kept them."""
-        if self.manifest.statistics != "all":
+        if self.manifest.settings.statistics != "all":
             return None
         prompt = self.prompts[place]["prompt"]
         layers = self._layers.get_group(prompt).sort_values(["lens", "layer", "position"])
         top = self._top.get_group(prompt) if self._top is not None and prompt in self._top.groups else None
         pieces = {}
-        for lens in self.manifest.lenses:
+        for lens in self.manifest.settings.lenses:
             rows = layers[layers["lens"] == lens]
             piece = {name: packed(rows[name].to_numpy(), "f16") for name in ("probability", "entropy", "kl")}
             piece |= {"argmax": self._tokens(rows["argmax"].to_numpy()), "rank": packed(rows["rank"].to_numpy())}

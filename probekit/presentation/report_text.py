@@ -51,10 +51,10 @@ DEFINITIONS = {
 def standfirst(study: StudyFolder) -> str:
     """The sentence below the title: which models, texts and machine."""
     manifest = study.trace(study.models[0]).manifest
-    names = [entry["label"] for entry in study.entries]
+    asked, names = manifest.settings, [entry["label"] for entry in study.entries]
     return (
-        f"{listed(names)}: {manifest.prompt_count} texts of up to {manifest.max_new_tokens} new tokens, "
-        f"{manifest.text} decoding, {manifest.dtype} on {manifest.device}. One trace of each model predicts every "
+        f"{listed(names)}: {manifest.prompt_count} texts of up to {asked.max_new_tokens} new tokens, "
+        f"{asked.text} decoding, {asked.dtype} on {asked.device}. One trace of each model predicts every "
         "round of speculative decoding; the running decoder then checks the prediction."
     )
 
@@ -212,8 +212,9 @@ def _provenance(study: StudyFolder) -> list[tuple[str, list[str]]]:
 
 def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
     manifest, model, timings = trace.manifest, trace.manifest.model, entry.get("timings") or {}
-    decoding = ", ".join(f"{name} {value:g}" for name, value in manifest.decoding.items())
-    order, rows = manifest.draft_vocabulary, (entry.get("choice") or {}).get("draft_rows")
+    asked, read, measured = manifest.settings, manifest.provenance, manifest.measured
+    decoding = ", ".join(f"{name} {value:g}" for name, value in asked.decoding.items())
+    order, rows = asked.draft_vocabulary, (entry.get("choice") or {}).get("draft_rows")
     looped = np.average(trace.texts["looped"], weights=trace.texts["new_tokens"])
     return {
         "reference": model.reference + (f" @ {model.revision}" if model.revision else ""),
@@ -224,20 +225,20 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "drafter": manifest.drafter.name if manifest.drafter else "none",
         "exit heads": _exit_heads(manifest),
         "draft head": f"{rows:,} rows, the most frequent tokens of {order.source}" if rows and order else "all rows",
-        "arithmetic": f"{manifest.dtype} on {manifest.device}",
-        "text": f"{manifest.text} ({decoding}), seed {manifest.seed}, at most {manifest.max_new_tokens} new tokens",
-        "prompts": f"{manifest.prompt_count} from {manifest.prompts_source}, hash {manifest.prompts_hash}",
+        "arithmetic": f"{asked.dtype} on {asked.device}",
+        "text": f"{asked.text} ({decoding}), seed {asked.seed}, at most {asked.max_new_tokens} new tokens",
+        "prompts": f"{manifest.prompt_count} from {read.prompts_source}, hash {read.prompts_hash}",
         "repeated text": f"{looped:.1%} of the generated tokens lie in a repeated run of 8".replace("%", " %"),
-        "noise of a logit": "not measured" if manifest.noise is None else f"{manifest.noise:.2g}",
-        "processors not applied": ", ".join(manifest.ignored_processors) or "none",
-        "back-offs for memory": str(len(manifest.backoffs)),
+        "noise of a logit": "not measured" if measured.noise is None else f"{measured.noise:.2g}",
+        "processors not applied": ", ".join(read.ignored_processors) or "none",
+        "back-offs for memory": str(len(measured.backoffs)),
         "time": _took(timings),
-        "traced with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()) or "unknown versions",
+        "traced with": ", ".join(f"{name} {value}" for name, value in read.versions.items()) or "unknown versions",
     }
 
 
 def _exit_heads(manifest: Manifest) -> str:
-    heads = manifest.exit_heads
+    heads = manifest.settings.exit_heads
     return "none" if heads is None else f"{heads.fingerprint}, of exits {listed([str(each) for each in heads.exits])}"
 
 

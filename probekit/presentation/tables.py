@@ -133,12 +133,12 @@ def lens_table(trace: Trace, prompt: int, lens: LensName = "final-norm") -> Lens
 
     Raises InputError where the trace lacks the prompt, the lens, or the top tokens.
     """
-    if trace.manifest.statistics != "all":
+    if trace.manifest.settings.statistics != "all":
         raise InputError(
             "this trace holds agreement only, and a lens table shows tokens.", "Trace again with --statistics all."
         )
-    if lens not in trace.manifest.lenses:
-        raise InputError(f"this trace has no {lens!r} lens: it has {', '.join(trace.manifest.lenses)}.")
+    if lens not in trace.manifest.settings.lenses:
+        raise InputError(f"this trace has no {lens!r} lens: it has {', '.join(trace.manifest.settings.lenses)}.")
     trace = trace.select([prompt])
     tokens = trace.tokens.sort_values("position", ignore_index=True)
     layers = trace.layers[trace.layers["lens"] == lens].drop(columns=["lens", "prompt"])
@@ -176,7 +176,7 @@ def layers_table(trace: Trace, model: str | None = None) -> pd.DataFrame:
     nats, and overlap. A trace of agreement only has NaN elsewhere.
     """
     rows = trace.layers[trace.layers["output"] >= 0]
-    everything = trace.manifest.statistics == "all"
+    everything = trace.manifest.settings.statistics == "all"
     measured = pd.DataFrame({"agreement": rows["agrees"]})
     if everything:
         among = rows["model_rank"] < TOP

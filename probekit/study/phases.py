@@ -173,7 +173,7 @@ def time_the_trace(
         )  # fmt: skip
         with elapsed() as predicting:
             predict(some, draft_lengths=settings.draft_lengths, draft_rows=settings.draft_rows)
-        timings = some.manifest.timings
+        timings = some.manifest.measured.timings
         return {
             "prompts": len(some.prompts),
             "tokens": timings["tokens"],

@@ -156,7 +156,7 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "trace": f"traces/{study.name}",
         "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
                     "parameters": model.parameters},
-        "threads": int(trace.manifest.versions["threads"]),
+        "threads": int(trace.manifest.provenance.versions["threads"]),
         "sentence": recommendation(choice, chosen),
         "choice": document,
         "chosen_validation": chosen,

@@ -1,19 +1,28 @@
-"""What a run was made with, and what it found out about itself: `manifest.json`."""
+"""`manifest.json`: what a run was asked for, what it read, how it is cut into batches, and what it measured.
+
+The file is flat; in Python its fields stand in four parts. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from probekit.errors import InputError
+from probekit.foreign.json import read_json
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.schema import LENSES
 
 SCHEMA = "probekit/trace/1"
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Least1 = Annotated[int, Field(ge=1, le=2**53)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,18 @@ class ModelRecord:
     reference: str
     revision: str | None
     weights_hash: str | None
-    depth: int
-    width: int
-    vocabulary: int
+    depth: Least1
+    width: Least1
+    vocabulary: Least1
     tied: bool
-    parameters: int
-    context: int
-    eos_ids: tuple[int, ...]
+    parameters: Count
+    context: Count
+    eos_ids: tuple[Count, ...]
 
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> ModelRecord:
-        return cls(**{**document, "eos_ids": tuple(document["eos_ids"])})
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two records of one model share."""
+        return self.name, self.weights_hash, self.depth, self.width, self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -43,27 +53,81 @@ class ExitHeadsRecord:
 
     source: str
     fingerprint: str
-    exits: tuple[int, ...]
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> ExitHeadsRecord:
-        return cls(**{**document, "exits": tuple(document["exits"])})
+    exits: tuple[Least1, ...]
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Everything that a run was made with, and what it found out about itself.
+class RunSettings:
+    """What was asked for: runs that differ in one of these are different runs.
 
     text: "greedy" and "sampled" text is the model's own; "given" text came with the prompts.
-    decoding: {"temperature", "top_k", "top_p"}; temperature 0 is greedy.
-    max_new_tokens: the budget M.
+    decoding: {"temperature", "top_k", "top_p"}; temperature 0 is greedy. max_new_tokens: the budget M.
+    keep_residuals: sites whose residuals are kept. top_prompts: how many prompts have a table of their top tokens.
     draft_vocabulary: the order in which a draft head keeps rows, where the trace answers for such heads.
     exit_heads: put before the norm where a layer has one: the final-norm lens is then read through them. The heads
         themselves are in the run, too (`Trace.exit_heads`).
-    batches: the plan: prompt indices, one list for each part.
-    segment_rows: the most rows of one prompt that one forward pass reads; None: all of them.
-    noise: largest difference, in logits, between a row computed alone and the same row among others, measured on
-        the first batch and multiplied by a safety factor; `drafter_noise` is the drafter's. None before that batch.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    text: Literal["greedy", "sampled", "given"] = "greedy"
+    decoding: Mapping[str, int | float] = field(default_factory=lambda: {"temperature": 0.0, "top_k": 0, "top_p": 1.0})
+    seed: int = 0
+    max_new_tokens: Least1 = 96
+    statistics: Literal["all", "agreement"] = "all"
+    lenses: tuple[Literal["final-norm", "raw"], ...] = LENSES  # type: ignore[assignment]
+    keep_residuals: tuple[Count, ...] = ()
+    top_prompts: Count = 0
+    backend: str = "hooks"
+    draft_vocabulary: DraftVocabulary | None = None
+    exit_heads: ExitHeadsRecord | None = None
+
+    def __post_init__(self) -> None:
+        if self.text not in ("greedy", "sampled", "given"):
+            raise InputError(f"a trace's text is 'greedy', 'sampled' or 'given', not {self.text!r}.")
+        if self.statistics not in ("all", "agreement"):
+            raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was read, and with what.
+
+    prompts_hash: of the prompts; prompts_source: where they came from. ignored_processors: settings of the
+    checkpoint's generation_config that change logits and are not applied. versions: of libraries, and the threads.
+    """
+
+    model: ModelRecord
+    prompts_hash: str
+    prompts_source: str
+    drafter: ModelRecord | None = None
+    ignored_processors: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the prompts are cut into parts, which a resumed run obeys.
+
+    batches: prompt indices, one list for each part. segment_rows: the most rows of one prompt that one forward pass
+    reads; None: all of them.
+    """
+
+    batches: tuple[tuple[Count, ...], ...]
+    segment_rows: Least1 | None = None
+
+    def __post_init__(self) -> None:
+        planned = [prompt for batch in self.batches for prompt in batch]
+        if not planned or len(set(planned)) != len(planned) or any(not batch for batch in self.batches):
+            raise InputError("a batch plan names every prompt once, and has no empty batch.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the run found out about itself.
+
+    noise: largest difference, in logits, between a row computed alone and the same row among others, measured on the
+        first batch and multiplied by a safety factor; `drafter_noise` is the drafter's. None before that batch.
     backoffs: where memory ran out: {"batch", "phase", "size", "limit"}; size and limit count prompts ("continue") or
         rows ("read").
     savings: of the agreement-only method: {"rows", "full", "candidates", "vocabulary", "witnessed_share",
@@ -71,42 +135,65 @@ class Manifest:
     timings: {"generation_s", "trace_s", "tokens"}; seconds, and generated tokens.
     """
 
-    model: ModelRecord
-    prompts_hash: str
-    prompts_source: str
-    batches: tuple[tuple[int, ...], ...]
-    drafter: ModelRecord | None = None
-    draft_vocabulary: DraftVocabulary | None = None
-    exit_heads: ExitHeadsRecord | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    text: str = "greedy"
-    decoding: Mapping[str, float] = field(default_factory=lambda: {"temperature": 0.0, "top_k": 0, "top_p": 1.0})
-    seed: int = 0
-    max_new_tokens: int = 96
-    statistics: str = "all"
-    lenses: tuple[str, ...] = LENSES
-    keep_residuals: tuple[int, ...] = ()
-    top_prompts: int = 0
-    backend: str = "hooks"
-    segment_rows: int | None = None
-    noise: float | None = None
-    drafter_noise: float | None = None
-    ignored_processors: tuple[str, ...] = ()
+    noise: Finite | None = None
+    drafter_noise: Finite | None = None
     backoffs: tuple[Mapping[str, Any], ...] = ()
-    savings: Mapping[str, float] | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    timings: Mapping[str, float] = field(default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0})
+    savings: Mapping[str, int | float] | None = None
+    timings: Mapping[str, int | float] = field(
+        default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
+    )
+
+
+_PARTS: Mapping[str, type] = {
+    "settings": RunSettings, "provenance": Provenance, "plan": BatchPlan, "measured": Measured,
+}  # fmt: skip
+_PART_OF = {each.name: part for part, kind in _PARTS.items() for each in fields(kind)}
+# The file's keys, in its order.
+_KEYS = (
+    "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
+    "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals", "top_prompts",
+    "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "backoffs", "savings", "versions",
+    "timings",
+)  # fmt: skip
+# Settings as two runs are compared, in the order in which differences are listed.
+_COMPARED = (
+    "dtype", "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
+    "top_prompts", "backend",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a run was made with, and what it found out about itself."""
+
+    settings: RunSettings
+    provenance: Provenance
+    plan: BatchPlan
+    measured: Measured = Measured()
     schema: str = SCHEMA
 
-    def __post_init__(self) -> None:
-        if self.text not in ("greedy", "sampled", "given"):
-            raise InputError(f"a trace's text is 'greedy', 'sampled' or 'given', not {self.text!r}.")
-        if self.statistics not in ("all", "agreement"):
-            raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
-        planned = [prompt for batch in self.batches for prompt in batch]
-        if not planned or len(set(planned)) != len(planned) or any(not batch for batch in self.batches):
-            raise InputError("a batch plan names every prompt once, and has no empty batch.")
+    @classmethod
+    def of(cls, **values: Any) -> Manifest:
+        """From the fields of all four parts."""
+        given: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        for name, value in values.items():
+            given[_PART_OF[name]][name] = value
+        return cls(**{part: kind(**given[part]) for part, kind in _PARTS.items()})
+
+    def but(self, **changes: Any) -> Manifest:
+        """The same with other values in some fields, whatever part they stand in."""
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
+            parts.setdefault(_PART_OF[name], {})[name] = value
+        return replace(self, **{part: replace(getattr(self, part), **each) for part, each in parts.items()})
+
+    @property
+    def model(self) -> ModelRecord:
+        return self.provenance.model
+
+    @property
+    def drafter(self) -> ModelRecord | None:
+        return self.provenance.drafter
 
     @property
     def depth(self) -> int:
@@ -115,29 +202,24 @@ class Manifest:
     @property
     def heads_name(self) -> str | None:
         """The fingerprint of the exit heads, None without any: what names them in predictions and costs."""
-        return None if self.exit_heads is None else self.exit_heads.fingerprint
+        return None if self.settings.exit_heads is None else self.settings.exit_heads.fingerprint
 
     @property
     def prompt_count(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+        return sum(len(batch) for batch in self.plan.batches)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "prompt_count": self.prompt_count}
+        flat = {name: value for part in _PARTS for name, value in asdict(getattr(self, part)).items()}
+        return {name: flat[name] for name in _KEYS} | {"schema": self.schema, "prompt_count": self.prompt_count}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:
-        known = {name.name for name in fields(cls)}
-        values = {name: value for name, value in document.items() if name in known}
-        drafter, order = values.get("drafter"), values.get("draft_vocabulary")
-        values["model"] = ModelRecord.from_json(values["model"])
-        values["drafter"] = None if drafter is None else ModelRecord.from_json(drafter)
-        values["draft_vocabulary"] = None if order is None else DraftVocabulary.from_json(order)
-        heads = values.get("exit_heads")
-        values["exit_heads"] = None if heads is None else ExitHeadsRecord.from_json(heads)
-        values["batches"] = tuple(tuple(batch) for batch in values["batches"])
-        for name in ("lenses", "keep_residuals", "ignored_processors", "backoffs"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        """What `to_json` wrote. Raises ValidationError for wrong types, missing fields and numbers out of bounds."""
+        known: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        for name in _KEYS:
+            if name in document:
+                known[_PART_OF[name]][name] = document[name]
+        return cls(**{part: TypeAdapter(kind).validate_python(known[part]) for part, kind in _PARTS.items()})
 
     def differences(self, other: Manifest) -> list[str]:
         """Settings in which two runs differ, as "name: here, there"; empty when one may go on with the other.
@@ -145,27 +227,18 @@ class Manifest:
         The batch plan, measured noise, back-offs, timings and library versions are not settings: a run that goes
         on keeps those of its folder.
         """
-        pairs: list[tuple[str, Any, Any]] = [
-            (name, getattr(self, name), getattr(other, name))
-            for name in (
-                "dtype", "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses",
-                "keep_residuals", "top_prompts", "backend", "prompts_hash",
-            )
-        ]  # fmt: skip
+        mine, theirs = self.settings, other.settings
+        pairs: list[tuple[str, Any, Any]] = [(name, getattr(mine, name), getattr(theirs, name)) for name in _COMPARED]
+        pairs.append(("prompts_hash", self.provenance.prompts_hash, other.provenance.prompts_hash))
         for name in ("draft_vocabulary", "exit_heads"):
-            named = [one and one.fingerprint for one in (getattr(self, name), getattr(other, name))]
-            pairs.append((name, *named))
+            pairs.append((name, *(one and one.fingerprint for one in (getattr(mine, name), getattr(theirs, name)))))
         for role in ("model", "drafter"):
-            mine, theirs = getattr(self, role), getattr(other, role)
-            if mine is None or theirs is None:
-                pairs.append((role, mine and mine.name, theirs and theirs.name))
+            here, there = getattr(self, role), getattr(other, role)
+            if here is None or there is None:
+                pairs.append((role, here and here.name, there and there.name))
             else:
-                pairs.append((role, _identity(mine), _identity(theirs)))
+                pairs.append((role, here.identity, there.identity))
         return [f"{name}: {here}, {there}" for name, here, there in pairs if here != there]
-
-
-def _identity(model: ModelRecord) -> tuple[Any, ...]:
-    return (model.name, model.weights_hash, model.depth, model.width, model.vocabulary)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -180,14 +253,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise InputError(
             f"{folder} is not a run folder: it has no manifest.json.", "Name the -o of a `probekit trace`."
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    document = read_json(path)
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}; this probekit reads {SCHEMA!r}.", "Trace again.")
     try:
         return Manifest.from_json(document)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a whole manifest: {error}.", "Trace again.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"{path} is not a whole manifest: {where}: {first['msg']}.", "Trace again.") from None

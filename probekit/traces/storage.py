@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +66,7 @@ class TablesInParts:
 
     def _load(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         parts = []
-        for part in range(len(self._manifest.batches)):
+        for part in range(len(self._manifest.plan.batches)):
             path = self._folder / part_name(table, part)
             try:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
@@ -85,9 +84,9 @@ class TablesInParts:
 def tables_of(manifest: Manifest) -> list[str]:
     """Tables of a run, in the order in which a part's files are written."""
     optional = [
-        ("top", manifest.top_prompts > 0),
+        ("top", manifest.settings.top_prompts > 0),
         ("drafter", manifest.drafter is not None),
-        ("draft_head", manifest.draft_vocabulary is not None),
+        ("draft_head", manifest.settings.draft_vocabulary is not None),
     ]
     return ["texts", "tokens", *(name for name, there in optional if there), "layers"]
 
@@ -97,7 +96,7 @@ def part_name(table: str, part: int) -> str:
 
 
 def is_done(folder: Path, manifest: Manifest, part: int) -> bool:
-    tables = tables_of(manifest) + (["residuals"] if manifest.keep_residuals else [])
+    tables = tables_of(manifest) + (["residuals"] if manifest.settings.keep_residuals else [])
     return all((folder / part_name(table, part)).is_file() for table in tables)
 
 
@@ -123,7 +122,7 @@ class TraceWriter:
         self._memory: dict[int, dict[str, pd.DataFrame]] = {}
         self._begun = False
         if self.folder is None:
-            if manifest.keep_residuals:
+            if manifest.settings.keep_residuals:
                 raise InputError("kept residuals are written to files: name a folder for this run.")
             return
         present = check_run_folder(self.folder, manifest, resume=resume)
@@ -133,14 +132,14 @@ class TraceWriter:
     @property
     def pending(self) -> list[int]:
         """Parts of the plan that are not written yet."""
-        parts = range(len(self.manifest.batches))
+        parts = range(len(self.manifest.plan.batches))
         if self.folder is None:
             return [part for part in parts if part not in self._memory]
         return [part for part in parts if not is_done(self.folder, self.manifest, part)]
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest, on disk too once the run has begun."""
-        self.manifest = replace(self.manifest, **changes)
+        self.manifest = self.manifest.but(**changes)
         if self.folder is not None and self._begun:
             text = json.dumps(self.manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
             atomic_text(self.folder / "manifest.json", text)
@@ -148,7 +147,7 @@ class TraceWriter:
     def write(self, part: int, frames: Mapping[str, pd.DataFrame], *, residuals: bytes | None = None) -> None:
         """Write one part: a frame for each table of the run, and the residuals' shard where they are kept."""
         tables = tables_of(self.manifest)
-        if set(frames) != set(tables) or (residuals is not None) != bool(self.manifest.keep_residuals):
+        if set(frames) != set(tables) or (residuals is not None) != bool(self.manifest.settings.keep_residuals):
             raise ValueError(f"a part of this run has the tables {tables}, not {sorted(frames)}")
         whole = {name: conform(name, frames[name]) for name in tables}
         if self.folder is None:
@@ -170,7 +169,7 @@ class TraceWriter:
     @property
     def written(self) -> Mapping[str, pd.DataFrame]:
         """The tables of a run in memory, part after part."""
-        parts = [self._memory[part] for part in range(len(self.manifest.batches))]
+        parts = [self._memory[part] for part in range(len(self.manifest.plan.batches))]
         return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
 
 

@@ -79,10 +79,11 @@ class Trace:
         """The trace in a run folder. Raises InputError when it is missing, foreign, or not finished."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        missing = [part for part in range(len(manifest.batches)) if not is_done(folder, manifest, part)]
+        missing = [part for part in range(len(manifest.plan.batches)) if not is_done(folder, manifest, part)]
         if missing:
+            parts = len(manifest.plan.batches)
             raise InputError(
-                f"the run in {folder} is not finished: {len(missing)} of {len(manifest.batches)} parts are missing.",
+                f"the run in {folder} is not finished: {len(missing)} of {parts} parts are missing.",
                 "Run the same `probekit trace` command again with --resume.",
             )
         return cls(manifest, TablesInParts(folder, manifest), folder=folder)
@@ -132,7 +133,7 @@ class Trace:
     @property
     def rounds_logits(self) -> bool:
         """Whether a decoder compares logits rounded to its 16-bit type, and this trace knows them."""
-        return self.manifest.dtype != "float32" and self.manifest.statistics == "all"
+        return self.manifest.settings.dtype != "float32" and self.manifest.settings.statistics == "all"
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -152,7 +153,7 @@ class Trace:
     @property
     def exit_heads(self) -> bytes | None:
         """The exit heads that the run was read through, as `probekit.lens.exit_heads.pack_heads` writes them."""
-        if self.manifest.exit_heads is None or self._exit_heads is not None or self.folder is None:
+        if self.manifest.settings.exit_heads is None or self._exit_heads is not None or self.folder is None:
             return self._exit_heads
         path = self.folder / EXIT_HEADS
         try:
@@ -169,7 +170,7 @@ class Trace:
         `rounded` compares argmaxes of logits rounded to the decoder's dtype (lowest index first), which differ from
         the exact ones only where that dtype is not float32.
         """
-        column = "agrees_rounded" if rounded and self.manifest.dtype != "float32" else "agrees"
+        column = "agrees_rounded" if rounded and self.manifest.settings.dtype != "float32" else "agrees"
         return self.values(prompt, column, lens)
 
     def accept_probability(self, prompt: int, lens: LensName = "final-norm") -> np.ndarray:
@@ -197,7 +198,7 @@ class Trace:
 
     def drafter_agreement(self, prompt: int, *, rounded: bool = False) -> np.ndarray:
         """(N,) bool: the draft model has the model's argmax."""
-        column = "agrees_rounded" if rounded and self.manifest.dtype != "float32" else "agrees"
+        column = "agrees_rounded" if rounded and self.manifest.settings.dtype != "float32" else "agrees"
         return self.drafter_values(prompt, column)
 
     def drafter_accept_probability(self, prompt: int) -> np.ndarray:
@@ -217,7 +218,7 @@ class Trace:
 
     def draft_head_agreement(self, prompt: int, rows: int, *, rounded: bool = False) -> np.ndarray:
         """(L+1, N) bool: the layer, with a draft head of the order's first `rows` tokens, has the model's token."""
-        column = "agrees_up_to_rounded" if rounded and self.manifest.dtype != "float32" else "agrees_up_to"
+        column = "agrees_up_to_rounded" if rounded and self.manifest.settings.dtype != "float32" else "agrees_up_to"
         return self._kept(prompt, rows) & (rows <= self._draft_head_values(prompt, column))
 
     def draft_head_near_ties(self, prompt: int, rows: int) -> np.ndarray:
@@ -240,17 +241,18 @@ class Trace:
         return self._pivot("draft_head", column, "")[prompt]
 
     def _draft_vocabulary(self) -> DraftVocabulary:
-        if self.manifest.draft_vocabulary is None:
+        if self.manifest.settings.draft_vocabulary is None:
             raise InputError(
                 "this trace knows nothing of draft heads with fewer rows.",
                 "Trace again with `draft_vocabulary=...` (--draft-vocabulary on the command line).",
             )
-        return self.manifest.draft_vocabulary
+        return self.manifest.settings.draft_vocabulary
 
     def frequent_tokens(self) -> DraftVocabulary:
         """The tokens of the continuations by falling frequency: the order in which a draft head would keep rows."""
         manifest = self.manifest
-        source = f"{len(self)} {manifest.text} texts of {manifest.model.name}, {manifest.prompts_source}"
+        prompts = manifest.provenance.prompts_source
+        source = f"{len(self)} {manifest.settings.text} texts of {manifest.model.name}, {prompts}"
         return DraftVocabulary.counted((self.outputs(prompt) for prompt in self.prompts), source)
 
     def outputs(self, prompt: int) -> np.ndarray:
@@ -288,10 +290,10 @@ class Trace:
         """
         if self._chosen is not None:
             raise InputError("a selection of prompts is not a run: save the whole trace.")
-        if self.manifest.keep_residuals:
+        if self.manifest.settings.keep_residuals:
             raise InputError("this trace keeps residuals beside its tables.", "Copy its folder instead.")
         writer = TraceWriter(folder, self.manifest, exit_heads=self.exit_heads)
-        for part, batch in enumerate(self.manifest.batches):
+        for part, batch in enumerate(self.manifest.plan.batches):
             frames = {name: self._table(name) for name in tables_of(self.manifest)}
             writer.write(part, {name: frame[frame["prompt"].isin(batch)] for name, frame in frames.items()})
         return Trace.of_writer(writer)
@@ -311,7 +313,7 @@ class Trace:
             "model": self.manifest.model.name,
             "drafter": self.manifest.drafter.name if self.manifest.drafter else "none",
             "text": self._summary(),
-            "layers": f"0..{self.depth} ({', '.join(self.manifest.lenses)})",
+            "layers": f"0..{self.depth} ({', '.join(self.manifest.settings.lenses)})",
             "looped": f"{self.texts['looped'].mean():.0%} of the tokens repeat a run of {LOOP_TOKENS}",
             "folder": "in memory" if self.folder is None else str(self.folder),
         }
@@ -330,7 +332,7 @@ class Trace:
 
     def _summary(self) -> str:
         tokens = int(self.texts["new_tokens"].sum())
-        return f"{len(self)} prompts, {tokens} {self.manifest.text} tokens"
+        return f"{len(self)} prompts, {tokens} {self.manifest.settings.text} tokens"
 
     # -- reading
     def _read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -366,7 +368,7 @@ class Trace:
             raise InputError(f"prompt {prompt!r} is not in this trace: it has prompts {_span(known.tolist())}.")
 
     def _require_probabilities(self) -> None:
-        if self.manifest.text == "greedy":
+        if self.manifest.settings.text == "greedy":
             raise InputError(
                 "greedy text has no acceptance probabilities: a draft there agrees or it does not.",
                 "Ask for the agreement, or trace with a temperature above 0.",
@@ -381,8 +383,8 @@ class Trace:
 
     def _scatter(self, table: str, column: str, lens: str) -> dict[int, np.ndarray]:
         layered, lensed = "layer" in COLUMNS[table], "lens" in COLUMNS[table]
-        if lensed and lens not in self.manifest.lenses:
-            raise InputError(f"this trace has no {lens!r} lens: it has {', '.join(self.manifest.lenses)}.")
+        if lensed and lens not in self.manifest.settings.lenses:
+            raise InputError(f"this trace has no {lens!r} lens: it has {', '.join(self.manifest.settings.lenses)}.")
         if column not in COLUMNS[table]:
             raise InputError(f"{table!r} has no column {column!r}: it may have {', '.join(COLUMNS[table])}.")
         wanted = ["prompt", "output", column] + ["layer"] * layered + ["lens"] * lensed

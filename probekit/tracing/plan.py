@@ -60,7 +60,7 @@ class TracePlan:
 
     @property
     def given(self) -> bool:
-        return self.manifest.text == "given"
+        return self.manifest.settings.text == "given"
 
 
 def plan_trace(
@@ -111,7 +111,7 @@ def plan_trace(
     libraries = ("torch", "transformers", "numpy", *(["nnsight"] if backend == "nnsight" else []))
     text = "given" if given else "greedy" if sampling.greedy else "sampled"
     decoding = Sampling(temperature=1.0) if given else sampling
-    manifest = Manifest(
+    manifest = Manifest.of(
         model=_record(loaded),
         drafter=None if drafter is None else _record(drafter),
         draft_vocabulary=order,
@@ -172,7 +172,7 @@ def _exit_heads(
 
 def traced_heads(trace: Trace, loaded: Loaded) -> dict[int, ExitHead]:
     """{exit: head} that a trace was read through, for the model that was traced; empty where there were none."""
-    record, packed = trace.manifest.exit_heads, trace.exit_heads
+    record, packed = trace.manifest.settings.exit_heads, trace.exit_heads
     if record is None or packed is None:
         return {}
     heads = unpack_heads(packed, loaded.anatomy, "the run's file of exit heads")

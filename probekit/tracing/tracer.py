@@ -165,17 +165,17 @@ class _Run:
         self.drafter = self.plan.drafter
         self.total = self.writer.manifest.prompt_count
         self.rounded = None if self.loaded.dtype == torch.float32 else self.loaded.dtype
-        order = self.writer.manifest.draft_vocabulary
+        order = self.writer.manifest.settings.draft_vocabulary
         whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
         self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded, self.plan.heads)
         self.witnesses: AgreementSearch | None = None  # what agreement-only reading learned, from batch to batch
-        self.seconds = dict(self.writer.manifest.timings)
+        self.seconds = dict(self.writer.manifest.measured.timings)
 
     # -- the model
     def check_model(self) -> None:
         """The lens at layer L must give the model's own logits, and every layer finite ones. Once, on one prompt."""
-        first = self.plan.encoded[self.writer.manifest.batches[self.writer.pending[0]][0]]
-        ids = first.ids[: min(len(first.ids), self.writer.manifest.segment_rows or len(first.ids))]
+        first = self.plan.encoded[self.writer.manifest.plan.batches[self.writer.pending[0]][0]]
+        ids = first.ids[: min(len(first.ids), self.writer.manifest.plan.segment_rows or len(first.ids))]
         inputs, rows = _padded([ids], self.loaded)
         with self.source:
             self_check(self.parts, self.source.read(inputs, rows))
@@ -183,7 +183,7 @@ class _Run:
     # -- the text
     def continue_prompts(self, part: int) -> list[_Text]:
         """The texts of one batch: given, or continued by the model, together, each to its own end."""
-        batch = self.writer.manifest.batches[part]
+        batch = self.writer.manifest.plan.batches[part]
         encoded = [self.plan.encoded[index] for index in batch]
         if self.plan.given:
             return [_Text(one.prompt.index, one.ids, one.context, "given") for one in encoded]
@@ -201,7 +201,7 @@ class _Run:
             try:
                 decoded = Autoregressive(self.loaded).decode(
                     [one.ids for one in group],
-                    max_new_tokens=self.writer.manifest.max_new_tokens,
+                    max_new_tokens=self.writer.manifest.settings.max_new_tokens,
                     sampling=self.plan.sampling,
                     indices=[one.prompt.index for one in group],
                 )
@@ -240,7 +240,7 @@ class _Run:
     def _measure_noise(self, texts: Sequence[_Text]) -> float:
         """Measure the noise, unless the manifest has it. Returns the seconds that it took."""
         began = perf_counter()
-        if self.writer.manifest.noise is None:
+        if self.writer.manifest.measured.noise is None:
             ids = texts[0].sequence[:-1]
             self.writer.update(noise=row_noise(self.loaded, ids, self.parts.sites, self.plan.heads))
             if self.drafter is not None:
@@ -268,15 +268,17 @@ class _Run:
 
     def _row_limit(self, part: int) -> int:
         manifest = self.writer.manifest
-        earlier = [one["limit"] for one in manifest.backoffs if one["phase"] == "read" and one["batch"] <= part]
-        return min([manifest.segment_rows or MOST_ROWS, *earlier])
+        earlier = [
+            one["limit"] for one in manifest.measured.backoffs if one["phase"] == "read" and one["batch"] <= part
+        ]
+        return min([manifest.plan.segment_rows or MOST_ROWS, *earlier])
 
     def _back_off(self, part: int, phase: str, size: int, limit: int) -> None:
         if self.loaded.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
         note = {"batch": part, "phase": phase, "size": size, "limit": limit}
-        self.writer.update(backoffs=(*self.writer.manifest.backoffs, note))
+        self.writer.update(backoffs=(*self.writer.manifest.measured.backoffs, note))
 
     def _read_group(self, group: Sequence[_Text], limit: int) -> Iterator[_Piece]:
         """One pass over left-padded texts; over one long text, as many segments as the limit asks for."""
@@ -304,23 +306,24 @@ class _Run:
                 drafter=drafted,
                 draft_head=self._draft_head(reading, piece),
                 residuals={
-                    f"layer_{site}": reading.residuals[site].to("cpu", copy=True) for site in manifest.keep_residuals
+                    f"layer_{site}": reading.residuals[site].to("cpu", copy=True)
+                    for site in manifest.settings.keep_residuals
                 },
             )
 
     def _statistics(self, reading: Reading, keys: Mapping[str, np.ndarray], top: int = 0) -> dict[str, Tensor]:
         manifest = self.writer.manifest
         plan = StatisticsPlan(
-            lenses=KINDS[: len(manifest.lenses)],
-            mode="agreement" if manifest.statistics == "agreement" else "all",
+            lenses=KINDS[: len(manifest.settings.lenses)],
+            mode="agreement" if manifest.settings.statistics == "agreement" else "all",
             warp=self.plan.warp,
             rounded_dtype=self.rounded,
-            noise=manifest.noise or 0.0,
+            noise=manifest.measured.noise or 0.0,
             top=top,
             heads=self.plan.heads,
         )
         if plan.mode == "agreement" and self.witnesses is None:
-            before = manifest.savings
+            before = manifest.measured.savings
             self.witnesses = AgreementSearch(self.parts, None if before is None else WorkSkipped.from_json(before))
         input_ids, text_ids = (_tensor(keys[name], self.loaded) for name in ("input_id", "text_id"))
         return layer_statistics(self.parts, reading.residuals, input_ids, text_ids, plan, witnesses=self.witnesses)
@@ -328,7 +331,7 @@ class _Run:
     def _top(self, reading: Reading, keys: Mapping[str, np.ndarray]) -> pd.DataFrame | None:
         """The most probable tokens, for the first prompts only."""
         manifest = self.writer.manifest
-        first = sorted(self.plan.encoded)[: manifest.top_prompts]
+        first = sorted(self.plan.encoded)[: manifest.settings.top_prompts]
         chosen = np.isin(keys["prompt"], first)
         if not chosen.any():
             return None
@@ -338,7 +341,7 @@ class _Run:
         size = min(TOP, self.parts.vocabulary)
         found = self._statistics(some, mine, top=size)
         ids, shares = (found[name].cpu().numpy() for name in ("top_ids", "top_probabilities"))
-        frame = _by_layer(mine, manifest.lenses, self.parts.depth, repeated=size)
+        frame = _by_layer(mine, manifest.settings.lenses, self.parts.depth, repeated=size)
         frame["place"] = np.tile(np.arange(size, dtype=np.int8), len(frame) // size)
         frame["token"] = ids.ravel()
         frame["token_text"] = self._shown(ids.ravel())
@@ -360,7 +363,7 @@ class _Run:
             # heads may be padded to different sizes: the decoder cuts or fills up the drafter's, too
             q = functional.pad(q, (0, self.parts.vocabulary - q.shape[-1]), value=float("-inf"))
             p = own(reading.residuals[-1, here], self.parts.depth)
-            noise = self.writer.manifest.drafter_noise or 0.0
+            noise = self.writer.manifest.measured.drafter_noise or 0.0
             pieces.append(drafter_statistics(q, p, text_ids[here], self.plan.warp, noise, self.rounded))
         return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
 
@@ -369,7 +372,7 @@ class _Run:
         if self.draft_rows is None:
             return None
         generated = _tensor(np.flatnonzero(keys["output"] >= 0), self.loaded)
-        found = self.draft_rows.read(reading.residuals[:, generated], self.writer.manifest.noise or 0.0)
+        found = self.draft_rows.read(reading.residuals[:, generated], self.writer.manifest.measured.noise or 0.0)
         return {name: values.cpu() for name, values in found.items()}
 
     # -- tables
@@ -380,7 +383,7 @@ class _Run:
         tokens["text"] = self._shown(tokens["text_id"].to_numpy())
         layers = []
         for piece in pieces:
-            frame = _by_layer(piece.keys, manifest.lenses, self.parts.depth)
+            frame = _by_layer(piece.keys, manifest.settings.lenses, self.parts.depth)
             for name, values in piece.statistics.items():
                 frame[name] = values.numpy().ravel()
             layers.append(frame)
@@ -404,7 +407,7 @@ class _Run:
             frames["draft_head"] = pd.concat(
                 [_draft_head_frame(piece, self.parts.depth) for piece in pieces], ignore_index=True
             )
-        if manifest.top_prompts:
+        if manifest.settings.top_prompts:
             tops = [piece.top for piece in pieces if piece.top is not None]
             empty = pd.DataFrame(columns=[*_by_layer_columns(), "place", "token", "token_text", "probability"])
             frames["top"] = pd.concat(tops, ignore_index=True) if tops else empty
@@ -448,7 +451,7 @@ class _Run:
 
     def _shard(self, pieces: Sequence[_Piece]) -> bytes | None:
         """Kept residuals, (rows, width) each, with the prompt and position of every row beside them."""
-        if not self.writer.manifest.keep_residuals:
+        if not self.writer.manifest.settings.keep_residuals:
             return None
         tensors = {
             name: torch.cat([piece.residuals[name] for piece in pieces]).contiguous() for name in pieces[0].residuals
@@ -458,7 +461,7 @@ class _Run:
         return safetensors.torch.save(tensors)
 
     def _report(self, phase: str, part: int, done: int, began: float, texts: Sequence[_Text]) -> None:
-        before = sum(len(self.writer.manifest.batches[other]) for other in range(part))
+        before = sum(len(self.writer.manifest.plan.batches[other]) for other in range(part))
         tokens = sum(len(text.tokens) for text in texts)
         rate = tokens / max(perf_counter() - began, 1e-9)
         self.progress(phase, before + done, self.total, tokens_per_second=round(rate, 1))

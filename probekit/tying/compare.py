@@ -251,14 +251,16 @@ def _difference(one: _Measured, other: _Measured, paired: bool) -> dict[str, Any
 
 
 def _same_prompts(one: Trace, other: Trace) -> bool:
-    return one.manifest.prompts_hash == other.manifest.prompts_hash and one.prompts == other.prompts
+    return (
+        one.manifest.provenance.prompts_hash == other.manifest.provenance.prompts_hash and one.prompts == other.prompts
+    )
 
 
 def _run_names(traces: Sequence[Trace]) -> list[str]:
     """The models' names, told apart by text or number where two runs have the same."""
     names = [trace.manifest.model.name for trace in traces]
     if len(set(names)) < len(names):
-        names = [f"{name} ({trace.manifest.text})" for name, trace in zip(names, traces, strict=True)]
+        names = [f"{name} ({trace.manifest.settings.text})" for name, trace in zip(names, traces, strict=True)]
     return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
 
 
@@ -276,7 +278,7 @@ def _model_row(run: str, trace: Trace, recipe: Recipe) -> dict[str, Any]:
         "width": model.width,
         "vocabulary": model.vocabulary,
         "parameters": model.parameters,
-        "text": trace.manifest.text,
+        "text": trace.manifest.settings.text,
         "prompts": len(trace),
         "tokens": int(tokens.sum()),
         "looped": float((texts["looped"].to_numpy(np.float64) * tokens).sum() / tokens.sum()),
@@ -396,4 +398,4 @@ def explain(one: Recipe, other: Recipe, mine: Trace, theirs: Trace) -> dict[str,
 
 
 def _text_of(trace: Trace) -> tuple[Any, ...]:
-    return (trace.manifest.text, tuple(sorted(trace.manifest.decoding.items())))
+    return (trace.manifest.settings.text, tuple(sorted(trace.manifest.settings.decoding.items())))

@@ -180,7 +180,7 @@ def head_effects(
     from probekit.tracing.prompts import Prompt
     from probekit.tracing.tracer import trace as trace_again
 
-    if trace.manifest.text != "greedy":
+    if trace.manifest.settings.text != "greedy":
         raise InputError("the effects of a head are read off greedy text.", "Trace without a temperature.")
     exits = list(loaded.anatomy.exits) if exit_layers is None else list(exit_layers)
     before = {name: layer_means(trace, name) for name in ("echo", "agrees", "kl")}
@@ -195,7 +195,7 @@ def head_effects(
         if not speak:
             continue
         with changed_head(loaded, weight, name) as changed:
-            spoken = trace_again(changed, prompts, max_new_tokens=trace.manifest.max_new_tokens, top_prompts=0)
+            spoken = trace_again(changed, prompts, max_new_tokens=trace.manifest.settings.max_new_tokens, top_prompts=0)
         after = {column: layer_means(spoken, column) for column in ("echo", "agrees", "kl")}
         layers.append(_layer_rows(trace, name, "model and lens", after["echo"], after["agrees"], after["kl"], before))
         cells.append(_cell_rows(predict(spoken, exits, [draft_length]), trace, name, "model and lens"))

@@ -119,7 +119,7 @@ def norm_or_raw(trace: Trace) -> pd.DataFrame:
 
     Layer L is left out: its raw row is the model's own.
     """
-    if set(trace.manifest.lenses) < {"final-norm", "raw"}:
+    if set(trace.manifest.settings.lenses) < {"final-norm", "raw"}:
         raise InputError("this trace has one lens only.", "Trace again with both lenses.")
     norm, raw = class_shares(trace, "final-norm"), class_shares(trace, "raw")
     half = max(1, trace.depth // 2)
@@ -158,7 +158,7 @@ def _figure(share: Share) -> Estimate:
 
 def require_all(trace: Trace) -> None:
     """InputError for a trace that has agreement only."""
-    if trace.manifest.statistics != "all":
+    if trace.manifest.settings.statistics != "all":
         raise InputError("this trace has agreement only.", "Trace again with `--statistics all`.")
 
 

@@ -8,7 +8,6 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -55,9 +54,9 @@ def before_loops(trace: Trace) -> Trace:
         return frame[frame["output"] < frame["prompt"].map(cut)]
 
     wanted = set(trace.prompts)
-    batches = [tuple(prompt for prompt in batch if prompt in wanted) for batch in trace.manifest.batches]
+    batches = [tuple(prompt for prompt in batch if prompt in wanted) for batch in trace.manifest.plan.batches]
     return Trace.from_frames(
-        replace(trace.manifest, batches=tuple(batch for batch in batches if batch)),
+        trace.manifest.but(batches=tuple(batch for batch in batches if batch)),
         texts,
         kept(trace.tokens),
         kept(trace.layers),
@@ -98,7 +97,7 @@ def token_kinds(trace: Trace) -> dict[int, np.ndarray]:
 # ---------------------------------------------------------------------------------------- acceptance by kind
 def accepted_if_drafted(trace: Trace, prompt: int) -> np.ndarray:
     """(L+1, N): 1 or 0 on greedy text, w elsewhere."""
-    if trace.manifest.text == "greedy":
+    if trace.manifest.settings.text == "greedy":
         return trace.agreement(prompt)
     return trace.accept_probability(prompt)
 
@@ -151,7 +150,7 @@ def acceptance_by_kind(trace: Trace, layers: Iterable[int] | None = None) -> pd.
     for (by, group), marked in positions_by_kind(trace).items():
         share = acceptance_where(trace, marked).at(wanted)
         low, high = share.interval()
-        named = {"model": trace.manifest.model.name, "text": trace.manifest.text, "by": by, "group": group}
+        named = {"model": trace.manifest.model.name, "text": trace.manifest.settings.text, "by": by, "group": group}
         figures = {"positions": share.denominators.sum(axis=1).astype(int), "acceptance": share.values}
         parts.append(pd.DataFrame({**named, "layer": wanted, **figures, "low": low, "high": high}))
     return pd.concat(parts, ignore_index=True)

@@ -77,7 +77,7 @@ def differences_from(
     if draft_rows is not None and isinstance(cell.drafts, ExitLayer):
         cell = replace(cell, drafts=replace(cell.drafts, rows=draft_rows))
     text = PredictedText.of(trace, prompt, cell)
-    return differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run)
+    return differences_of(text, cell.draft_length, trace.manifest.settings.max_new_tokens, run)
 
 
 def differences_of(
@@ -122,7 +122,9 @@ def apart(
     if before == text.tokens[:place] and place < len(text.tokens):
         tie = bool(text.model_ties[place])
     else:  # both had left the trace together
-        tie = _margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before]) < (trace.manifest.noise or 0.0)
+        tie = _margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before]) < (
+            trace.manifest.measured.noise or 0.0
+        )
     return [_difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))]
 
 

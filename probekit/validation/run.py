@@ -100,11 +100,11 @@ def validate(
     costs = costs or _quick_costs(loaded, chosen, predicted, drafter, heads, policy)
     costs.check_draft_head(cell.key for cell in predicted)
     plain, *runs = _decode(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
-    greedy = trace.manifest.text == "greedy"
+    greedy = trace.manifest.settings.text == "greedy"
     compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=len(predicted))
     return Validation(
         trace.manifest.model.name,
-        trace.manifest.text,
+        trace.manifest.settings.text,
         tuple(
             CellValidation(
                 key=cell.key,
@@ -126,7 +126,7 @@ def validate(
 def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
     """Refuse what was not traced."""
     manifest = trace.manifest
-    if manifest.text == "given":
+    if manifest.settings.text == "given":
         raise InputError(
             "this run holds given text, which the model did not write: there is no decoding to hold it against.",
             "Trace the prompts without --given.",
@@ -142,8 +142,8 @@ def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
                 "Validate with the model that was traced.",
             )
         dtype = str(model.dtype).removeprefix("torch.")
-        if dtype != manifest.dtype:
-            raise InputError(f"the run was traced in {manifest.dtype}, and {model.name} is loaded in {dtype}.")
+        if dtype != manifest.settings.dtype:
+            raise InputError(f"the run was traced in {manifest.settings.dtype}, and {model.name} is loaded in {dtype}.")
 
 
 def _predicted(
@@ -214,18 +214,18 @@ def _decode(
 ) -> list[list[list[Decoded]]]:
     """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat]."""
     manifest = trace.manifest
-    setting = {"temperature": manifest.decoding["temperature"], "top_p": manifest.decoding["top_p"]}
+    setting = {"temperature": manifest.settings.decoding["temperature"], "top_p": manifest.settings.decoding["top_p"]}
     prompts = [trace.prompt_ids(prompt).tolist() for prompt in trace.prompts]
-    budget = manifest.max_new_tokens
-    greedy = manifest.text == "greedy"
+    budget = manifest.settings.max_new_tokens
+    greedy = manifest.settings.text == "greedy"
     for method in methods:  # the first passes of a process are slow
         method.decode(prompts[:1], max_new_tokens=min(budget, WARM_UP_TOKENS))
     found: list[list[list[Decoded]]] = [[[] for _ in prompts] for _ in methods]
     done, total = 0, repeats * len(prompts) * len(methods)
     for repeat in range(repeats):
         # other random numbers than the trace's, and others each time: the decoder's texts are its own
-        seed = manifest.seed if greedy else manifest.seed + 1 + repeat
-        sampling = Sampling(**setting, top_k=int(manifest.decoding["top_k"]), seed=seed)
+        seed = manifest.settings.seed if greedy else manifest.settings.seed + 1 + repeat
+        sampling = Sampling(**setting, top_k=int(manifest.settings.decoding["top_k"]), seed=seed)
         for place, ids in enumerate(prompts):
             for turn in range(len(methods)):
                 which = (turn + place + repeat) % len(methods)
@@ -294,11 +294,13 @@ def _greedy(
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
         text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
-        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.max_new_tokens, allowed=text.allowed)
+        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.settings.max_new_tokens, allowed=text.allowed)
         drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
         rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
         tokens_equal &= run.tokens == reference
-        differences += differences_of(text, cell.draft_length, trace.manifest.max_new_tokens, run, exact=policy.exact)
+        differences += differences_of(
+            text, cell.draft_length, trace.manifest.settings.max_new_tokens, run, exact=policy.exact
+        )
         if run.tokens != reference:
             differences += apart(loaded, trace, text, run.tokens, reference)
         both = zip_longest(drafted, accepted, run.drafted, run.accepted)

@@ -120,9 +120,13 @@ def check_against_transformers(loaded, trace, exits, lengths, prompts) -> int:
         ties = trace.near_ties(prompt)
         for exit_layer in exits:
             for length in lengths:
-                expected = rounds_of(agreement[exit_layer], length, trace.manifest.max_new_tokens, "draft")
+                expected = rounds_of(agreement[exit_layer], length, trace.manifest.settings.max_new_tokens, "draft")
                 found = transformers_accepted(
-                    loaded, trace.prompt_ids(prompt).tolist(), exit_layer, length, trace.manifest.max_new_tokens
+                    loaded,
+                    trace.prompt_ids(prompt).tolist(),
+                    exit_layer,
+                    length,
+                    trace.manifest.settings.max_new_tokens,
                 )
                 if found.tokens == text and found.accepted == expected.accepted.tolist():
                     continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,7 +102,7 @@ def test_the_decoder_does_what_is_predicted(dialled, run, unchanged):
 def changed(run: Trace, column: str, value: int, prompt: int, output: int, layer: int) -> Trace:
     head = run.draft_head.copy()
     head.loc[(head["prompt"] == prompt) & (head["output"] == output) & (head["layer"] == layer), column] = value
-    return Trace.from_frames(replace(run.manifest, top_prompts=0), run.texts, run.tokens, run.layers, draft_head=head)
+    return Trace.from_frames(run.manifest.but(top_prompts=0), run.texts, run.tokens, run.layers, draft_head=head)
 
 
 def test_a_planted_error_is_caught_and_a_near_tie_is_named(dialled, run):

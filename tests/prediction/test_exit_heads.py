@@ -107,7 +107,7 @@ def test_heads_that_change_nothing_leave_the_trace_as_it_was(dialled):
 def test_only_the_final_norm_lens_of_the_named_exits_changes(dialled, heads):
     plain = trace(dialled, PROMPTS, max_new_tokens=BUDGET)
     through = trace(dialled, PROMPTS, max_new_tokens=BUDGET, exit_heads={2: heads[2]})
-    assert through.manifest.exit_heads.exits == (2,)
+    assert through.manifest.settings.exit_heads.exits == (2,)
     for prompt in plain.prompts:
         mine, theirs = (one.values(prompt, "log_probability") for one in (through, plain))
         different = [layer for layer in range(plain.depth + 1) if not np.array_equal(mine[layer], theirs[layer])]
@@ -162,8 +162,8 @@ def test_the_decoder_does_what_is_predicted(dialled, heads, run, rows, unchanged
 def test_a_decoder_through_other_heads_is_caught(dialled, heads, run):
     """A trace that claims other heads than those it was read through."""
     others = random_heads(dialled.anatomy, dialled.anatomy.exits, seed=9, size=1.0)
-    record = replace(run.manifest.exit_heads, fingerprint=fingerprint(others))
-    manifest = replace(run.manifest, exit_heads=record, draft_vocabulary=None, top_prompts=0)
+    record = replace(run.manifest.settings.exit_heads, fingerprint=fingerprint(others))
+    manifest = run.manifest.but(exit_heads=record, draft_vocabulary=None, top_prompts=0)
     claimed = Trace.from_frames(manifest, run.texts, run.tokens, run.layers, exit_heads=pack_heads(others))
     found = validate(dialled, claimed, [(2, 3), (3, 3)], costs=costs_of(dialled, fingerprint(others)))
     assert not found.holds
@@ -188,9 +188,9 @@ def test_the_heads_stay_with_the_run(dialled, heads, run, tmp_path):
     for traced in (run, run.save(tmp_path / "saved"), run.select([0])):
         found = traced_heads(traced, dialled)
         assert list(found) == list(heads)
-        assert fingerprint(found) == traced.manifest.exit_heads.fingerprint == fingerprint(heads)
+        assert fingerprint(found) == traced.manifest.settings.exit_heads.fingerprint == fingerprint(heads)
     again = Trace.open(tmp_path / "saved")
-    assert again.manifest.exit_heads == run.manifest.exit_heads
+    assert again.manifest.settings.exit_heads == run.manifest.settings.exit_heads
     assert traced_heads(trace(dialled, PROMPTS, max_new_tokens=4), dialled) == {}
 
 

@@ -100,7 +100,7 @@ def fabricate_trace(
     texts = trace.texts.assign(
         text=[" " + " ".join(f"w{token}" for token in trace.prompt_ids(prompt)) for prompt in trace.prompts]
     )
-    manifest = replace(trace.manifest, model=replace(trace.manifest.model, name=name, tied=name.endswith("-tied")))
+    manifest = trace.manifest.but(model=replace(trace.manifest.model, name=name, tied=name.endswith("-tied")))
     return Trace.from_frames(
         manifest, texts, spoken, trace.layers, top=top.assign(token_text=words[top["token"]]), drafter=trace.drafter
     )

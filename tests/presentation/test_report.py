@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -239,7 +238,7 @@ def test_markup_in_data_stays_data(tmp_path):
     summary |= {"settings": {"prompts": MARKUP}, "machine": {"system": MARKUP}, "versions": {"probekit": MARKUP}}
     (folder / "summary.json").write_text(json.dumps(summary))
     plain = Trace.open(folder / "traces" / "a")
-    manifest = replace(plain.manifest, prompts_source=MARKUP)
+    manifest = plain.manifest.but(prompts_source=MARKUP)
     trace = Trace.from_frames(
         manifest,
         plain.texts.assign(text=MARKUP, kind=MARKUP),

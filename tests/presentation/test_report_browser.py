@@ -191,9 +191,9 @@ def derived(rounds: float, drafted: float, accepted: float, rejections: float, t
 def reference(trace: Trace, prompt: int, exit_layer: int | None, length: int, first_round: str) -> dict:
     """Every figure of one text, from the trace, slowly; the speedup at the fabricated costs."""
     first = {"prefill": 1, "draft": 0}[first_round]
-    budget = trace.manifest.max_new_tokens
+    budget = trace.manifest.settings.max_new_tokens
     tokens = max(0, len(trace.outputs(prompt)) - first)
-    if trace.manifest.text != "greedy":
+    if trace.manifest.settings.text != "greedy":
         w = trace.accept_probability(prompt)[exit_layer].astype(float).tolist()
         return derived(*expect(w, length, budget, first), tokens)
     agrees = trace.drafter_agreement(prompt) if exit_layer is None else trace.agreement(prompt)[exit_layer]
@@ -294,7 +294,7 @@ def test_each_round_is_shown_as_it_went(greedy):
     names = token_texts(trace)
     greedy.select("replay", "drafter", "self")
     greedy.set(exit=4, length=3)
-    rounds = walk(trace.agreement(0)[4].tolist(), 3, trace.manifest.max_new_tokens, 1)
+    rounds = walk(trace.agreement(0)[4].tolist(), 3, trace.manifest.settings.max_new_tokens, 1)
     replayed = greedy.run(
         "return [...document.querySelectorAll('#replay .round')].map(round =>"
         " [...round.querySelectorAll('.token')].map(token => [token.classList[1], token.textContent]))"

@@ -106,7 +106,7 @@ def fabricate(
             kept = ("argmax", "agrees", "margin", "near_tie", "overlap", "accept_probability")
             keys = {"prompt": prompt, "position": position, "output": output}
             drafter_rows.append(pd.DataFrame(keys | {name: columns[name] for name in kept if name in columns}))
-    manifest = Manifest(
+    manifest = Manifest.of(
         model=record(depth, vocabulary),
         prompts_hash=f"hash-{seed}",
         prompts_source="fabricated",

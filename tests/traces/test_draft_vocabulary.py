@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,7 +52,7 @@ def test_impossible_sizes_are_refused(rows):
 
 # ------------------------------------------------------------------------------------------------ the trace
 def test_every_size_of_head_is_what_the_logits_say(tiny, run):
-    assert run.manifest.draft_vocabulary == DraftVocabulary("given", tuple(ORDER))
+    assert run.manifest.settings.draft_vocabulary == DraftVocabulary("given", tuple(ORDER))
     assert run.draft_head["layer"].unique().tolist() == list(range(6))
     agreeing = 0
     for prompt in run.prompts:
@@ -91,9 +89,7 @@ def test_near_ties_are_where_a_kept_token_comes_within_the_noise(tiny, run):
     own = run.draft_head[run.draft_head["prompt"] == 1].sort_values(["layer", "output"])
     columns = {name: values.numpy().ravel() for name, values in found.items()}
     noisy = pd.concat([frame, own.assign(**columns)])
-    changed = Trace.from_frames(
-        replace(run.manifest, top_prompts=0), run.texts, run.tokens, run.layers, draft_head=noisy
-    )
+    changed = Trace.from_frames(run.manifest.but(top_prompts=0), run.texts, run.tokens, run.layers, draft_head=noisy)
     logits = naive_logits(tiny, sequence)[:, len(run.prompt_ids(1)) - 1 :]
     model = logits[-1].argmax(-1).expand(6, -1)[..., None]
     near = 0

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ def trace() -> Trace:
 
 
 def batched(trace: Trace, *batches: tuple[int, ...]) -> Trace:
-    manifest = replace(trace.manifest, batches=batches)
+    manifest = trace.manifest.but(batches=batches)
     return Trace.from_frames(manifest, trace.texts, trace.tokens, trace.layers, top=trace.top, drafter=trace.drafter)
 
 
@@ -236,20 +235,20 @@ def test_a_resumed_run_keeps_its_own_plan_and_measurements(trace: Trace, tmp_pat
     writer.update(noise=0.25)
     assert not (tmp_path / "run").exists()  # nothing is written before the first part
     writer.write(0, part(split, (0, 1)))
-    other = replace(split.manifest, batches=((0, 1, 2, 3, 4),), noise=None, versions={"torch": "0"})
+    other = split.manifest.but(batches=((0, 1, 2, 3, 4),), noise=None, versions={"torch": "0"})
     again = TraceWriter(tmp_path / "run", other, resume=True)
-    assert again.manifest.batches == ((0, 1), (2, 3, 4))
-    assert again.manifest.noise == 0.25
+    assert again.manifest.plan.batches == ((0, 1), (2, 3, 4))
+    assert again.manifest.measured.noise == 0.25
 
 
 def test_a_run_of_other_settings_is_refused_and_they_are_named(trace: Trace, tmp_path) -> None:
     trace.save(tmp_path / "run")
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir())
-    other = replace(trace.manifest, max_new_tokens=99, model=record(depth=4, name="another"))
+    other = trace.manifest.but(max_new_tokens=99, model=record(depth=4, name="another"))
     with pytest.raises(InputError, match=r"max_new_tokens: 12, 99; model: .*fabricated.*another"):
         check_run_folder(tmp_path / "run", other, resume=True)
     with pytest.raises(InputError, match="drafter: fabricated-drafter, None"):
-        check_run_folder(tmp_path / "run", replace(trace.manifest, drafter=None), resume=True)
+        check_run_folder(tmp_path / "run", trace.manifest.but(drafter=None), resume=True)
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()) == before
 
 
@@ -289,8 +288,8 @@ def test_a_damaged_part_is_named(trace: Trace, tmp_path) -> None:
 
 
 def test_the_manifest_survives_the_disk(trace: Trace, tmp_path) -> None:
-    manifest = replace(
-        trace.manifest, keep_residuals=(1, 2), backoffs=({"batch": 0, "rows": 9, "rows_limit": 4},), segment_rows=7
+    manifest = trace.manifest.but(
+        keep_residuals=(1, 2), backoffs=({"batch": 0, "rows": 9, "rows_limit": 4},), segment_rows=7
     )
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     assert manifest.to_json()["prompt_count"] == 5
@@ -303,12 +302,12 @@ def test_the_manifest_survives_the_disk(trace: Trace, tmp_path) -> None:
 @pytest.mark.parametrize("batches", [(), ((0,), ()), ((0, 1), (1,))])
 def test_a_plan_names_every_prompt_once(trace: Trace, batches: tuple) -> None:
     with pytest.raises(InputError, match="names every prompt once"):
-        replace(trace.manifest, batches=batches)
+        trace.manifest.but(batches=batches)
 
 
 def test_residuals_need_a_folder(trace: Trace) -> None:
     with pytest.raises(InputError, match="name a folder"):
-        TraceWriter(None, replace(trace.manifest, keep_residuals=(1,)))
+        TraceWriter(None, trace.manifest.but(keep_residuals=(1,)))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def traces() -> dict[str, Trace]:
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_text_is_the_model_s_own(traces, name) -> None:
     loaded, traced = traces[name]
-    assert traced.manifest.text == "greedy"
+    assert traced.manifest.settings.text == "greedy"
     for prompt, text in enumerate(TEXTS):
         assert traced.prompt_ids(prompt).tolist() == loaded.tokenizer(text)["input_ids"]
         ids = traced.prompt_ids(prompt).tolist()
@@ -181,8 +181,8 @@ def test_the_top_table_holds_the_first_prompts_only(traces) -> None:
 def test_sampled_text_has_acceptance_probabilities(tiny) -> None:
     sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, seed=5)
     traced = trace(tiny, TEXTS, max_new_tokens=10, sampling=sampling)
-    assert traced.manifest.text == "sampled"
-    assert traced.manifest.decoding == {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
+    assert traced.manifest.settings.text == "sampled"
+    assert traced.manifest.settings.decoding == {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
     for prompt in traced.prompts:
         y = traced.outputs(prompt)
         rows = slice(len(traced.prompt_ids(prompt)) - 1, None)
@@ -213,8 +213,8 @@ def test_texts_end_with_the_token_that_ends_them() -> None:
 def test_given_text_is_scored_at_temperature_1(tiny) -> None:
     prompts = [{"prompt": "the king ", "response": "was old"}, {"prompt": "hello"}]
     traced = trace(tiny, prompts, given=True)
-    assert traced.manifest.text == "given"
-    assert traced.manifest.decoding["temperature"] == 1.0
+    assert traced.manifest.settings.text == "given"
+    assert traced.manifest.settings.decoding["temperature"] == 1.0
     assert traced.texts["prompt_tokens"].tolist() == [9, 1]
     assert traced.texts["new_tokens"].tolist() == [7, 4]
     assert traced.ended(0) == "given"
@@ -225,14 +225,14 @@ def test_given_text_is_scored_at_temperature_1(tiny) -> None:
     np.testing.assert_allclose(
         traced.accept_probability(0), (chosen / chosen[-1]).clamp(max=1).numpy(), rtol=1e-3, atol=1e-5
     )
-    assert traced.manifest.timings["generation_s"] == 0
+    assert traced.manifest.measured.timings["generation_s"] == 0
 
 
 def test_a_draft_model_is_read_on_the_same_text(tiny, tiny_draft) -> None:
     for sampling in (Sampling(), Sampling(temperature=0.9, seed=2)):
         traced = trace(tiny, TEXTS, max_new_tokens=8, sampling=sampling, draft_model=tiny_draft)
         assert traced.manifest.drafter.name == tiny_draft.name
-        assert traced.manifest.drafter_noise >= 0
+        assert traced.manifest.measured.drafter_noise >= 0
         for prompt in traced.prompts:
             ids, rows = whole(traced, prompt), slice(len(traced.prompt_ids(prompt)) - 1, None)
             p, q = (naive_logits(loaded, ids[:-1])[-1, rows] for loaded in (tiny, tiny_draft))
@@ -280,17 +280,17 @@ def test_agreement_only_gives_the_same_bits(any_tiny) -> None:
 def test_agreement_only_says_what_it_spared(tiny, tmp_path) -> None:
     settings = {"max_new_tokens": 9, "batch_size": 2, "statistics": "agreement"}
     first = trace(tiny, TEXTS, tmp_path / "run", **settings)
-    savings = first.manifest.savings
+    savings = first.manifest.measured.savings
     assert savings["rows"] == (tiny.depth + 1) * len(first.tokens)
     assert savings["full"] + savings["screened"] <= savings["rows"]
     assert 0 < savings["products_avoided"] < savings["witnessed_share"] <= 1
-    assert Trace.open(tmp_path / "run").manifest.savings == savings
-    assert trace(tiny, TEXTS[:1], max_new_tokens=3).manifest.savings is None
+    assert Trace.open(tmp_path / "run").manifest.measured.savings == savings
+    assert trace(tiny, TEXTS[:1], max_new_tokens=3).manifest.measured.savings is None
 
     (tmp_path / "run" / "layers-00001.parquet").unlink()  # a resumed run goes on counting
     again = trace(tiny, TEXTS, tmp_path / "run", resume=True, **settings)
-    more = again.tokens["prompt"].isin(again.manifest.batches[1]).sum()
-    assert again.manifest.savings["rows"] == savings["rows"] + (tiny.depth + 1) * more
+    more = again.tokens["prompt"].isin(again.manifest.plan.batches[1]).sum()
+    assert again.manifest.measured.savings["rows"] == savings["rows"] + (tiny.depth + 1) * more
 
 
 @pytest.mark.parametrize("statistics", ["all", "agreement"])
@@ -307,7 +307,7 @@ def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:
     unchanged(any_tiny.model)
     hooks = trace(any_tiny, TEXTS, max_new_tokens=6)
     nnsight = trace(any_tiny, TEXTS, max_new_tokens=6, backend="nnsight")
-    assert nnsight.manifest.backend == "nnsight"
+    assert nnsight.manifest.settings.backend == "nnsight"
     assert_same_bits(hooks, nnsight)
     assert not hasattr(object(), "save")
 
@@ -315,8 +315,8 @@ def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:
 def test_smaller_dtypes_have_a_rounded_agreement() -> None:
     loaded = synthetic("tiny", seed=1, dtype="bfloat16")
     traced = trace(loaded, TEXTS, max_new_tokens=12)
-    assert traced.manifest.dtype == "bfloat16"
-    assert traced.manifest.noise > 0
+    assert traced.manifest.settings.dtype == "bfloat16"
+    assert traced.manifest.measured.noise > 0
     for prompt in traced.prompts:
         assert traced.agreement(prompt, rounded=True)[-1].all()
         assert traced.agreement(prompt, rounded=True).shape == traced.agreement(prompt).shape
@@ -346,7 +346,7 @@ def test_chat_goes_through_the_template() -> None:
 def test_without_prompts_the_bundled_set_is_traced(tiny) -> None:
     traced = trace(tiny, max_new_tokens=1, statistics="agreement")
     assert len(traced) == 24
-    assert traced.manifest.prompts_source == "bundled: general"
+    assert traced.manifest.provenance.prompts_source == "bundled: general"
     assert set(traced.texts["kind"]) == {"story", "question", "list", "arithmetic", "code", "translation"}
 
 
@@ -354,16 +354,16 @@ def test_manifest_says_what_was_done(tiny) -> None:
     penalised = synthetic("tiny", seed=1)
     penalised.model.generation_config.repetition_penalty = 1.3
     manifest = trace(penalised, TEXTS, max_new_tokens=5).manifest
-    assert manifest.ignored_processors == ("repetition_penalty=1.3",)
+    assert manifest.provenance.ignored_processors == ("repetition_penalty=1.3",)
     assert manifest.model.weights_hash == tiny.weights_hash
     assert manifest.model.depth == 5
     assert manifest.model.eos_ids == (96,)
-    assert (manifest.dtype, manifest.device, manifest.backend) == ("float32", "cpu", "hooks")
-    assert {"torch", "transformers", "probekit"} <= set(manifest.versions)
-    assert 4 <= manifest.timings["tokens"] <= 20
-    assert manifest.timings["trace_s"] > 0
-    assert manifest.timings["generation_s"] > 0
-    assert manifest.backoffs == ()
+    assert (manifest.settings.dtype, manifest.settings.device, manifest.settings.backend) == ("float32", "cpu", "hooks")
+    assert {"torch", "transformers", "probekit"} <= set(manifest.provenance.versions)
+    assert 4 <= manifest.measured.timings["tokens"] <= 20
+    assert manifest.measured.timings["trace_s"] > 0
+    assert manifest.measured.timings["generation_s"] > 0
+    assert manifest.measured.backoffs == ()
 
 
 def test_progress_counts_prompts(tiny, tmp_path) -> None:
@@ -413,8 +413,8 @@ def test_batches_hold_every_prompt_once_and_keep_to_the_budget(rows, budget, mos
 def test_a_prompt_alone_and_among_others_reads_the_same(any_tiny, sampling) -> None:
     together = trace(any_tiny, TEXTS, max_new_tokens=10, sampling=sampling)
     alone = trace(any_tiny, TEXTS, max_new_tokens=10, sampling=sampling, batch_size=1)
-    assert len(together.manifest.batches) == 1
-    assert len(alone.manifest.batches) == 4
+    assert len(together.manifest.plan.batches) == 1
+    assert len(alone.manifest.plan.batches) == 4
     assert_close(together, alone)
 
 
@@ -445,7 +445,7 @@ def test_residuals_are_bounded_by_the_row_budget(tiny, tiny_draft, tmp_path, spy
     folder = tmp_path / "run"
     segmented = trace(tiny, TEXTS, folder, max_new_tokens=10, draft_model=tiny_draft, keep_residuals=[0, 3])
     assert max(spy.sizes) <= 7
-    assert segmented.manifest.segment_rows == 7
+    assert segmented.manifest.plan.segment_rows == 7
     assert_close(expected, segmented)
     for prompt in expected.prompts:
         assert (expected.drafter_agreement(prompt) == segmented.drafter_agreement(prompt)).all()
@@ -461,15 +461,15 @@ def test_peak_memory_does_not_grow_with_the_corpus(tiny, spy) -> None:
 
 def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny, spy, tmp_path) -> None:
     expected = trace(tiny, TEXTS, max_new_tokens=10)
-    assert expected.manifest.backoffs == ()
+    assert expected.manifest.measured.backoffs == ()
     spy.sizes.clear()
     spy.limit = 50
     halved = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=10)
     assert max(spy.sizes) <= 50
     rows = 4 * int(expected.tokens.groupby("prompt").size().max())
-    first = halved.manifest.backoffs[0]
+    first = halved.manifest.measured.backoffs[0]
     assert first == {"batch": 0, "phase": "read", "size": rows, "limit": rows // 2}
-    assert halved.manifest.backoffs[-1]["limit"] <= 50
+    assert halved.manifest.measured.backoffs[-1]["limit"] <= 50
     assert_close(expected, halved)
 
 
@@ -506,11 +506,11 @@ def test_a_process_that_really_runs_out_of_memory_goes_on_with_less(tmp_path) ->
         run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=tidy)
         assert run.returncode == 0, run.stderr
     plenty, scarce = (Trace.open(tmp_path / name) for name in ("plenty", "scarce"))
-    assert plenty.manifest.backoffs == ()
-    limits = [note["limit"] for note in scarce.manifest.backoffs]
+    assert plenty.manifest.measured.backoffs == ()
+    limits = [note["limit"] for note in scarce.manifest.measured.backoffs]
     assert limits[0] == 808
     assert limits == sorted(limits, reverse=True)
-    assert {note["phase"] for note in scarce.manifest.backoffs} == {"read"}
+    assert {note["phase"] for note in scarce.manifest.measured.backoffs} == {"read"}
     assert_close(plenty, scarce)
 
 
@@ -520,14 +520,14 @@ def test_batches_are_chosen_from_the_memory_at_hand(tiny, monkeypatch) -> None:
     for free in (4 * 1000 * row, 4 * 60 * row, 4 * row):
         monkeypatch.setattr(plans, "free_bytes", lambda device, free=free: free)
         traced = trace(tiny, TEXTS, max_new_tokens=9, top_prompts=0, statistics="agreement")
-        sizes[traced.manifest.segment_rows] = len(traced.manifest.batches)
+        sizes[traced.manifest.plan.segment_rows] = len(traced.manifest.plan.batches)
     assert sizes == {1000: 1, 60: 3, 1: 4}  # a quarter of the memory; a long text goes in segments
 
 
 def test_later_batches_start_with_the_smaller_limit(tiny, spy) -> None:
     spy.limit = 16
     traced = trace(tiny, TEXTS, max_new_tokens=10, batch_size=2)
-    assert {note["batch"] for note in traced.manifest.backoffs} == {0}
+    assert {note["batch"] for note in traced.manifest.measured.backoffs} == {0}
     assert max(spy.sizes) <= 16
 
 
@@ -572,14 +572,17 @@ def test_generation_backs_off_too(tiny, monkeypatch) -> None:
     monkeypatch.setattr(Autoregressive, "decode", scarce)
     halved = trace(tiny, TEXTS, max_new_tokens=6)
     assert_close(expected, halved)
-    assert [(note["phase"], note["limit"]) for note in halved.manifest.backoffs] == [("continue", 2), ("continue", 1)]
+    assert [(note["phase"], note["limit"]) for note in halved.manifest.measured.backoffs] == [
+        ("continue", 2),
+        ("continue", 1),
+    ]
 
 
 def test_kept_residuals_are_the_model_s(tiny, tmp_path) -> None:
     traced = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=5, keep_residuals=[3, 0, 3], batch_size=3)
-    assert traced.manifest.keep_residuals == (0, 3)
+    assert traced.manifest.settings.keep_residuals == (0, 3)
     seen = set()
-    for part, batch in enumerate(traced.manifest.batches):
+    for part, batch in enumerate(traced.manifest.plan.batches):
         shard = load_file(tmp_path / "run" / f"residuals-{part:05d}.safetensors")
         assert set(shard) == {"layer_0", "layer_3", "prompt", "position"}
         rows = pd.read_parquet(tmp_path / "run" / f"tokens-{part:05d}.parquet")
@@ -648,7 +651,7 @@ def test_a_resumed_run_obeys_the_plan_of_its_manifest(tiny, tmp_path) -> None:
     first = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=5, batch_size=3)
     (tmp_path / "run" / "layers-00001.parquet").unlink()
     again = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=5, batch_size=1, resume=True)
-    assert again.manifest.batches == first.manifest.batches
+    assert again.manifest.plan.batches == first.manifest.plan.batches
     assert_same_bits(first, again)
     done = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=5, resume=True)  # nothing left to do
     assert_same_bits(first, done)

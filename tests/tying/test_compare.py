@@ -18,7 +18,7 @@ RISING = [[[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]], [[0, 0, 0, 0], [0, 0, 0, 0
 
 
 def renamed(trace: Trace, **changes) -> Trace:
-    manifest = replace(trace.manifest, model=replace(trace.manifest.model, **changes))
+    manifest = trace.manifest.but(model=replace(trace.manifest.model, **changes))
     return Trace.from_frames(manifest, trace.texts, trace.tokens, trace.layers)
 
 

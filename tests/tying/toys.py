@@ -63,7 +63,7 @@ def toy(
                 if accept is not None:
                     columns["accept_probability"] = accept[prompt][layer] if layer < depth else np.ones(N)
                 layers.append(pd.DataFrame({**keys, "lens": lens, "layer": layer, **columns}))
-    manifest = Manifest(
+    manifest = Manifest.of(
         model=replace(record(depth, name=name), eos_ids=(0,)),
         prompts_hash=prompts_hash,
         prompts_source="toy",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def changed(run: Trace, table: str, change) -> Trace:
     """The trace with one of its tables changed by `change(frame)`."""
     frames = {name: getattr(run, name).copy() for name in ("texts", "tokens", "layers", "drafter")}
     change(frames[table])
-    return Trace.from_frames(replace(run.manifest, top_prompts=0), **frames)
+    return Trace.from_frames(run.manifest.but(top_prompts=0), **frames)
 
 
 def at(frame, prompt: int, output: int, layer: int):
@@ -246,7 +245,7 @@ def test_sampled_counts_agree_and_a_planted_error_is_caught(tiny_chain):
 
     frames = {name: getattr(run, name).copy() for name in ("texts", "tokens", "layers")}
     certain(frames["layers"])
-    wrong = Trace.from_frames(replace(run.manifest, top_prompts=0), **frames)
+    wrong = Trace.from_frames(run.manifest.but(top_prompts=0), **frames)
     assert not validate(tiny_chain, wrong, [(2, 3)], costs=costs).holds
 
 
@@ -266,7 +265,7 @@ def test_another_model_is_refused(tiny_tied, tiny, run):
 def test_other_refusals(dialled, run, tiny, drafter):
     without = changed(run, "texts", lambda frame: None)
     without = Trace.from_frames(
-        replace(without.manifest, drafter=None), texts=run.texts, tokens=run.tokens, layers=run.layers
+        without.manifest.but(drafter=None), texts=run.texts, tokens=run.tokens, layers=run.layers
     )
     for arguments, message in (
         ({"cells": [(9, 2)]}, "exit layer 9 is out of range"),
@@ -282,7 +281,7 @@ def test_other_refusals(dialled, run, tiny, drafter):
     with pytest.raises(InputError, match="traced without a draft model"):
         validate(dialled, without, [(None, 2)], drafter=drafter)
     half = Trace.from_frames(
-        replace(run.manifest, dtype="bfloat16", top_prompts=0), run.texts, run.tokens, run.layers, drafter=run.drafter
+        run.manifest.but(dtype="bfloat16", top_prompts=0), run.texts, run.tokens, run.layers, drafter=run.drafter
     )
     with pytest.raises(InputError, match="traced in bfloat16"):
         validate(dialled, half, [(1, 1)])
