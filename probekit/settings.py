@@ -62,6 +62,40 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class TraceSettings:
+    """How a trace is made; the parameters are those of `probekit.trace`."""
+
+    max_new_tokens: int = 96
+    sampling: Sampling = Sampling()
+    given: bool = False
+    statistics: str = "all"
+    keep_residuals: tuple[int, ...] = ()
+    backend: str = "hooks"
+    chat: bool = False
+    batch_size: int | None = None
+    top_prompts: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least_one("new tokens", self.max_new_tokens)
+        if self.batch_size is not None:
+            _at_least_one("prompts in a batch", self.batch_size)
+        if self.statistics not in ("all", "agreement"):
+            raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
+        if self.given and not self.sampling.greedy:
+            raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
+
+    @property
+    def text(self) -> str:
+        """Whose text is scored: "greedy" and "sampled" text is the model's own, "given" text came with the prompts."""
+        return "given" if self.given else "greedy" if self.sampling.greedy else "sampled"
+
+
+def _at_least_one(what: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise InputError(f"{what}: {number!r}; expected a whole number of at least 1.")
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """What a study does; two studies with equal settings are the same study.
 

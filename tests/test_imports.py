@@ -43,8 +43,8 @@ ROWS = {
         "autoregressive", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading", "tracer",
-        "self_generated", "inspect_prompt",
+        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
+        "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("profile", "timing", "measure", "roofline"),
     "choice": ("choose", "export", "robustness"),

@@ -161,7 +161,7 @@ class _Packer:
         prompt = self.prompts[place]["prompt"]
         layers = self._layers.get_group(prompt).sort_values(["lens", "layer", "position"])
         top = self._top.get_group(prompt) if self._top is not None and prompt in self._top.groups else None
-        pieces = {}
+        pieces: dict[str, Any] = {}
         for lens in self.manifest.settings.lenses:
             rows = layers[layers["lens"] == lens]
             piece = {name: packed(rows[name].to_numpy(), "f16") for name in ("probability", "entropy", "kl")}

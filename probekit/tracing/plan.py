@@ -20,7 +20,7 @@ from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_he
 from probekit.lens.lens import KINDS
 from probekit.models.loaded import Loaded, load
 from probekit.models.memory import free_bytes
-from probekit.settings import Sampling
+from probekit.settings import Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.manifest import ExitHeadsRecord, Manifest, ModelRecord
 from probekit.traces.trace import Trace
@@ -66,38 +66,24 @@ class TracePlan:
 def plan_trace(
     loaded: Loaded,
     prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]] | None,
+    settings: TraceSettings,
     *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    given: bool,
-    statistics: str,
-    keep_residuals: Iterable[int],
-    draft_model: Loaded | str | Path | None,
-    draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None,
-    exit_heads: Mapping[int, ExitHead] | str | Path | None,
-    backend: str,
-    chat: bool,
-    batch_size: int | None,
-    top_prompts: int,
+    draft_model: Loaded | str | Path | None = None,
+    draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None = None,
+    exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
 ) -> TracePlan:
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
-    check_backend(backend)
-    _check_at_least_one("new tokens", max_new_tokens)
-    if batch_size is not None:
-        _check_at_least_one("prompts in a batch", batch_size)
-    if statistics not in ("all", "agreement"):
-        raise InputError(f"statistics are 'all' or 'agreement', not {statistics!r}.")
-    if given and not sampling.greedy:
-        raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
-    if draft_vocabulary is not None and (given or not sampling.greedy):
+    check_backend(settings.backend)
+    given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
+    if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(
             "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
         )
     order = _draft_vocabulary(draft_vocabulary, loaded)
     heads, heads_record = _exit_heads(exit_heads, loaded)
-    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in keep_residuals}))
+    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in settings.keep_residuals}))
     chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
-    chosen = as_prompts(chosen, chat=chat, given=given)
+    chosen = as_prompts(chosen, chat=settings.chat, given=given)
     drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
     encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
     budget = max(len(one.ids) - one.context for one in encoded.values()) if given else max_new_tokens
@@ -108,8 +94,7 @@ def plan_trace(
 
     rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
     row_budget = _row_budget(loaded)
-    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if backend == "nnsight" else []))
-    text = "given" if given else "greedy" if sampling.greedy else "sampled"
+    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend == "nnsight" else []))
     decoding = Sampling(temperature=1.0) if given else sampling
     manifest = Manifest.of(
         model=_record(loaded),
@@ -118,30 +103,25 @@ def plan_trace(
         exit_heads=heads_record,
         prompts_hash=prompts_hash(chosen),
         prompts_source=prompts_source(chosen),
-        batches=_batches(rows, row_budget, batch_size or MOST_PROMPTS[loaded.device.type]),
+        batches=_batches(rows, row_budget, settings.batch_size or MOST_PROMPTS[loaded.device.type]),
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
-        text=text,
+        text=settings.text,
         decoding={"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p},
         seed=sampling.seed,
         max_new_tokens=budget,
-        statistics=statistics,
-        lenses=KINDS if statistics == "all" else KINDS[:1],
+        statistics=settings.statistics,
+        lenses=KINDS if settings.statistics == "all" else KINDS[:1],
         keep_residuals=sites,
-        top_prompts=max(0, top_prompts) if statistics == "all" else 0,
-        backend=backend,
+        top_prompts=max(0, settings.top_prompts) if settings.statistics == "all" else 0,
+        backend=settings.backend,
         segment_rows=row_budget,
         ignored_processors=loaded.ignored_processors,
         versions={"probekit": probekit.__version__, "threads": str(torch.get_num_threads())}
         | {name: version(name) for name in libraries},
     )
-    warping = None if text == "greedy" else partial(warp, sampling=decoding)
+    warping = None if settings.text == "greedy" else partial(warp, sampling=decoding)
     return TracePlan(loaded, drafter, heads, encoded, sampling, warping, manifest)
-
-
-def _check_at_least_one(what: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise InputError(f"{what}: {number!r}; expected a whole number of at least 1.")
 
 
 def _draft_vocabulary(

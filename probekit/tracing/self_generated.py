@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.models.loaded import Loaded
+from probekit.settings import Progress
 from probekit.tracing.prompts import Prompt, encode
 
 QUARTERS = 4
 MOST_TOKENS = 16_000
 AT_ONCE = 16  # texts
-Progress = Callable[..., None]
 
 
 def self_generated_texts(

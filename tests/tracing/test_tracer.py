@@ -26,7 +26,8 @@ from probekit.tracing import tracer as room
 from probekit.tracing.backend import HooksBackend, Reading
 from probekit.tracing.plan import _batches
 from probekit.tracing.prompts import Prompt
-from probekit.tracing.tracer import drafter_statistics, trace
+from probekit.tracing.reading import drafter_statistics
+from probekit.tracing.tracer import trace
 
 TEXTS = ["hello you", "the king was old", "a", "once upon a time there was a boy who"]
 

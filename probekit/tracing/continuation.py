@@ -1,0 +1,76 @@
+"""The texts of a batch: given with the prompts, or continued by the model, with fewer at once where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from probekit.decoding.autoregressive import Autoregressive
+from probekit.errors import ResourceError
+from probekit.tracing.plan import TracePlan
+from probekit.tracing.prompts import Encoded
+
+BackOff = Callable[[int, int], None]
+"""Called as `back_off(size, limit)` where memory did not suffice for `size` and the next try takes at most `limit`."""
+
+
+@dataclass(frozen=True)
+class ContinuedText:
+    """A prompt with its continuation: the sequence, P, and why it ended."""
+
+    prompt: int
+    sequence: tuple[int, ...]
+    context: int
+    ended: str
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequence) - 1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.sequence[self.context :]
+
+
+def continued(plan: TracePlan, prompts: Sequence[Encoded], back_off: BackOff) -> Iterator[list[ContinuedText]]:
+    """Each prompt with its text, group after group: together, each to its own end.
+
+    Raises ResourceError where not even one prompt can be continued.
+    """
+    if plan.given:
+        yield [ContinuedText(one.prompt.index, one.ids, one.context, "given") for one in prompts]
+        return
+    most = len(prompts)
+    while prompts:
+        group, failure = prompts[:most], None
+        try:
+            decoded = Autoregressive(plan.loaded).decode(
+                [one.ids for one in group],
+                max_new_tokens=plan.manifest.settings.max_new_tokens,
+                sampling=plan.sampling,
+                indices=[one.prompt.index for one in group],
+            )
+        except (ResourceError, RuntimeError, MemoryError) as error:
+            failure = out_of_memory(error)
+        if failure is not None:
+            if len(group) == 1:
+                raise ResourceError(f"not even prompt {group[0].prompt.index} alone can be continued: {failure}")
+            most = len(group) // 2
+            back_off(len(group), most)
+            continue
+        yield [
+            ContinuedText(one.prompt.index, (*one.ids, *text.tokens), len(one.ids), text.ended)
+            for one, text in zip(group, decoded, strict=True)
+        ]
+        prompts = prompts[most:]
+
+
+def out_of_memory(error: BaseException) -> str:
+    """The first line of an out-of-memory error; any other error is raised again."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError | ResourceError)
+    if known or any(words in text.lower() for words in ("out of memory", "can't allocate memory", "not enough memory")):
+        return text
+    raise error
