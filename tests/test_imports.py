@@ -35,7 +35,7 @@ ROWS = {
         "chunked",
     ),
     "training": ("layerskip",),
-    "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "trace"),
+    "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
     "drafting": ("keys", "policies", "trees", "proposers", "drafters"),
     "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
     "decoding": (
@@ -60,7 +60,7 @@ FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may 
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.settings", "probekit.foreign", "probekit.tracing.prompts",
-    "probekit.costs.profile", "probekit.drafting.drafters",
+    "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.

@@ -19,6 +19,7 @@ from probekit.errors import InputError
 from probekit.lens.agreement import AgreementSearch
 from probekit.lens.lens import KINDS, Kind, Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
 from probekit.lens.reductions import block_maxima, leaders, rank_in_row, rank_of_token, rounded_argmax
+from probekit.lens.statistics import LogitsBlock, registered
 from probekit.models.anatomy import Anatomy
 
 Warp = Callable[[Tensor], Tensor]
@@ -263,6 +264,9 @@ class _Chunks:
             found["accept_probability"] = torch.where(text_q.isneginf(), 0.0, ratio)
             found["overlap"] = torch.minimum(warped.exp_(), model.warped_p[tokens, None], out=q).sum(-1)
             del warped
+
+        block = LogitsBlock(x, model.logits[tokens], input_ids[tokens], text_ids[tokens])
+        found |= {each.name: each.reduce(block) for each in registered() if each.reduce is not None}
 
         x.sub_(largest[..., None])
         total = torch.exp(x, out=q).sum(-1)  # torch's softmax has an exponential of 20 bits only

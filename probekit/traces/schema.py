@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.lens.statistics import LAYER_COLUMNS
 
 LENSES = ("final-norm", "raw")
 LensName = Literal["final-norm", "raw"]
@@ -32,28 +33,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "text_id": "int32",
         "text": "str",
     },
-    "layers": {
-        "prompt": "int32",
-        "position": "int32",
-        "output": "int32",
-        "lens": "category",
-        "layer": "int16",
-        "argmax": "int32",
-        "probability": "float32",
-        "margin": "float32",
-        "agrees": "bool",
-        "log_probability": "float32",
-        "rank": "int32",
-        "model_rank": "int32",
-        "entropy": "float32",
-        "kl": "float32",
-        "overlap": "float32",
-        "echo": "bool",
-        "near_tie": "bool",
-        "accept_probability": "float32",
-        "argmax_rounded": "int32",
-        "agrees_rounded": "bool",
-    },
+    "layers": LAYER_COLUMNS,
     "top": {
         "prompt": "int32",
         "position": "int32",
@@ -101,7 +81,10 @@ REQUIRED = {
 
 
 def conform(table: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the columns of `table` in their order and types. Raises InputError on a wrong set of columns."""
+    """`frame` with the columns of `table` in their order and types.
+
+    Raises InputError on a wrong set of columns, and on values that are missing or do not fit a column's type.
+    """
     unknown = [name for name in frame.columns if name not in COLUMNS[table]]
     missing = [name for name in REQUIRED[table] if name not in frame.columns]
     if unknown or missing:
@@ -111,7 +94,10 @@ def conform(table: str, frame: pd.DataFrame) -> pd.DataFrame:
         if name in frame.columns:
             values = frame[name]
             dtype = pd.CategoricalDtype(list(LENSES)) if kind == "category" else pd.api.types.pandas_dtype(kind)
-            whole[name] = values.astype(dtype)
+            try:
+                whole[name] = values.astype(dtype)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"the column {name!r} of a {table!r} table is no {kind}: {error}") from None
     return pd.DataFrame(whole).reset_index(drop=True)
 
 

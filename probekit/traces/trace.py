@@ -24,6 +24,7 @@ from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.manifest import Manifest, read_manifest
+from probekit.traces.residuals import Residuals, read_residuals
 from probekit.traces.schema import COLUMNS, LENSES, LensName, conform
 from probekit.traces.storage import EXIT_HEADS, Tables, TablesInMemory, TablesInParts, TraceWriter, is_done, tables_of
 from probekit.traces.token_text import LOOP_TOKENS
@@ -271,6 +272,20 @@ class Trace:
             ids = np.split(frame["input_id"].to_numpy(), starts[1:])
             self._pivots[key] = dict(zip(prompts.tolist(), ids, strict=True))
         return self._pivots[key][prompt]
+
+    def residuals(self, layer: int) -> Residuals:
+        """The residual stream after `layer` layers at every row of this trace, from what the run kept.
+
+        Raises InputError where the run kept none there, or a file of them is missing or damaged.
+        """
+        kept = self.manifest.settings.keep_residuals
+        if layer not in kept or self.folder is None:
+            there = f"it kept those of layers {', '.join(map(str, kept))}" if kept else "it kept none"
+            raise InputError(
+                f"this run has no residuals of layer {layer!r}: {there}.", f"Trace again with --keep-residuals {layer}."
+            )
+        frame = self.tokens.set_index(["prompt", "position"])[["output", "generated"]]
+        return read_residuals(self.folder, len(self.manifest.plan.batches), layer, frame)
 
     def ended(self, prompt: int) -> str:
         """Why the text ended: "eos", "budget" or "given"."""

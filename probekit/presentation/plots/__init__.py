@@ -5,6 +5,7 @@ units on its axes. One-signed figures are coloured by one sequential map that is
 read the same in grey; lines differ in colour, dash and marker. Intervals are 95 %, over prompts.
 """
 
+from probekit.lens.statistics import Statistic
 from probekit.presentation.plots.glyphs import drawable, families, plain
 from probekit.presentation.plots.grids import (
     NUMBERS,
@@ -14,7 +15,7 @@ from probekit.presentation.plots.grids import (
     write_numbers,
 )
 from probekit.presentation.plots.layers import agreement_by_layer, by_layer, echo_by_layer, entropy_and_kl
-from probekit.presentation.plots.lens import STATISTICS, Statistic, lens_table
+from probekit.presentation.plots.lens import STATISTICS, lens_table
 from probekit.presentation.plots.rounds import (
     COMPARED,
     predicted_against_measured,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -13,32 +12,10 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 
+from probekit.lens.statistics import COLOURED as STATISTICS
 from probekit.presentation.plots.glyphs import drawable, families
 from probekit.presentation.plots.style import FAINT, INK, SEQUENTIAL, ink_on, points, points_of
 from probekit.presentation.tokens import clipped, shown
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """How a column of the trace is called, and between which bounds it is coloured (None: those of the data)."""
-
-    label: str
-    low: float | None = 0.0
-    high: float | None = None
-    reverse: bool = False
-
-
-STATISTICS: dict[str, Statistic] = {
-    "probability": Statistic("probability of the top token", 0.0, 1.0),
-    "margin": Statistic("margin of the top two (logits)"),
-    "entropy": Statistic("entropy (nats)"),
-    "kl": Statistic("KL(model ‖ lens) (nats)"),
-    "overlap": Statistic("overlap, Σ min(p, q)", 0.0, 1.0),
-    "log_probability": Statistic("log-probability of the text's token (nats)", None, 0.0, reverse=True),
-    "rank": Statistic("rank of the text's token (0: top)"),
-    "model_rank": Statistic("rank of the lens's token in the model (0: top)"),
-}
-"""What a lens table can be coloured by."""
 
 
 def lens_table(
