@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,9 +20,9 @@ ANALYSES = ROOT / "analyses"
 NUMBERED = sorted(path.stem for path in ANALYSES.glob("0*_*.py"))
 KEPT = ROOT / "docs" / "results" / "science"
 FINDINGS = ROOT / "docs" / "findings.md"
-# <!-- table columns key=value key="a value" --> behind the numbers that it explains
-CLAIM = re.compile(r"<!-- (?P<table>[\w/]+) (?P<columns>[\w,]+)(?P<where>( \w+=(\"[^\"]*\"|[^\s\"]+))*) -->")
-WHERE = re.compile(r"(\w+)=(?:\"([^\"]*)\"|(\S+))")
+FINDINGS_TEXT = ROOT / "docs" / "sources" / "findings.md.in"
+FINDINGS_SOURCES = ROOT / "docs" / "sources" / "findings.csv"
+MARKER = re.compile(r"\{([a-zA-Z0-9][\w.-]*)\}")
 NUMBER = re.compile(r"[−-]?\d+(?:\.\d+)?")
 
 
@@ -161,39 +162,55 @@ def test_two_by_two_keeps_tables_and_no_weights(tmp_path, monkeypatch_module, co
 
 
 # ------------------------------------------------------------------------------------------ what the docs claim
-def claims() -> list[tuple[str, re.Match[str]]]:
-    """(the text before a claim's comment, the comment), for every claim of docs/findings.md."""
-    text = FINDINGS.read_text(encoding="utf-8") if FINDINGS.is_file() else ""
-    return [(text[max(0, match.start() - 120) : match.start()], match) for match in CLAIM.finditer(text)]
+def sources() -> dict[str, dict[str, str]]:
+    """What each marker of the page's text stands for: table, row, format."""
+    return {row["marker"]: row for row in pd.read_csv(FINDINGS_SOURCES, dtype=str).to_dict("records")}
 
 
-def recomputed(match: re.Match[str]) -> list[float]:
-    """What the kept table holds for a claim: one row, and its named columns."""
-    table = pd.read_csv(KEPT / f"{match['table']}.csv", dtype={"layers": str})
-    for key, quoted, word in WHERE.findall(match["where"]):
+def claims() -> list[tuple[str, str]]:
+    """(marker, what the page prints in its place), in the page's order.
+
+    The page is its text with the markers filled in, so that what stands between them finds each figure.
+    """
+    between = MARKER.split(FINDINGS_TEXT.read_text(encoding="utf-8"))
+    pattern = "(.{1,40}?)".join(re.escape(part) for part in between[::2])
+    found = re.fullmatch(pattern, FINDINGS.read_text(encoding="utf-8"))
+    return list(zip(between[1::2], found.groups(), strict=True)) if found else []
+
+
+def recomputed(source: dict[str, str]) -> list[float]:
+    """What the kept table holds for a claim: one row; its value, and the ends of its interval where they are shown."""
+    table = pd.read_csv(KEPT / f"{source['table']}.csv", dtype={"layers": str})
+    for condition in source["row"].split("; "):
+        key, wanted = condition.split("=", 1)
         column = table[key]
-        wanted = quoted or word
-        if pd.api.types.is_bool_dtype(column):
-            table = table[column == (wanted == "True")]
-        elif pd.api.types.is_numeric_dtype(column):
-            table = table[column == float(wanted)]
-        else:
-            table = table[column == wanted]
-    assert len(table) == 1, f"{match[0]} names {len(table)} rows"
-    return [float(table[column].iloc[0]) for column in match["columns"].split(",")]
+        sought: str | float = float(wanted) if pd.api.types.is_numeric_dtype(column) else wanted
+        table = table[column == sought]
+    assert len(table) == 1, f"{source} names {len(table)} rows"
+    columns = ("value", "low", "high") if "[" in source["format"] else ("value",)
+    return [float(table[column].iloc[0]) for column in columns]
 
 
-@pytest.mark.parametrize(("before", "match"), claims(), ids=[match[0][5:-4] for _, match in claims()])
-def test_a_claim_is_what_its_table_holds(before, match):
-    """The last numbers before the comment, at their printed precision; with a % sign, in hundredths."""
-    values = recomputed(match)
-    percent = "%" in before[-8:]
-    written = NUMBER.findall(before.replace("−", "-"))[-len(values) :]
+@pytest.mark.parametrize(
+    ("marker", "printed"), claims(), ids=[f"{at} {marker}" for at, (marker, _) in enumerate(claims())]
+)
+def test_a_claim_is_what_its_table_holds(marker, printed):
+    """Each number of a figure, at its printed precision; with a % sign, in hundredths."""
+    source = sources()[marker]
+    values = recomputed(source)
+    assert NUMBER.sub("0", printed) == NUMBER.sub("0", source["format"])
+    written = NUMBER.findall(printed)
     shown = []
     for number, value in zip(written, values, strict=True):
         places = len(number.partition(".")[2])
-        shown.append(f"{100 * value if percent else value:.{places}f}")
+        shown.append(f"{100 * value if '%' in printed else value:.{places}f}")
     assert [text.replace("-0.0", "0.0") if float(text) == 0 else text for text in shown] == written
+
+
+def test_the_findings_page_is_its_text_with_the_figures_filled_in():
+    page = runpy.run_path(str(ROOT / "docs" / "tools" / "findings.py"))["page"]
+    assert FINDINGS.read_text(encoding="utf-8") == page(), "make it again: `python docs/tools/findings.py`"
+    assert {marker for marker, _ in claims()} == set(sources()), "every marker has a source, every source is used"
 
 
 KEPT_WITH = {
@@ -227,12 +244,10 @@ def test_the_kept_two_by_two_is_the_one_described():
 
 
 def test_every_figure_in_the_findings_is_claimed():
-    """Outside of code and of comments, each decimal number or percentage stands right before its claim."""
-    text = re.sub(r"```.*?```", "", FINDINGS.read_text(encoding="utf-8"), flags=re.DOTALL)
+    """In the page's text, outside of code, no decimal number and no percentage is written by hand: all are markers."""
+    text = re.sub(r"```.*?```", "", FINDINGS_TEXT.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = re.sub(r"`[^`]*`", "", text)
     text = re.sub(r"\]\([^)]*\)", "]", text)
-    # what a claim covers: the numbers before it, with their brackets and units
-    covered = re.sub(r"[−\-\d.,\[\] %nats×layers]*<!-- .*? -->", "", text)
-    left = re.findall(r"\d+\.\d+|\d+ ?%", re.sub(r"\b(95|2) %", "", covered))
+    left = re.findall(r"\d+\.\d+|\d+ ?%", re.sub(r"\b(95|2) %", "", MARKER.sub("", text)))
     assert left == []
-    assert len(claims()) >= 40
+    assert len(claims()) >= 390

@@ -20,14 +20,11 @@ by turn. A figure is a median, with its 20 % and 80 % quantiles in brackets. The
 ratios, not seconds.
 """
 
-# A target that the bundled models do not have.
-NOT_OF_BUNDLED = "every pair in transformers' early exit, times the cost of one trace"
-
 Record = Mapping[str, Any]
 
 
 def page() -> str:
-    return "\n".join([HEAD, *lens(), *capture(), *choice(), *decoding(), *rounds(), *regret(), *checked()])
+    return "\n".join([HEAD, *in_short(), *lens(), *capture(), *choice(), *decoding(), *rounds(), *regret(), *checked()])
 
 
 def records(folder: str, pattern: str) -> list[Record]:
@@ -79,22 +76,26 @@ def prompts(count: int) -> str:
     return f"{count} prompt" if count == 1 else f"{count} prompts"
 
 
-def targets(found: Sequence[Record]) -> Iterator[str]:
-    """What was aimed at, a row a model."""
-    rows = [
-        [target["what"], record["model"], spread(target["measured"]), aim(record, target)]
-        for what in dict.fromkeys(target["what"] for record in found for target in record["targets"])
-        for record in found
-        for target in record["targets"]
-        if target["what"] == what
-    ]
-    yield from table(["ratio", "model", "measured", "target"], rows)
+def in_short() -> Iterator[str]:
+    """Every ratio of the records, a row a ratio and a column a model."""
+    found = [record for kind in ("lens", "tracing", "choice") for record in records("benchmarks", f"{kind}-*.json")]
+    models = list(dict.fromkeys(record["model"] for record in found))
+    ratios: dict[str, dict[str, str]] = {}
+    for record in found:
+        for target in record["targets"]:
+            ratios.setdefault(target["what"], {})[record["model"]] = ratio(target["measured"])
+    yield "## In short\n"
+    yield (
+        "Ratios of the first three sections, on the device and with the versions that stand there. A ratio without "
+        "brackets was measured once; an empty cell was not measured.\n"
+    )
+    rows = [[what, *(by_model.get(model, "") for model in models)] for what, by_model in ratios.items()]
+    yield from table(["ratio", *models], rows)
 
 
-def aim(record: Record, target: Record) -> str:
-    if bundled(record) and target["what"] == NOT_OF_BUNDLED:
-        return ""
-    return f"at least {target['at_least']:g}" if target["at_least"] else f"at most {target['at_most']:g}"
+def ratio(found: Mapping[str, float]) -> str:
+    """Quantiles of one measurement are no quantiles."""
+    return spread(found) if found["p20"] < found["p80"] else f"{found['p50']:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------ the records
@@ -117,7 +118,6 @@ def lens() -> Iterator[str]:
             for row in record["rows"]
         ]  # fmt: skip
         yield from table(["way", "seconds", "tokens a second", "memory, MiB"], rows)
-    yield from targets(found)
 
 
 def capture() -> Iterator[str]:
@@ -133,7 +133,6 @@ def capture() -> Iterator[str]:
         rows = [[row["way"], spread(row["seconds"], 3), spread(row["over_plain"])] for row in record.get("capture", ())]
         if rows:
             yield from table(["way", "seconds", "over the plain pass"], rows)
-    yield from targets(found)
 
 
 def choice() -> Iterator[str]:
@@ -160,7 +159,6 @@ def choice() -> Iterator[str]:
             *([way, f"{seconds['p50']:,.0f}", ""] for way, seconds in record["every_pair_s"].items()),
         ]  # fmt: skip
         yield from table(["way", "seconds", "regret"], rows)
-    yield from targets(found)
 
 
 def decoding() -> Iterator[str]:
