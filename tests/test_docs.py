@@ -221,6 +221,34 @@ def test_the_files_page_has_the_tables_of_a_study(documents):
         assert re.findall(r"`([a-z_0-9]+)`", row[1]) == list(pd.read_csv(path).columns)
 
 
+# ------------------------------------------------------------------------------------------------ contributing
+CONTRIBUTING = DOCS.parent / "CONTRIBUTING.md"
+
+
+def test_the_picture_of_the_house_is_of_todays_rooms():
+    house = tool("house")
+    picture = (DOCS / "pictures" / "house.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r"<text [^>]*>([a-z_]+)</text>", picture)
+    again = "make it again: `python docs/tools/house.py`"
+    assert sorted(drawn) == sorted(house["rooms"]()), again
+    kept = re.search(r"<!-- arrows: (.*?) -->", picture)
+    assert kept is not None, again
+    assert kept[1].split(", ") == [f"{importer} to {imported}" for importer, imported in house["arrows"]()], again
+    folders = {path.stem for path in Path(probekit.__file__).parent.iterdir() if path.suffix in ("", ".py")}
+    assert set(house["rooms"]()) | set(house["NOT_DRAWN"]) == folders - {"__init__", "__main__", "__pycache__"}
+
+
+def test_contributing_names_what_is_there():
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:probekit|tests|analyses|figures|docs)/[\w./-]*)`", text)
+    paths += re.findall(r"\]\(((?!http)[^)#]+)", text)
+    assert len(paths) > 25
+    for path in paths:
+        assert "NN" in path or (DOCS.parent / path).exists(), f"{path} is not there"
+    targets = set(re.findall(r"^(\w+):", (DOCS.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`make (\w+)`", text)) <= targets
+
+
 # ------------------------------------------------------------------------------------------------ the site
 def test_every_page_is_in_the_navigation():
     nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")

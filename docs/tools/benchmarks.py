@@ -87,7 +87,7 @@ def in_short() -> Iterator[str]:
     yield "## In short\n"
     yield (
         "Ratios of the first three sections, on the device and with the versions that stand there. A ratio without "
-        "brackets was measured once; an empty cell was not measured.\n"
+        "brackets was measured once; an empty cell was not measured. `A over B` is the ratio A / B: below 1 is less.\n"
     )
     rows = [[what, *(by_model.get(model, "") for model in models)] for what, by_model in ratios.items()]
     yield from table(["ratio", *models], rows)
@@ -192,8 +192,8 @@ def rounds() -> Iterator[str]:
         "A round and its steps",
         "python analyses/benchmark_rounds.py tales-layerskip --cell 3,2 -o docs/results/decoding/rounds-layerskip",
         "The sum of a round's steps, each timed by itself in the order of a round, over the round of the running "
-        "decoder: what is missing to 1 is bookkeeping. In the last column each step ran in a loop of its own, its "
-        "weights in the processor's caches, where a round never finds them.",
+        "decoder: what is missing to 1 is overhead of the host. In the last column each step ran in a loop of its own, "
+        "its weights in the processor's caches, where a round never finds them.",
     )
     rows = []
     for record in records("decoding", "rounds-*.json"):
