@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 class DraftTree(NamedTuple):
     """The drafts of one round, k nodes in each row; all rows have the same shape.
 
-    Parameters
-    ----------
     written: (rows, 1 + k), each row's last token, the root, and its drafts.
     parents: (k,) the place in `written` of what each draft follows; 0 is the root.
     probabilities: (rows, k, vocabulary) what the drafts were drawn from; None when greedy, or without a draft.
