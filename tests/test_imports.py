@@ -39,7 +39,7 @@ ROWS = {
     "drafting": ("keys", "policies", "trees", "proposers", "drafters"),
     "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
     "decoding": (
-        "sampling", "caches", "detokenize", "results", "sequence", "engine", "batch", "decoder",
+        "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
         "autoregressive", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": (

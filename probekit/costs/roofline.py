@@ -66,7 +66,9 @@ class Dimensions:
         if hasattr(source, "anatomy"):
             parts = source.anatomy
             layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
-            keys = parts.layers[0].self_attn.k_proj.out_features
+            config = parts.model.config
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            keys = config.num_key_value_heads * width
             return cls(source.name, parts.depth, layer, parts.head.weight.numel(), parts.vocabulary, keys)
         record = source.manifest.model if hasattr(source, "manifest") else source
         table = record.vocabulary * record.width

@@ -7,6 +7,7 @@ slots first. So layers below and above an exit may be filled to different length
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import LayerKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +27,25 @@ class PassPositions:
     ----------
     slots: (rows, key-value heads, tokens, head width) int64, the slot of each written number (an expanded view).
     visible: the pass sees slots 0..visible-1 at most.
-    inputs: what transformers' layers take: position_ids, position_embeddings, attention_mask. There is no mask
+    kinds: what the layers of each kind take: position_ids, position_embeddings, attention_mask. There is no mask
         where none is needed: one token that sees all, or a prefix that is causal from slot 0.
+    layers: the kind of each layer.
     """
 
     slots: Tensor
     visible: int
-    inputs: dict[str, Any]
+    kinds: Mapping[LayerKind, dict[str, Any]]
+    layers: Sequence[LayerKind]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the first layer takes, and with it every layer of a model whose layers are alike."""
+        return self.kinds[self.layers[0]]
+
+    @property
+    def each(self) -> list[dict[str, Any]]:
+        """What each layer takes."""
+        return [self.kinds[kind] for kind in self.layers]
 
 
 class PositionCache(Cache):
@@ -97,12 +111,3 @@ def cache_bytes(parts: Anatomy, rows: int, length: int) -> int:
     """Bytes of keys and values together."""
     numbers = torch.Size(cache_shape(parts, rows, length)).numel()
     return 2 * numbers * torch.empty((), dtype=parts.dtype).element_size()
-
-
-def lower_right_mask(positions: Tensor, visible: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask: a token at position s sees slots 0..s.
-
-    positions: (rows, tokens). Returns (rows, 1, tokens, visible).
-    """
-    hidden = positions[:, None, :, None] < torch.arange(visible, device=positions.device)
-    return hidden.to(dtype).mul_(torch.finfo(dtype).min)

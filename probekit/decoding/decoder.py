@@ -12,6 +12,7 @@ from probekit.decoding.caches import cache_bytes
 from probekit.decoding.detokenize import check_stop
 from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
+from probekit.decoding.self_check import check_engine
 from probekit.errors import InputError, ResourceError
 from probekit.models.loaded import Loaded
 from probekit.models.memory import free_bytes
@@ -60,6 +61,8 @@ class Decoder:
         InputError, ResourceError: before any work.
         """
         plan = self._plan(prompts, max_new_tokens, sampling, stop, on_accept, indices)
+        for loaded in self._models():
+            check_engine(loaded)
         with torch.inference_mode():
             batch = DecodeBatch(plan, self.loaded, self._setting())
             self._run(batch)

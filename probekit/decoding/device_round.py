@@ -50,20 +50,22 @@ class DeviceEngine(Engine):
 
     def places_at(self, positions: Tensor, visible: int) -> PassPositions:
         """positions: (rows, tokens) int64 on the device, below `visible`, a number of slots that the host chooses."""
-        rotary = (self._cos[0][positions], self._sin[0][positions])
-        return self._places(positions, visible, rotary, needs_mask=True)
+        rotary = {kind: (cos[0][positions], sin[0][positions]) for kind, (cos, sin) in self._rotary.items()}
+        return self._pass_positions(positions, visible, rotary, needs_mask=True)
 
 
 def one_place(places: PassPositions, token: int) -> PassPositions:
     """The places of one of a pass's tokens: views."""
     here = slice(token, token + 1)
-    cos, sin = places.inputs["position_embeddings"]
-    mine = {
-        "attention_mask": places.inputs["attention_mask"][:, :, here],
-        "position_ids": places.inputs["position_ids"][:, here],
-        "position_embeddings": (cos[:, here], sin[:, here]),
-    }
-    return replace(places, slots=places.slots[:, :, here], inputs=places.inputs | mine)
+    kinds = {}
+    for kind, inputs in places.kinds.items():
+        cos, sin = inputs["position_embeddings"]
+        kinds[kind] = inputs | {
+            "attention_mask": inputs["attention_mask"][:, :, here],
+            "position_ids": inputs["position_ids"][:, here],
+            "position_embeddings": (cos[:, here], sin[:, here]),
+        }
+    return replace(places, slots=places.slots[:, :, here], kinds=kinds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,18 +16,19 @@ fire; a hook on the whole model would never fire, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probekit.decoding.caches import PassPositions, PositionCache, lower_right_mask
+from probekit.decoding.caches import PassPositions, PositionCache
 from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
 from probekit.hooks.sites import is_hooked
 from probekit.hooks.stop_resume import Resume, Stop
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import LayerKind
 from probekit.moved import look_up
 
 
@@ -45,7 +46,12 @@ class Engine:
         self.cache = PositionCache(parts, rows, length)
         self._always_mask = parts.model.config._attn_implementation != "sdpa"
         self._positions = torch.arange(length, device=parts.device)[None]
-        self._cos, self._sin = parts.rotary(parts.embedding.weight, self._positions)
+        self._changes_logits = parts.family.changes_logits(parts.model.config)
+        self._kinds = tuple(parts.family.kinds(parts.model.config))
+        self._rotary = {
+            kind: parts.family.rotary(parts.rotary, parts.embedding.weight, self._positions, kind)
+            for kind in dict.fromkeys(self._kinds)
+        }
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
 
@@ -54,28 +60,33 @@ class Engine:
         first, last = min(starts), max(starts)
         visible = last + tokens
         if first == last:
-            here = slice(first, visible)
-            positions = self._positions[:, here]
-            rotary = (self._cos[:, here], self._sin[:, here])
+            positions = self._positions[:, first:visible]
+            rotary = {kind: (cos[:, first:visible], sin[:, first:visible]) for kind, (cos, sin) in self._rotary.items()}
             needs_mask = tokens > 1 and (first > 0 or self._always_mask)
         else:
             positions = torch.tensor(starts, device=self.parts.device)[:, None] + self._positions[:, :tokens]
-            rotary = (self._cos[0][positions], self._sin[0][positions])
+            rotary = {kind: (cos[0][positions], sin[0][positions]) for kind, (cos, sin) in self._rotary.items()}
             needs_mask = True
-        return self._places(positions, visible, rotary, needs_mask)
+        return self._pass_positions(positions, visible, rotary, needs_mask)
 
-    def _places(
-        self, positions: Tensor, visible: int, rotary: tuple[Tensor, Tensor], needs_mask: bool
+    def _pass_positions(
+        self,
+        positions: Tensor,
+        visible: int,
+        rotary: Mapping[LayerKind, tuple[Tensor, Tensor]],
+        needs_mask: bool,
     ) -> PassPositions:
-        mask = lower_right_mask(positions, visible, self.parts.dtype) if needs_mask else None
-        inputs = {
-            "attention_mask": mask,
-            "position_ids": positions,
-            "position_embeddings": rotary,
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        return PassPositions(self.cache.slots(positions), visible, inputs)
+        family, kinds = self.parts.family, {}
+        for kind, embeddings in rotary.items():
+            masked = needs_mask or (kind.window is not None and visible > kind.window)
+            kinds[kind] = {
+                "attention_mask": family.mask(kind, positions, visible, self.parts.dtype) if masked else None,
+                "position_ids": positions,
+                "position_embeddings": embeddings,
+                "past_key_values": self.cache,
+                "use_cache": True,
+            }
+        return PassPositions(self.cache.slots(positions), visible, kinds, self._kinds)
 
     def early(self, tokens: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers 0..exit_layer-1 on (rows, tokens): the residual there, (rows, tokens, width)."""
@@ -83,7 +94,7 @@ class Engine:
         if stop is None:
             stop = self._stops[exit_layer] = Stop(self.parts, exit_layer)
         self.cache.places = places
-        return stop.direct(self.parts.embedding(tokens), **places.inputs)
+        return stop.direct(self.parts.family.embed(self.parts, tokens), places.each)
 
     def late(self, residual: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers exit_layer..L-1 and the final norm on (rows, tokens, width); the same shape."""
@@ -91,15 +102,16 @@ class Engine:
         if resume is None:
             resume = self._resumes[exit_layer] = Resume(self.parts, exit_layer)
         self.cache.places = places
-        return resume.direct(residual, **places.inputs)
+        return resume.direct(residual, places.each)
 
     def full(self, tokens: Tensor, places: PassPositions) -> Tensor:
         """Every layer and the final norm on (rows, tokens): (rows, tokens, width)."""
-        return self.late(self.parts.embedding(tokens), places, 0)
+        return self.late(self.parts.family.embed(self.parts, tokens), places, 0)
 
     def logits(self, normed: Tensor) -> Tensor:
         """The model's head. normed: (..., width). Returns (..., vocabulary)."""
-        return self._head(normed)
+        products = self._head(normed)
+        return self.parts.family.logits(self.parts, products) if self._changes_logits else products
 
     def refuse_new_hooks(self) -> None:
         """Raise InputError for a hook that came to a layer after this engine was made: it would never fire."""

@@ -121,14 +121,15 @@ class DraftHead:
         self, parts: Anatomy, exit_head: Callable[[Tensor], Tensor] | None = None, ids: Tensor | None = None
     ) -> None:
         self._norm = parts.norm
-        self._head: Callable[[Tensor], Tensor] = parts.head
+        self._head: Callable[[Tensor], Tensor] = lambda normed: parts.family.logits(parts, parts.head(normed))
         self._exit_head = exit_head
         # by id, so that equal logits fall to the lowest one, as with the whole head
         self.ids = None if ids is None else check_draft_vocabulary(ids, parts.vocabulary).sort().values.to(parts.device)
         if self.ids is not None:
             rows = parts.head.weight[self.ids]  # copied once: gathered rows would cost as much as the whole head
             bias = None if parts.head.bias is None else parts.head.bias[self.ids]
-            self._head = product(rows, bias)
+            products = product(rows, bias)
+            self._head = lambda normed: parts.family.logits(parts, products(normed))
 
     def with_exit_head(self, exit_head: Callable[[Tensor], Tensor] | None) -> DraftHead:
         """The same with another exit head."""

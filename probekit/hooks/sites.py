@@ -6,7 +6,7 @@ before the final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -82,9 +82,10 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(_foreign_hooks(module) or "forward" in module.__dict__)
 
 
-def run_layers(layers: Iterable[Callable], residual: Tensor, inputs: dict[str, Any]) -> Tensor:
-    for layer in layers:
-        residual = residual_of(layer(residual, **inputs))
+def run_layers(layers: Iterable[Callable], residual: Tensor, inputs: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Call layers one after the other, each with inputs of its own."""
+    for layer, given in zip(layers, inputs, strict=False):
+        residual = residual_of(layer(residual, **given))
     return residual
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +30,8 @@ class Stop(HookContext):
 
     `stop.direct(embedded, **inputs)` is the same with less overhead, and needs no open context: it calls the layers
     before the site one by one on the embedding output. The caller computes what the model's own forward would:
-    `position_embeddings` and the additive 4D `attention_mask` (None where none is needed). Other hooks on the
-    layers fire as usual.
+    `position_embeddings` and the additive 4D `attention_mask` (None where none is needed); where layers take
+    different ones, `each` lists the inputs of every layer of the model. Other hooks on the layers fire as usual.
     """
 
     ends_pass = True
@@ -48,8 +50,9 @@ class Stop(HookContext):
             return reached.residual
         raise InputError(f"the model finished without passing site {self.site}: another hook replaced its layers.")
 
-    def direct(self, embedded: Tensor, **inputs: Any) -> Tensor:
-        return run_layers(self.anatomy.layers[: self.site], embedded, inputs)
+    def direct(self, embedded: Tensor, each: Sequence[Mapping[str, Any]] | None = None, **inputs: Any) -> Tensor:
+        given = repeat(inputs) if each is None else each
+        return run_layers(self.anatomy.layers[: self.site], embedded, given)
 
     def _register(self, undo: ExitStack) -> None:
         def end(residual: Tensor) -> None:
@@ -84,8 +87,9 @@ class Resume(HookContext):
             )
         return self.anatomy.decoder(inputs_embeds=residual, **inputs).last_hidden_state
 
-    def direct(self, residual: Tensor, **inputs: Any) -> Tensor:
-        return self.anatomy.norm(run_layers(self.anatomy.layers[self.site :], residual, inputs))
+    def direct(self, residual: Tensor, each: Sequence[Mapping[str, Any]] | None = None, **inputs: Any) -> Tensor:
+        given = repeat(inputs) if each is None else each[self.site :]
+        return self.anatomy.norm(run_layers(self.anatomy.layers[self.site :], residual, given))
 
     def _register(self, undo: ExitStack) -> None:
         for layer in self.anatomy.layers[: self.site]:

@@ -8,7 +8,7 @@ processor's cache, with the model's row of the token beside it; then the next ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -104,6 +104,8 @@ def layer_statistics(
     Raises SelfCheckError for logits that are not finite (naming the layer), or a last row that is not the model's.
     """
     _check_shapes(parts, residuals, input_ids, text_ids, plan)
+    if plan.mode == "agreement" and parts.changes_logits:
+        return _agreement_of_all(parts, residuals, input_ids, text_ids, plan, model_logits_check)
     if plan.mode == "agreement":
         found = (witnesses or AgreementSearch(parts)).agreement(
             residuals,
@@ -121,6 +123,14 @@ def layer_statistics(
         check = None if model_logits_check is None else model_logits_check[rows]
         engine.run(rows, residuals[:, rows], input_ids[rows], text_ids[rows], check)
     return engine.results()
+
+
+def _agreement_of_all(
+    parts: Anatomy, residuals: Tensor, input_ids: Tensor, text_ids: Tensor, plan: StatisticsPlan, check: Tensor | None
+) -> dict[str, Tensor]:
+    """The bits of mode "agreement", out of all statistics: the search knows the head's products only."""
+    found = layer_statistics(parts, residuals, input_ids, text_ids, replace(plan, mode="all", lenses=KINDS[:1]), check)
+    return {name: found[name] for name in ("agrees", "near_tie", "agrees_rounded") if name in found}
 
 
 def peak_bytes(parts: Anatomy, plan: StatisticsPlan, rows: int) -> int:

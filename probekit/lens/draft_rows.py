@@ -49,6 +49,12 @@ class DraftRows:
     ) -> None:
         if not torch.equal(order.sort().values.cpu(), torch.arange(parts.vocabulary)):
             raise InputError(f"the order of a draft head names each token of 0..{parts.vocabulary - 1} once.")
+        if parts.changes_logits:
+            raise InputError(
+                f"draft heads with fewer rows are not known for {parts.family.model_type} models, whose logits are "
+                "scaled or capped.",
+                "Leave the draft vocabulary out.",
+            )
         self.parts = parts
         self.order = order.to(parts.device)
         self._rounded = rounded_dtype

@@ -74,10 +74,15 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
         out = states.new_empty(len(states), len(weight), dtype=torch.float32)
     states = states.float()
     if weight.is_cuda and weight.dtype == torch.float32:
-        return torch.mm(states, weight.T, out=out)
-    block = _weight_block(weight)
-    for first in range(0, len(weight), block):
-        many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
+        torch.mm(states, weight.T, out=out)
+    else:
+        block = _weight_block(weight)
+        for first in range(0, len(weight), block):
+            many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
+    if parts.head.bias is not None:
+        out += parts.head.bias.float()
+    if parts.family.changes_logits(parts.model.config):
+        out.copy_(parts.family.logits(parts, out))
     return out
 
 

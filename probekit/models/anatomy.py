@@ -1,4 +1,4 @@
-"""Where a Llama keeps its embedding, layers, final norm and head, and whether the head is tied."""
+"""Where a model keeps its embedding, layers, final norm and head, and whether the head is tied."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from probekit.errors import InputError
+from probekit.models import families
+from probekit.models.families import FAMILIES
+from probekit.models.family import Family
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class Anatomy:
     head: nn.Linear
     rotary: nn.Module
     tied: bool
+    family: Family
 
     @property
     def depth(self) -> int:
@@ -44,6 +48,11 @@ class Anatomy:
     def context(self) -> int:
         """Longest sequence, in tokens, that the positions of this model reach."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the model's logits are anything but the products with the head's rows."""
+        return self.head.bias is not None or self.family.changes_logits(self.model.config)
 
     @property
     def sites(self) -> range:
@@ -84,15 +93,17 @@ class Anatomy:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """Find the parts of a Llama-architecture causal language model.
+    """Find the parts of a causal language model of a known family.
 
     Raises InputError for another family, which is named.
     """
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     decoder = getattr(model, "model", None)
-    if family != "llama" or decoder is None or not hasattr(model, "lm_head"):
+    family = FAMILIES.get(model_type)
+    if family is None or decoder is None or not hasattr(model, "lm_head"):
         raise InputError(
-            f"this is a {family!r} model ({type(model).__name__}); probekit reads Llama causal language models.",
+            f"this is a {model_type!r} model ({type(model).__name__}); probekit reads causal language models of "
+            f"{families.names()}.",
             "Other families are not supported yet.",
         )
     return Anatomy(
@@ -104,4 +115,5 @@ def anatomy(model: Any) -> Anatomy:
         head=model.lm_head,
         rotary=decoder.rotary_emb,
         tied=model.lm_head.weight is decoder.embed_tokens.weight,
+        family=family,
     )

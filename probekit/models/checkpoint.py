@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probekit.errors import InputError
+from probekit.models import families
+from probekit.models.families import FAMILIES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -121,9 +123,9 @@ def check_family(config: dict[str, Any], name: str) -> None:
     written = f" ({', '.join(classes)})" if classes else ""
     if classes and not any(entry.endswith(("ForCausalLM", "LMHeadModel")) for entry in classes):
         raise InputError(f"{name} is no causal decoder: it is a {family!r} model{written}.")
-    if family != "llama":
+    if family not in FAMILIES:
         raise InputError(
-            f"{name} is a {family!r} model{written}; probekit reads Llama-architecture models.",
+            f"{name} is a {family!r} model{written}; probekit reads {families.names()}.",
             "Other families are not supported yet.",
         )
     if quantised := config.get("quantization_config"):
@@ -168,10 +170,10 @@ def default_dtype(device: torch.device, stored: str) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else _STORED_DTYPES.get(stored, torch.bfloat16)
 
 
-def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
+def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
     if device.type != "cpu":
         options["device_map"] = {"": device}  # straight to the device; with one device accelerate adds no hook
-    loaded: Any = LlamaForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype=dtype,
         use_safetensors=True,
@@ -185,7 +187,7 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
         raise InputError(f"{source.path} lacks {len(missing)} of the model's weights, among them {missing[0]}.")
     strange = sorted(key for key in report["unexpected_keys"] if ".layers." in key and "rotary_emb" not in key)
     if strange:
-        raise InputError(f"{source.path} holds weights that no Llama of its configuration has: {strange[0]}.")
+        raise InputError(f"{source.path} holds weights that no model of its configuration has: {strange[0]}.")
     return model
 
 

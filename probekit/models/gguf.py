@@ -36,7 +36,7 @@ def read_gguf(source: Source, device: torch.device, asked: torch.dtype | None) -
     with _one_gguf_reader(source.path) as reader:
         config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf, local_files_only=True)
         check_family(config.to_dict(), source.name)
-        scaling = reader.get_field("llama.rope.scaling.type")
+        scaling = reader.get_field(f"{config.model_type}.rope.scaling.type")
         if scaling is not None and scaling.contents() != "none":
             raise InputError(
                 f"{source.path} scales its rotary embedding ({scaling.contents()}), which transformers does not "

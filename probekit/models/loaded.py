@@ -134,7 +134,7 @@ def load(
             f"{source.name} does not fit into the memory of {place}.", "Try --dtype bfloat16 or another device."
         ) from error
     except Exception as error:  # whatever transformers makes of a damaged file
-        raise InputError(f"{source.path} cannot be read as a Llama checkpoint: {first_line(error)}") from error
+        raise InputError(f"{source.path} cannot be read as a checkpoint: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     return Loaded(
         model=model,
@@ -167,10 +167,10 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "inner_width": config.intermediate_size,
         "heads": config.num_attention_heads,
         "key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "vocabulary": parts.vocabulary,
         "context": parts.context,
-        "rope": config.rope_parameters["rope_type"],
+        "rope": getattr(parts.rotary, "rope_type", "default"),
         "tied": parts.tied,
         "parameters": parts.parameters,
         "bytes": parts.bytes,

@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 
 from probekit.models.loaded import Loaded
 
+NO_TOKEN = -1  # as padding: transformers' drafter takes every such token of the text for padding and masks it
+
 
 class TransformersRounds(NamedTuple):
     """What transformers' own early-exit generation did: its tokens, and drafted and accepted tokens of each round.
@@ -65,7 +67,7 @@ def _plain_generation(model: Any, draft_length: int, eos: Sequence[int]) -> Iter
     own, layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = GenerationConfig(
         eos_token_id=list(eos) or None,
-        pad_token_id=eos[0] if eos else 0,
+        pad_token_id=eos[0] if eos else NO_TOKEN,
         num_assistant_tokens=draft_length,
         num_assistant_tokens_schedule="constant",
         assistant_confidence_threshold=0.0,

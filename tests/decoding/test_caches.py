@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from probekit.decoding.caches import PassPositions, PositionCache, cache_bytes, cache_shape, lower_right_mask
+from probekit.decoding.caches import PassPositions, PositionCache, cache_bytes, cache_shape
+from probekit.models.families import FAMILIES
+from probekit.models.family import FULL, LayerKind
 from probekit.models.synthetic import synthetic
 
 
@@ -13,7 +15,7 @@ def cache(tiny):
 def write(cache, positions, value):
     """Write `value` + the position to each row's positions, (rows or 1, tokens); returns what attention would see."""
     positions = torch.tensor(positions)
-    cache.places = PassPositions(cache.slots(positions), int(positions.max()) + 1, {})
+    cache.places = PassPositions(cache.slots(positions), int(positions.max()) + 1, {}, ())
     heads, width = cache.keys.shape[2], cache.keys.shape[4]
     states = (value + positions.float())[:, None, :, None].expand(cache.rows, heads, -1, width)
     return cache.update(states, -states, 1)
@@ -52,7 +54,7 @@ def test_rows_leave_and_the_last_take_their_places(cache):
 
 
 def test_mask_shows_each_token_the_slots_up_to_its_own():
-    mask = lower_right_mask(torch.tensor([[1, 2], [3, 4]]), 5, torch.float32)
+    mask = FAMILIES["llama"].mask(LayerKind(FULL), torch.tensor([[1, 2], [3, 4]]), 5, torch.float32)
     assert mask.shape == (2, 1, 2, 5)
     assert (mask == 0)[:, 0].int().tolist() == [
         [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],

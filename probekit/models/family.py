@@ -1,0 +1,108 @@
+"""What makes a family of models different, declared once: everything else asks its family instead of knowing it.
+
+A family is a description of a transformers causal decoder whose layers are called one after the other on a residual
+stream. Its layers run as transformers wrote them; the description says what they are called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class LayerKind(NamedTuple):
+    """What a layer is called with. Layers of one kind share masks and rotary embeddings.
+
+    name: as `config.layer_types` has it. window: the most tokens that a token sees, itself among them; None: all.
+    """
+
+    name: str
+    window: int | None = None
+
+
+def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
+    """By `config.layer_types` and `config.sliding_window`, as most of transformers' models do."""
+    names = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(LayerKind(name, window if name == SLIDING else None) for name in names)
+
+
+def one_window(config: Any) -> tuple[LayerKind, ...]:
+    """One window for every layer, where the configuration has one (Mistral, Phi-3)."""
+    window = getattr(config, "sliding_window", None)
+    kind = LayerKind(FULL) if window is None else LayerKind(SLIDING, window)
+    return (kind,) * config.num_hidden_layers
+
+
+def shared_rotary(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind) -> tuple[Tensor, Tensor]:
+    """One rotary embedding for every layer."""
+    return rotary(like, positions)
+
+
+def rotary_by_kind(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind) -> tuple[Tensor, Tensor]:
+    """A rotary embedding for each kind of layer (Gemma 3)."""
+    return rotary(like, positions, kind.name)
+
+
+def _no_number(config: Any) -> float | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Parameters
+    ----------
+    model_type: as in `config.json`.
+    kinds: config -> the kind of each layer.
+    rotary: (module, like, positions, kind) -> (cos, sin), each (rows, tokens, head width), of a kind of layer.
+    embedding_factor: config -> what the model multiplies embeddings with outside its embedding module; None: nothing.
+    logit_factor: config -> what it multiplies the head's products with; None: nothing.
+    logit_cap: config -> c of c tanh(logit / c), after the factor; None: none.
+    """
+
+    model_type: str
+    kinds: Callable[[Any], Sequence[LayerKind]] = layer_kinds
+    rotary: Callable[[Any, Tensor, Tensor, LayerKind], tuple[Tensor, Tensor]] = shared_rotary
+    embedding_factor: Callable[[Any], float | None] = _no_number
+    logit_factor: Callable[[Any], float | None] = _no_number
+    logit_cap: Callable[[Any], float | None] = _no_number
+
+    def changes_logits(self, config: Any) -> bool:
+        """Whether logits are anything but the head's products."""
+        return self.logit_factor(config) is not None or self.logit_cap(config) is not None
+
+    def embed(self, parts: Any, tokens: Tensor) -> Tensor:
+        """(rows, tokens) -> the input of the first layer, (rows, tokens, width)."""
+        embedded = parts.embedding(tokens)
+        factor = self.embedding_factor(parts.model.config)
+        return embedded if factor is None else embedded * factor
+
+    def logits(self, parts: Any, products: Tensor) -> Tensor:
+        """What the model makes of the head's products, (..., vocabulary), in place where that is possible."""
+        config = parts.model.config
+        factor, cap = self.logit_factor(config), self.logit_cap(config)
+        if factor is not None:
+            products = products * factor if products.requires_grad else products.mul_(factor)
+        if cap is not None:
+            products = torch.tanh(products / cap) * cap
+        return products
+
+    def mask(self, kind: LayerKind, positions: Tensor, visible: int, dtype: torch.dtype) -> Tensor:
+        """Additive: a token at position s sees slots 0..s, or the last `window` of them.
+
+        positions: (rows, tokens). Returns (rows, 1, tokens, visible).
+        """
+        slots = torch.arange(visible, device=positions.device)
+        at = positions[:, None, :, None]
+        hidden = at < slots
+        if kind.window is not None:
+            hidden = hidden | (slots <= at - kind.window)
+        return hidden.to(dtype).mul_(torch.finfo(dtype).min)
