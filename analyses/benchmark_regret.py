@@ -50,7 +50,7 @@ from probekit.prediction.predict import predict
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
-from probekit.tracing.self_generated import self_generated_texts
+from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 
 RESAMPLES = 1000
@@ -127,7 +127,7 @@ class Drafting:
         order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
         return cls(
             None if draft_rows is None else order[:draft_rows].tolist(),
-            fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts)) if heads else None,
+            fit_heads(loaded.anatomy, as_batches(texts)) if heads else None,
         )
 
     @property

@@ -116,9 +116,7 @@ def main(
     unknown = [name for name in only or [] if name not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"no such model: {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
-    if threads:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    prepare_torch(threads, device)
     work.mkdir(parents=True, exist_ok=True)
 
     tokenizer, training, held_out = prepare_text(corpus, work)
@@ -132,6 +130,13 @@ def main(
             f"[bold]{name}[/bold]: held-out loss {by_exit[-1]:.3f} nats a token; by exit "
             + " ".join(f"{loss:.2f}" for loss in by_exit)
         )
+
+
+def prepare_torch(threads: int, device: str) -> None:
+    """Threads of the CPU (0: torch's choice); on the CPU only algorithms that give the same bits each time."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(device == "cpu")
 
 
 def two_by_two(
@@ -148,9 +153,7 @@ def two_by_two(
 ) -> None:
     """Tied or not, plain or LayerSkip, over several seeds: train each small model, trace it, keep the tables."""
     console = Console(stderr=True)
-    if threads:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    prepare_torch(threads, device)
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer, training, held_out = prepare_text(corpus, work, SMALL.vocabulary, SMALL_PARAGRAPHS)
