@@ -69,7 +69,7 @@ class Shape:
 @dataclass(frozen=True)
 class Variant:
     name: str
-    says: str
+    description: str
     depth: int = DEPTH
     tied: bool = False
     recipe: LayerSkip | None = None
@@ -424,7 +424,7 @@ def export(
     weights = folder / "model.safetensors"
     assert weights.stat().st_size <= 8 * 2**20, f"{weights} is larger than 8 MiB"
     record: dict[str, Any] = {
-        "name": variant.name, "says": variant.says, "tied": variant.tied, "layers": variant.depth,
+        "name": variant.name, "says": variant.description, "tied": variant.tied, "layers": variant.depth,
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(variant.recipe) if variant.recipe else None,
         "steps": steps, "tokens_seen": steps * SEQUENCES * LENGTH, "seed": SEED,
@@ -438,6 +438,7 @@ def export(
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     rows = "\n".join(f"| {site} | {loss:.3f} |" for site, loss in enumerate(by_exit))
+    sentence = variant.description[0].upper() + variant.description[1:]
     (folder / "README.md").write_text(
         f"""---
 license: apache-2.0
@@ -446,7 +447,7 @@ library_name: transformers
 ---
 # {variant.name}
 
-{variant.says[0].upper()}{variant.says[1:]}. One of probekit's bundled models, a controlled experiment: they share seed,
+{sentence}. One of probekit's bundled models, a controlled experiment: they share seed,
 batches and the start of every shared tensor, and differ in one thing each.
 
 - **Shape**: {variant.depth} layers of width {WIDTH}, {HEADS} query and {KEY_VALUE_HEADS} key/value heads,
