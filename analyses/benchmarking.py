@@ -171,7 +171,7 @@ def stopwatch() -> Iterator[list[float]]:
         if phase in ("prefill", "verify"):
             ticks.append(time.perf_counter())
 
-    DecodeBatch.lap = noted  # type: ignore[method-assign]
+    DecodeBatch.lap = noted  # type: ignore[assignment, method-assign]
     try:
         yield ticks
     finally:
