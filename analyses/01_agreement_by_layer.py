@@ -14,7 +14,7 @@ import seaborn as sns
 import typer
 import workbench
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.prediction.intervals import Estimate, Share
 from probekit.presentation.plots.glyphs import plain
@@ -26,17 +26,14 @@ from probekit.tying.text_kinds import looped_tokens
 NAME = "01_agreement_by_layer"
 
 
-def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
-) -> None:  # fmt: skip
+@analysis
+def main(work: Bench) -> None:
     """From which layer on does the lens know the answer, and what does it say before?"""
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts = []
-        for loaded in work.loaded():
-            parts += [rows_of(trace, loops) for loops, trace in workbench.with_and_without_loops(work.trace(loaded))]
-        table = pd.concat(parts, ignore_index=True)
-        work.write(NAME, main.__doc__ or "", table, draw(table))
+    parts = []
+    for loaded in work.loaded():
+        parts += [rows_of(trace, loops) for loops, trace in workbench.with_and_without_loops(work.trace(loaded))]
+    table = pd.concat(parts, ignore_index=True)
+    work.write(NAME, table, draw(table))
 
 
 def rows_of(trace: Trace, loops: str) -> pd.DataFrame:

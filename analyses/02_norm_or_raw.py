@@ -13,7 +13,7 @@ import seaborn as sns
 import typer
 import workbench
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.presentation.plots.glyphs import plain
 from probekit.presentation.plots.style import PALETTE
@@ -23,18 +23,15 @@ NAME = "02_norm_or_raw"
 FIGURES = ("gibberish_raw", "gibberish_norm", "missing_norm", "agreement_raw", "agreement_norm", "agreement_gain")
 
 
-def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
-) -> None:  # fmt: skip
+@analysis
+def main(work: Bench) -> None:
     """How much of "early layers are gibberish" is the missing norm?"""
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts = []
-        for loaded in work.loaded():
-            for loops, trace in workbench.with_and_without_loops(work.trace(loaded)):
-                parts.append(norm_or_raw(trace).assign(loops=loops))
-        table = long(pd.concat(parts, ignore_index=True))
-        work.write(NAME, main.__doc__ or "", table, draw(table))
+    parts = []
+    for loaded in work.loaded():
+        for loops, trace in workbench.with_and_without_loops(work.trace(loaded)):
+            parts.append(norm_or_raw(trace).assign(loops=loops))
+    table = long(pd.concat(parts, ignore_index=True))
+    work.write(NAME, table, draw(table))
 
 
 def long(wide: pd.DataFrame) -> pd.DataFrame:

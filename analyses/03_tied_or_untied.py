@@ -22,7 +22,7 @@ import typer
 import workbench
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.presentation.plots.glyphs import plain
 from probekit.presentation.plots.style import PALETTE
@@ -48,35 +48,34 @@ SHOWN_DIFFERENCES = {
 COLUMNS = 3  # panels beside each other
 
 
+@analysis
 def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
+    work: Bench,
     two_by_two: Annotated[Path | None, typer.Option(help="Folder with the tables of the 2 x 2.")] = None,
     heads: Annotated[bool, typer.Option(help="Change the heads, too (the longest part).")] = True,
-) -> None:  # fmt: skip
+) -> None:
     """What does tying do to the lens, and what does early-exit training do?"""
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts, traced = [], []
-        for loaded in work.loaded():
-            trace = work.trace(loaded)
-            traced.append(trace)
-            parts.append(geometry_rows(geometry_table(loaded.anatomy, loaded.name, token_counts(trace))))
-            if heads:
-                workbench.say(f"{loaded.name}: changing its head")
-                before = weights_digest(loaded.model)
-                few, changed = trace.select(trace.prompts[:HEAD_PROMPTS]), standard_heads(loaded.anatomy)
-                for loops, texts in workbench.with_and_without_loops(few):
-                    effects = head_effects(loaded, texts, changed, draft_length=DRAFT_LENGTH, speak=loops == "with")
-                    parts += [rows.assign(loops=loops) for rows in head_rows(*effects)]
-                assert weights_digest(loaded.model) == before, "an intervention left its mark on the weights"
-        if len(traced) > 1:
-            for loops, texts in (("with", traced), ("without", [before_loops(trace) for trace in traced])):
-                parts.append(comparison_rows(compare_traces(texts).to_pandas()).assign(loops=loops))
-        if two_by_two is not None:
-            parts += two_by_two_rows(two_by_two)
-        table = pd.concat(parts, ignore_index=True)
-        table = table.reindex(columns=[*KEYS, "value", "low", "high", "factor"]).astype({"layer": "Int64"})
-        work.write(NAME, main.__doc__ or "", table, draw(table), head_prompts=HEAD_PROMPTS, draft_length=DRAFT_LENGTH)
+    parts, traced = [], []
+    for loaded in work.loaded():
+        trace = work.trace(loaded)
+        traced.append(trace)
+        parts.append(geometry_rows(geometry_table(loaded.anatomy, loaded.name, token_counts(trace))))
+        if heads:
+            workbench.say(f"{loaded.name}: changing its head")
+            before = weights_digest(loaded.model)
+            few, changed = trace.select(trace.prompts[:HEAD_PROMPTS]), standard_heads(loaded.anatomy)
+            for loops, texts in workbench.with_and_without_loops(few):
+                effects = head_effects(loaded, texts, changed, draft_length=DRAFT_LENGTH, speak=loops == "with")
+                parts += [rows.assign(loops=loops) for rows in head_rows(*effects)]
+            assert weights_digest(loaded.model) == before, "an intervention left its mark on the weights"
+    if len(traced) > 1:
+        for loops, texts in (("with", traced), ("without", [before_loops(trace) for trace in traced])):
+            parts.append(comparison_rows(compare_traces(texts).to_pandas()).assign(loops=loops))
+    if two_by_two is not None:
+        parts += two_by_two_rows(two_by_two)
+    table = pd.concat(parts, ignore_index=True)
+    table = table.reindex(columns=[*KEYS, "value", "low", "high", "factor"]).astype({"layer": "Int64"})
+    work.write(NAME, table, draw(table), head_prompts=HEAD_PROMPTS, draft_length=DRAFT_LENGTH)
 
 
 # ------------------------------------------------------------------------------------------------- the parts

@@ -14,7 +14,7 @@ import typer
 import workbench
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.presentation.plots.glyphs import plain
 from probekit.presentation.plots.style import PALETTE
@@ -28,23 +28,20 @@ FEWEST = 20  # positions of a kind that is drawn
 FIGURES = ("acceptance", "acceptance_rate", "alpha", "tokens_per_round")
 
 
-def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
-) -> None:  # fmt: skip
+@analysis
+def main(work: Bench) -> None:
     """How does acceptance depend on the exit layer, and on the kind of text?"""
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts = []
-        for loaded in work.loaded():
-            texts = {text: work.trace(loaded, text) for text in TEXTS}
-            parts.append(cell_rows(side_by_side(texts, draft_lengths=DRAFT_LENGTHS)))
-            for trace in texts.values():
-                for loops, chosen in workbench.with_and_without_loops(trace):
-                    kinds = acceptance_by_kind(chosen, loaded.anatomy.exits).rename(columns={"acceptance": "value"})
-                    parts.append(kinds.assign(loops=loops, quantity="acceptance"))
-        table = pd.concat(parts, ignore_index=True).astype({"draft_length": "Int64"})
-        columns = ["model", "text", "loops", "by", "group", "layer", "draft_length", "quantity", "value", "low", "high"]
-        work.write(NAME, main.__doc__ or "", table[[*columns, "positions"]], draw(table), draft_lengths=DRAFT_LENGTHS)
+    parts = []
+    for loaded in work.loaded():
+        texts = {text: work.trace(loaded, text) for text in TEXTS}
+        parts.append(cell_rows(side_by_side(texts, draft_lengths=DRAFT_LENGTHS)))
+        for trace in texts.values():
+            for loops, chosen in workbench.with_and_without_loops(trace):
+                kinds = acceptance_by_kind(chosen, loaded.anatomy.exits).rename(columns={"acceptance": "value"})
+                parts.append(kinds.assign(loops=loops, quantity="acceptance"))
+    table = pd.concat(parts, ignore_index=True).astype({"draft_length": "Int64"})
+    columns = ["model", "text", "loops", "by", "group", "layer", "draft_length", "quantity", "value", "low", "high"]
+    work.write(NAME, table[[*columns, "positions"]], draw(table), draft_lengths=DRAFT_LENGTHS)
 
 
 def cell_rows(wide: pd.DataFrame) -> pd.DataFrame:

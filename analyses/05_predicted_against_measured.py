@@ -19,7 +19,7 @@ import typer
 import workbench
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.choice.robustness import autocorrelation, closed_form_error
 from probekit.costs.measure import measure_costs
@@ -41,32 +41,31 @@ REPEATS = 3  # runs of each prompt where times are compared
 COUNTS = ("rounds", "drafted", "accepted", "tokens")
 
 
+@analysis
 def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
+    work: Bench,
     run: Annotated[int, typer.Option(min=1, help="Prompts that the decoder continues in each cell.")] = 6,
     costs: Annotated[str, typer.Option(help="measured: compare times, too; roofline: counts only")] = "roofline",
-) -> None:  # fmt: skip
+) -> None:
     """Does the decoder do what the trace predicts, and how far off is the closed form that papers quote?"""
     workbench.check_costs(costs)
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts = []
-        for loaded in work.loaded():
-            trace = work.trace(loaded)
-            exits = sorted({min(loaded.depth - 1, max(1, round(share * loaded.depth))) for share in DEPTHS})
-            cells = [(exit_layer, length) for exit_layer in exits for length in DRAFT_LENGTHS]
-            timed = costs == "measured"
-            times = costs_of(loaded, trace) if timed else roofline_costs(trace, device="h200")
-            found = validate(loaded, trace, cells, limit=run, costs=times, repeats=REPEATS if timed else 1)
-            parts.append(measured_rows(found))
-            if timed:
-                parts.append(speedup_rows(found))
-            for loops, chosen in workbench.with_and_without_loops(trace):
-                parts += [form_rows(chosen, exits).assign(loops=loops), dependence_rows(chosen).assign(loops=loops)]
-        table = pd.concat(parts, ignore_index=True)
-        columns = ["model", "loops", "exit_layer", "draft_length", "lag", "quantity", "value", "low", "high"]
-        table = table.reindex(columns=columns).astype({"draft_length": "Int64", "lag": "Int64", "exit_layer": "Int64"})
-        work.write(NAME, main.__doc__ or "", table, draw(table), run=run, costs=costs)
+    parts = []
+    for loaded in work.loaded():
+        trace = work.trace(loaded)
+        exits = sorted({min(loaded.depth - 1, max(1, round(share * loaded.depth))) for share in DEPTHS})
+        cells = [(exit_layer, length) for exit_layer in exits for length in DRAFT_LENGTHS]
+        timed = costs == "measured"
+        times = costs_of(loaded, trace) if timed else roofline_costs(trace, device="h200")
+        found = validate(loaded, trace, cells, limit=run, costs=times, repeats=REPEATS if timed else 1)
+        parts.append(measured_rows(found))
+        if timed:
+            parts.append(speedup_rows(found))
+        for loops, chosen in workbench.with_and_without_loops(trace):
+            parts += [form_rows(chosen, exits).assign(loops=loops), dependence_rows(chosen).assign(loops=loops)]
+    table = pd.concat(parts, ignore_index=True)
+    columns = ["model", "loops", "exit_layer", "draft_length", "lag", "quantity", "value", "low", "high"]
+    table = table.reindex(columns=columns).astype({"draft_length": "Int64", "lag": "Int64", "exit_layer": "Int64"})
+    work.write(NAME, table, draw(table), run=run, costs=costs)
 
 
 def costs_of(loaded: Loaded, trace: Trace) -> Costs:

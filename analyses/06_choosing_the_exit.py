@@ -18,7 +18,7 @@ import workbench
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from workbench import OUTPUT, PROMPTS, TOKENS, TRACES, Device, Limit, Models, Output, Tokens, Traces, bench
+from workbench import Bench, analysis
 
 from probekit.choice.choose import choose
 from probekit.choice.robustness import NONE, Timed, learning_curve, timed, transfer
@@ -42,30 +42,29 @@ BEST = 3
 COLUMNS = 4  # panels beside each other
 
 
+@analysis
 def main(
-    models: Models = None, output: Output = OUTPUT, traces: Traces = TRACES, prompts: Limit = PROMPTS,
-    max_new_tokens: Tokens = TOKENS, device: Device = None,
+    work: Bench,
     costs: Annotated[str, typer.Option(help="measured or roofline")] = "measured",
-) -> None:  # fmt: skip
+) -> None:
     """Which exit layer and draft length, after how many prompts, and does the choice hold on other text?"""
     workbench.check_costs(costs)
-    with bench(models, output, traces, prompts, max_new_tokens, device) as work:
-        parts, steps = [], {}
-        for loaded in work.loaded():
-            texts = {text: work.trace(loaded, text) for text in TEXTS}
-            times = costs_of(loaded, texts["greedy"], costs)
-            steps[loaded.name] = {
-                name: getattr(times, name) for name in ("device", "autoregressive_s", "head_s", "overhead_s")
-            }
-            cut = {text: before_loops(trace) for text, trace in texts.items()}
-            for loops, chosen in (("with", texts), ("without", cut)):
-                rows = rows_of(chosen, times)
-                parts.append(rows.assign(model=loaded.name, loops=loops))
-        table = pd.concat(parts, ignore_index=True)
-        columns = ["model", "part", "loops", "option", "cell", "prompts", "chosen_on", "used_on", "quantity", "value",
-                   "low", "high"]  # fmt: skip
-        table = table.reindex(columns=columns).astype({"prompts": "Int64"})
-        work.write(NAME, main.__doc__ or "", table, draw(table), costs=costs, context=CONTEXT, steps=steps)
+    parts, steps = [], {}
+    for loaded in work.loaded():
+        texts = {text: work.trace(loaded, text) for text in TEXTS}
+        times = costs_of(loaded, texts["greedy"], costs)
+        steps[loaded.name] = {
+            name: getattr(times, name) for name in ("device", "autoregressive_s", "head_s", "overhead_s")
+        }
+        cut = {text: before_loops(trace) for text, trace in texts.items()}
+        for loops, chosen in (("with", texts), ("without", cut)):
+            rows = rows_of(chosen, times)
+            parts.append(rows.assign(model=loaded.name, loops=loops))
+    table = pd.concat(parts, ignore_index=True)
+    columns = ["model", "part", "loops", "option", "cell", "prompts", "chosen_on", "used_on", "quantity", "value",
+               "low", "high"]  # fmt: skip
+    table = table.reindex(columns=columns).astype({"prompts": "Int64"})
+    work.write(NAME, table, draw(table), costs=costs, context=CONTEXT, steps=steps)
 
 
 def costs_of(loaded: Loaded, trace: Trace, source: str) -> Costs:

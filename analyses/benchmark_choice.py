@@ -28,6 +28,7 @@ from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.models.loaded import Loaded
+from probekit.prediction.intervals import drawn_indices
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.presentation.plots.style import PALETTE
@@ -239,7 +240,8 @@ def judged(
     total = sum(spent.values())
     mine, rival = at_equal_regret(curves)
     # per cell and prompt: the mean is what a sweep pays, so the quantiles are over means of resampled runs
-    means = [float(random.choice(theirs, len(theirs)).mean()) * cells * len(even) / total for _ in range(1000)]
+    again = theirs[drawn_indices(len(theirs), 1000, random)].mean(axis=1)
+    means = [float(mean) * cells * len(even) / total for mean in again]
     best = int(regret.argmin())
     return {
         "cells": cells,

@@ -31,11 +31,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import benchmarking as bench
 import numpy as np
 import pandas as pd
 import torch
 import typer
-from benchmarking import stopwatch
 from rich.console import Console
 
 from probekit.choice.choose import Choice, choose
@@ -44,26 +44,23 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads
-from probekit.models.loaded import Loaded, load
+from probekit.models.loaded import Loaded
+from probekit.prediction.intervals import drawn_indices, spread
 from probekit.prediction.predict import predict
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
-from probekit.tracing.self_generated import self_generated_texts
+from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 
-QUANTILES = (0.2, 0.5, 0.8)
-INTERVAL = (0.025, 0.975)  # bootstrap over prompts
 RESAMPLES = 1000
 RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds", "round_s")
 PLAIN = (0, 0)  # (exit layer, draft length) of autoregressive decoding
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")] = (
-        "tales-layerskip"
-    ),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("regret"),
+    model: bench.Model = bench.MODEL,
+    output: bench.Record = Path("regret"),
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     longest: Annotated[int, typer.Option(min=1, help="Draft lengths 1..LONGEST.")] = 8,
     draft_rows: Annotated[
@@ -72,14 +69,12 @@ def main(
     ] = None,
     heads: Annotated[bool, typer.Option("--fit-heads", help="Draft through exit heads.")] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Start no further prompt after so long.")] = 3.5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
+    threads: bench.Threads = None,
+    device: bench.AnyDevice = None,
+    dtype: bench.Dtype = None,
 ) -> None:
     began = perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = bench.opened_with(model, threads, device, dtype)
     prompts = bundled_prompts_for(loaded.name)
     learns = heads or draft_rows is not None
     drafting = Drafting.learned(loaded, prompts[::4], max_new_tokens, draft_rows, heads) if learns else Drafting()
@@ -109,9 +104,7 @@ def main(
         rows = measured(loaded, prompt, methods, max_new_tokens)
         raw = rows if raw.empty else pd.concat([raw, rows], ignore_index=True)
     record["regret"] = regret(raw, record["choice"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    raw.to_csv(raw_path, index=False, float_format="%.6g")
-    record_path.write_text(json.dumps(record, indent=1) + "\n")
+    bench.write_record(output, record, raw)
     Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
 
 
@@ -134,7 +127,7 @@ class Drafting:
         order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
         return cls(
             None if draft_rows is None else order[:draft_rows].tolist(),
-            fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts)) if heads else None,
+            fit_heads(loaded.anatomy, as_batches(texts)) if heads else None,
         )
 
     @property
@@ -198,7 +191,7 @@ def measured(
     seen: dict[tuple[int, int], int] = {}
     for place in np.random.default_rng(prompt.index).permutation(len(methods)):
         pair, method = methods[place]
-        with stopwatch() as ticks:
+        with bench.stopwatch() as ticks:
             done = method.decode([ids], max_new_tokens=budget)[0]
         seen[pair] = seen.get(pair, -1) + 1
         spent = done.seconds["total"] - done.seconds["prefill"]
@@ -215,7 +208,7 @@ def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
     plain, mine = runs[0], runs[pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))]
     seconds = np.array([run.typical() for run in runs])
     best = runs[int(seconds.argmin())]
-    draws = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
+    draws = drawn_indices(len(table), RESAMPLES)
     against_itself = [
         abs(1 - Runs.of(table, PLAIN, 0).typical(at) / Runs.of(table, PLAIN, 1).typical(at)) for at in draws
     ]
@@ -227,16 +220,16 @@ def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
         "pairs": len(pairs) - 1,
         "chosen": list(mine.pair),
         "chosen_speedup": plain.typical() / mine.typical(),
-        "chosen_speedup_interval": np.quantile(gained, INTERVAL).tolist(),
+        "chosen_speedup_interval": [float(end) for end in spread(np.array(gained))],
         "chosen_speedup_predicted": choice["speedup"],
         "chosen_speedup_of_totals": float(plain.seconds.sum() / mine.seconds.sum()),
         "chosen_rank": int((seconds < mine.typical()).sum()) + 1,
         "best": list(best.pair),
         "best_speedup": plain.typical() / best.typical(),
         "regret": 1 - best.typical() / mine.typical(),
-        "regret_interval": np.quantile(lost, INTERVAL).tolist(),
+        "regret_interval": [float(end) for end in spread(np.array(lost))],
         "regret_held_out": float(np.mean(held)),
-        "regret_held_out_quantiles": np.quantile(held, QUANTILES).tolist(),
+        "regret_held_out_quantiles": np.quantile(held, bench.QUANTILES).tolist(),
         "noise": abs(1 - Runs.of(table, PLAIN, 0).typical() / Runs.of(table, PLAIN, 1).typical()),
         "noise_95": float(np.quantile(against_itself, 0.95)),
         "pairs_within_noise_of_the_best": int(

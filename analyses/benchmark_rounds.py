@@ -14,74 +14,51 @@ of a text that draft all they may.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import benchmarking as bench
 import numpy as np
 import pandas as pd
 import torch
 import typer
-from benchmarking import stopwatch
 from rich.console import Console
 
 from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative
-from probekit.errors import InputError
-from probekit.models.loaded import Loaded, load
-from probekit.tracing.prompts import bundled_prompts_for
+from probekit.models.loaded import Loaded
 
-QUANTILES = (0.2, 0.5, 0.8)
 LOOP_S = 0.5  # the steps of a round are repeated for so long each time that they are timed
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")] = (
-        "tales-layerskip"
-    ),
-    cell: Annotated[list[str] | None, typer.Option(help="Exit layer and draft length, as 3,2.")] = None,
+    model: bench.Model = bench.MODEL,
+    cell: bench.Cells = None,
     prompts: Annotated[int, typer.Option(min=1)] = 6,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("rounds"),
+    threads: bench.Threads = None,
+    device: bench.AnyDevice = None,
+    dtype: bench.Dtype = None,
+    output: bench.Record = Path("rounds"),
 ) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load(model, device=device, dtype=dtype)
-    texts = [loaded.tokenizer(prompt.text)["input_ids"] for prompt in bundled_prompts_for(loaded.name)[:prompts]]
-    cells = [pair_of(text) for text in cell or ["3,2"]]
+    loaded = bench.opened_with(model, threads, device, dtype)
+    cells = [bench.pair_of(text) for text in cell or bench.CELLS]
+    texts = bench.prompt_ids(loaded, prompts)
     rows = [
         measured(loaded, exit_layer, length, prompt, ids, max_new_tokens)
         for prompt, ids in enumerate(texts)
         for exit_layer, length in cells
     ]
     raw = pd.DataFrame(rows)
+    settings = {"prompts": prompts, "max_new_tokens": max_new_tokens, "cells": cells}
     record = {
-        "schema": "probekit/benchmark-rounds/1", "model": loaded.name, "weights_hash": loaded.weights_hash,
-        "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "settings": {"prompts": prompts, "max_new_tokens": max_new_tokens, "cells": cells},
-        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")},
+        **bench.decoding_header("benchmark-rounds", loaded, settings, weights_hash=loaded.weights_hash),
         "cells": [summary(pair, group) for pair, group in raw.groupby(["exit_layer", "draft_length"])],
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    raw.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
+    }
+    bench.write_record(output, record, raw)
     Console(soft_wrap=True).print_json(json.dumps(record["cells"]))
-
-
-def pair_of(text: str) -> tuple[int, int]:
-    exit_layer, _, length = text.partition(",")
-    try:
-        return int(exit_layer), int(length)
-    except ValueError:
-        raise InputError(f"--cell is {text!r}; expected an exit layer and a draft length, as 3,2.") from None
 
 
 def measured(
@@ -92,7 +69,7 @@ def measured(
     method.decode([ids], max_new_tokens=min(budget, 12))
     context = len(ids) + budget // 2
     before = steps(loaded, exit_layer, length, context)
-    with stopwatch() as ticks:
+    with bench.stopwatch() as ticks:
         done = method.decode([ids], max_new_tokens=budget)[0]
     after = steps(loaded, exit_layer, length, context)
     whole = np.diff(ticks)[np.array(done.drafted) == length]
@@ -149,7 +126,7 @@ def summary(pair: tuple[int, int], rows: pd.DataFrame) -> dict[str, Any]:
         "rounds": int(rows["rounds"].sum()),
         "round_s": float(rows["round_s"].median()),
         "steps_over_round": float(single.median()),
-        "steps_over_round_quantiles": single.quantile(list(QUANTILES)).tolist(),
+        "steps_over_round_quantiles": single.quantile(list(bench.QUANTILES)).tolist(),
         "alone_over_round": float((rows["alone_s"] / rows["round_s"]).median()),
     }
 

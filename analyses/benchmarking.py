@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import typer
 from matplotlib.axes import Axes
@@ -53,6 +54,19 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that receiv
 Repeats = Annotated[int, typer.Option("--repeats", min=0, help="Turns of each way; added to those on record.")]
 
 
+# Options of the scripts that decode one model in cells of (exit layer, draft length).
+Model = Annotated[str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")]
+Cells = Annotated[
+    list[str] | None, typer.Option("--cell", help="Exit layer and draft length, as 3,2; may be repeated.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch. [default: all cores]")]
+Dtype = Annotated[str | None, typer.Option("--dtype")]
+AnyDevice = Annotated[str | None, typer.Option("--device")]
+Record = Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")]
+MODEL = "tales-layerskip"
+CELLS = ("3,2",)
+
+
 def references(models: str) -> list[str]:
     """The models that were named; the bundled ones by default."""
     return [name.strip() for name in models.split(",") if name.strip()] or list(TALES)
@@ -61,6 +75,27 @@ def references(models: str) -> list[str]:
 def opened(reference: str, device: str) -> Loaded:
     """The model, in float32 on the CPU and in its own dtype elsewhere."""
     return load(reference, device=device, dtype="float32" if device == "cpu" else None)
+
+
+def opened_with(reference: str, threads: int | None, device: str | None, dtype: str | None) -> Loaded:
+    """The model in the dtype and on the device that were asked for, with so many threads of torch."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load(reference, device=device, dtype=dtype)
+
+
+def pair_of(text: str) -> tuple[int, int]:
+    """(exit layer, draft length) of `3,2`."""
+    exit_layer, _, length = text.partition(",")
+    try:
+        return int(exit_layer), int(length)
+    except ValueError:
+        raise InputError(f"--cell is {text!r}; expected an exit layer and a draft length, as 3,2.") from None
+
+
+def prompt_ids(loaded: Loaded, prompts: int) -> list[list[int]]:
+    """Token ids of the first bundled prompts."""
+    return [loaded.tokenizer(prompt.text)["input_ids"] for prompt in bundled_prompts_for(loaded.name)[:prompts]]
 
 
 # ------------------------------------------------------------------------------------------------------ the text
@@ -136,7 +171,7 @@ def stopwatch() -> Iterator[list[float]]:
         if phase in ("prefill", "verify"):
             ticks.append(time.perf_counter())
 
-    DecodeBatch.lap = noted  # type: ignore[method-assign]
+    DecodeBatch.lap = noted  # type: ignore[assignment, method-assign]
     try:
         yield ticks
     finally:
@@ -239,6 +274,27 @@ def header(benchmark: str, loaded: Loaded, settings: Mapping[str, Any]) -> dict[
         "versions": versions(),
         "settings": dict(settings),
     }
+
+
+def decoding_header(name: str, loaded: Loaded, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What a record of decoding says of itself: `more` stands behind the model."""
+    return {
+        "schema": f"probekit/{name}/1",
+        "model": loaded.name,
+        **more,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "settings": dict(settings),
+        "versions": {package: version(package) for package in ("probekit", "torch", "transformers")},
+    }
+
+
+def write_record(output: Path, record: Mapping[str, Any], table: pd.DataFrame, float_format: str = "%.6g") -> None:
+    """OUTPUT.json and, for the table, OUTPUT.csv."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    table.to_csv(output.with_suffix(".csv"), index=False, float_format=float_format)
 
 
 def kept_samples(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:

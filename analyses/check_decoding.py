@@ -39,7 +39,7 @@ from probekit.prediction.predict import predict
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import as_prompts, bundled_prompts, bundled_prompts_for
-from probekit.tracing.self_generated import self_generated_texts
+from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 from probekit.validation.differences import differences_from
 from probekit.validation.run import validate
@@ -99,7 +99,7 @@ def check_greedy(loaded: Loaded, drafter: Loaded, count: int, budget: int) -> di
         loaded, prompts, max_new_tokens=budget, statistics="agreement", draft_model=drafter, draft_vocabulary=order
     )
     texts = self_generated_texts(loaded, as_prompts(prompts[:24]))
-    heads = fit_heads(loaded.anatomy, (torch.tensor([ids + tokens]) for ids, tokens in texts))
+    heads = fit_heads(loaded.anatomy, as_batches(texts))
     through = trace(loaded, prompts, max_new_tokens=budget, statistics="agreement", exit_heads=heads)
     methods: dict[str, dict[str, int]] = {}
     found, behind = Tally(traced, prompts, methods), Tally(through, prompts, methods)

@@ -10,14 +10,12 @@ decoding by the same engine; `against` is over transformers' own way of doing th
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import benchmarking as bench
 import numpy as np
 import pandas as pd
 import torch
@@ -28,22 +26,15 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.speculative import SelfSpeculative, Speculative
-from probekit.errors import InputError
-from probekit.models.loaded import Loaded, load
-from probekit.tracing.prompts import bundled_prompts_for
+from probekit.models.loaded import Loaded
 from probekit.validation.transformers import transformers_accepted
 
-QUANTILES = (0.2, 0.5, 0.8)
 Run = Callable[[list[int]], tuple[list[int], float | None]]  # prompt ids -> new tokens, acceptance rate
 
 
 def main(
-    model: Annotated[
-        str, typer.Argument(help="A bundled name, a folder, a GGUF file or a hub id.")
-    ] = "tales-layerskip",
-    cell: Annotated[
-        list[str] | None, typer.Option(help="Exit layer and draft length, as 3,2; may be repeated.")
-    ] = None,
+    model: bench.Model = bench.MODEL,
+    cell: bench.Cells = None,
     draft_model: Annotated[
         str | None, typer.Option(help="For two-model decoding, with the first cell's length.")
     ] = None,
@@ -51,44 +42,28 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     compiled: Annotated[bool, typer.Option(help="Also transformers compiled with a static cache.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. [default: all cores]")] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Receives OUTPUT.json and .csv.")] = Path("decoding"),
+    threads: bench.Threads = None,
+    device: bench.AnyDevice = None,
+    dtype: bench.Dtype = None,
+    output: bench.Record = Path("decoding"),
 ) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load(model, device=device, dtype=dtype)
-    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    cells = [pair_of(text) for text in cell or ["3,2"]]
+    loaded = bench.opened_with(model, threads, device, dtype)
+    drafter = bench.opened_with(draft_model, threads, device, dtype) if draft_model else None
+    cells = [bench.pair_of(text) for text in cell or bench.CELLS]
     ways = {
         **transformers_ways(loaded, drafter, cells, max_new_tokens, compiled),
         **probekit_ways(loaded, drafter, cells, max_new_tokens),
     }
-    texts = [loaded.tokenizer(prompt.text)["input_ids"] for prompt in bundled_prompts_for(loaded.name)[:prompts]]
-    table = measure(ways, texts, repeats)
+    table = measure(ways, bench.prompt_ids(loaded, prompts), repeats)
+    settings = {"prompts": prompts, "max_new_tokens": max_new_tokens, "repeats": repeats, "cells": cells}
+    names = {"weights_hash": loaded.weights_hash, "drafter": drafter and drafter.name}
     record = {
-        "schema": "probekit/compare-decoding/1", "model": loaded.name, "weights_hash": loaded.weights_hash,
-        "drafter": drafter and drafter.name, "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device), "machine": {"processor": platform.machine(), "cores": os.cpu_count(),
-                                                  "threads": torch.get_num_threads()},
-        "settings": {"prompts": prompts, "max_new_tokens": max_new_tokens, "repeats": repeats, "cells": cells},
-        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")},
+        **bench.decoding_header("compare-decoding", loaded, settings, **names),
         "rows": json.loads(table.to_json(orient="records")),
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    table.to_csv(output.with_suffix(".csv"), index=False, float_format="%.4g")
+    }
+    bench.write_record(output, record, table, "%.4g")
     shown = table[[column for column in table.columns if not column.endswith(("_20", "_80"))]]
     Console(soft_wrap=True).print(shown.to_string(index=False, float_format="%.3f", na_rep="-"), markup=False)
-
-
-def pair_of(text: str) -> tuple[int, int]:
-    exit_layer, _, length = text.partition(",")
-    try:
-        return int(exit_layer), int(length)
-    except ValueError:
-        raise InputError(f"--cell is {text!r}; expected an exit layer and a draft length, as 3,2.") from None
 
 
 def probekit_ways(
@@ -182,8 +157,8 @@ def measure(ways: dict[tuple[str, str], Run], texts: Sequence[list[int]], repeat
     rows = []
     for (engine, method), spent in seconds.items():
         peer = ("transformers", method)
-        speed = np.quantile(speeds[engine, method], QUANTILES)
-        gain = np.quantile(own[engine] / np.array(spent), QUANTILES)
+        speed = np.quantile(speeds[engine, method], bench.QUANTILES)
+        gain = np.quantile(own[engine] / np.array(spent), bench.QUANTILES)
         row: dict[str, Any] = {
             "engine": engine,
             "method": method,
@@ -194,12 +169,12 @@ def measure(ways: dict[tuple[str, str], Run], texts: Sequence[list[int]], repeat
             "prompts": len(texts),
             "acceptance": float(np.mean(rates[engine, method])) if rates[engine, method] else None,
         }
-        row |= {f"tokens_per_s_{share * 100:.0f}": value for share, value in zip(QUANTILES, speed, strict=True)}
-        row |= {f"speedup_{share * 100:.0f}": value for share, value in zip(QUANTILES, gain, strict=True)}
+        row |= {f"tokens_per_s_{share * 100:.0f}": value for share, value in zip(bench.QUANTILES, speed, strict=True)}
+        row |= {f"speedup_{share * 100:.0f}": value for share, value in zip(bench.QUANTILES, gain, strict=True)}
         against = np.array(seconds[peer]) / np.array(spent) if engine == "probekit" and peer in seconds else None
         row |= {
             f"against_{share * 100:.0f}": None if against is None else float(np.quantile(against, share))
-            for share in QUANTILES
+            for share in bench.QUANTILES
         }
         rows.append(row)
     return pd.DataFrame(rows)

@@ -69,7 +69,7 @@ class Shape:
 @dataclass(frozen=True)
 class Variant:
     name: str
-    says: str
+    description: str
     depth: int = DEPTH
     tied: bool = False
     recipe: LayerSkip | None = None
@@ -116,9 +116,7 @@ def main(
     unknown = [name for name in only or [] if name not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"no such model: {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
-    if threads:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    prepare_torch(threads, device)
     work.mkdir(parents=True, exist_ok=True)
 
     tokenizer, training, held_out = prepare_text(corpus, work)
@@ -132,6 +130,13 @@ def main(
             f"[bold]{name}[/bold]: held-out loss {by_exit[-1]:.3f} nats a token; by exit "
             + " ".join(f"{loss:.2f}" for loss in by_exit)
         )
+
+
+def prepare_torch(threads: int, device: str) -> None:
+    """Threads of the CPU (0: torch's choice); on the CPU only algorithms that give the same bits each time."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(device == "cpu")
 
 
 def two_by_two(
@@ -148,9 +153,7 @@ def two_by_two(
 ) -> None:
     """Tied or not, plain or LayerSkip, over several seeds: train each small model, trace it, keep the tables."""
     console = Console(stderr=True)
-    if threads:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    prepare_torch(threads, device)
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer, training, held_out = prepare_text(corpus, work, SMALL.vocabulary, SMALL_PARAGRAPHS)
@@ -421,7 +424,7 @@ def export(
     weights = folder / "model.safetensors"
     assert weights.stat().st_size <= 8 * 2**20, f"{weights} is larger than 8 MiB"
     record: dict[str, Any] = {
-        "name": variant.name, "says": variant.says, "tied": variant.tied, "layers": variant.depth,
+        "name": variant.name, "says": variant.description, "tied": variant.tied, "layers": variant.depth,
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(variant.recipe) if variant.recipe else None,
         "steps": steps, "tokens_seen": steps * SEQUENCES * LENGTH, "seed": SEED,
@@ -435,6 +438,7 @@ def export(
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     rows = "\n".join(f"| {site} | {loss:.3f} |" for site, loss in enumerate(by_exit))
+    sentence = variant.description[0].upper() + variant.description[1:]
     (folder / "README.md").write_text(
         f"""---
 license: apache-2.0
@@ -443,7 +447,7 @@ library_name: transformers
 ---
 # {variant.name}
 
-{variant.says[0].upper()}{variant.says[1:]}. One of probekit's bundled models, a controlled experiment: they share seed,
+{sentence}. One of probekit's bundled models, a controlled experiment: they share seed,
 batches and the start of every shared tensor, and differ in one thing each.
 
 - **Shape**: {variant.depth} layers of width {WIDTH}, {HEADS} query and {KEY_VALUE_HEADS} key/value heads,

@@ -7,10 +7,10 @@ Traces are kept under `--traces` and read again, so that the next analysis of th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +46,6 @@ Limit = Annotated[int, typer.Option("--prompts", min=2, help="How many of the bu
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each continuation.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 
-OUTPUT, TRACES, PROMPTS, TOKENS = Path("build/analyses"), Path("build/analyses/traces"), 24, 96
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -59,6 +57,7 @@ class Bench:
     prompts: int
     max_new_tokens: int
     device: str | None
+    question: str
 
     def loaded(self) -> Iterator[Loaded]:
         """Each model in turn."""
@@ -81,15 +80,15 @@ class Bench:
             sampling=SAMPLING if text == "sampled" else Sampling(), top_prompts=0, resume=True,
         )  # fmt: skip
 
-    def write(self, name: str, question: str, table: pd.DataFrame, figure: Figure, **more: Any) -> None:
+    def write(self, name: str, table: pd.DataFrame, figure: Figure, **more: Any) -> None:
         """Leave the table as CSV and JSON, and the figure as PDF, SVG and PNG."""
         self.output.mkdir(parents=True, exist_ok=True)
         models = [Path(reference).name for reference in self.models]  # a kept table names no machine's folders
-        settings = asdict(self) | {"models": models, "output": None, "traces": None}
+        settings = asdict(self) | {"models": models, "output": None, "traces": None, "question": None}
         record = {
             "schema": SCHEMA,
             "analysis": name,
-            "question": question,
+            "question": self.question,
             "settings": {key: value for key, value in settings.items() if value is not None} | more,
             "versions": {package: version(package) for package in ("probekit", "torch", "transformers", "numpy")},
             "columns": list(table.columns),
@@ -103,17 +102,32 @@ class Bench:
         say(f"wrote {self.output / name}.csv, .json, .pdf, .svg, .png")
 
 
-@contextmanager
-def bench(
-    models: list[str] | None, output: Path, traces: Path, prompts: int, tokens: int, device: str | None
-) -> Iterator[Bench]:
-    """An analysis's settings, its look, and one clear line for what goes wrong."""
-    try:
-        with matplotlib.rc_context(STYLE):
-            yield Bench(tuple(models or TALES), output, traces, prompts, tokens, device)
-    except ProbekitError as error:
-        say(f"error: {error}")
-        raise typer.Exit(error.exit_status) from None
+def analysis(question: Callable[..., None]) -> Callable[..., None]:
+    """The command of an analysis: the options that all of them have, then those of its own.
+
+    question: takes a Bench, and its own options by name; its docstring is the question. What goes wrong is one clear
+    line.
+    """
+
+    def command(
+        models: Models = None, output: Output = Path("build/analyses"), traces: Traces = Path("build/analyses/traces"),
+        prompts: Limit = 24, max_new_tokens: Tokens = 96, device: Device = None, **own: Any,
+    ) -> None:  # fmt: skip
+        try:
+            with matplotlib.rc_context(STYLE):
+                asked = question.__doc__ or ""
+                question(Bench(tuple(models or TALES), output, traces, prompts, max_new_tokens, device, asked), **own)
+        except ProbekitError as error:
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_status) from None
+
+    # typer reads a command's options from its signature
+    common = list(signature(command, eval_str=True).parameters.values())[:-1]
+    _, *own_options = signature(question, eval_str=True).parameters.values()
+    command.__signature__ = Signature([*common, *own_options])  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in (*common, *own_options)}
+    command.__doc__ = question.__doc__
+    return command
 
 
 def check_costs(costs: str) -> None:

@@ -131,9 +131,14 @@ class Share:
         return Share(self.numerators[..., places], self.denominators[..., places], tuple(prompts))
 
 
+def drawn_indices(prompts: int, resamples: int = RESAMPLES, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """(resamples, prompts): indices of prompts that are drawn with replacement, as many as there are."""
+    return np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
+
+
 def draws(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """(resamples, prompts) float64: how often each prompt is drawn, with replacement, as many as there are."""
-    drawn = np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
+    drawn = drawn_indices(prompts, resamples, seed)
     rows = np.arange(resamples)[:, None] * prompts
     return np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(resamples, prompts).astype(np.float64)
 

@@ -109,7 +109,7 @@ def learn_drafting(
     if not settings.learns:
         return Drafting()
     from probekit.lens.exit_heads import fit_heads, load_heads, save_heads
-    from probekit.tracing.self_generated import self_generated_texts
+    from probekit.tracing.self_generated import as_batches, self_generated_texts
 
     texts = kept.once(
         "own_text",
@@ -120,7 +120,7 @@ def learn_drafting(
         vocabulary = DraftVocabulary.counted((tokens for _, tokens in texts), f"{len(texts)} texts of {loaded.name}")
     if settings.fit_heads:
         if not heads_file.exists():
-            fitted = fit_heads(loaded.anatomy, (torch.tensor([prompt + tokens]) for prompt, tokens in texts))
+            fitted = fit_heads(loaded.anatomy, as_batches(texts))
             heads_file.parent.mkdir(exist_ok=True)
             save_heads(heads_file, fitted)
         heads = load_heads(heads_file, loaded.anatomy)

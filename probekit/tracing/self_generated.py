@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.models.loaded import Loaded
@@ -42,6 +45,11 @@ def self_generated_texts(
             progress("learn drafting", most_tokens if done else written, most_tokens)
         if done:
             return
+
+
+def as_batches(texts: Iterable[tuple[list[int], list[int]]]) -> Iterator[Tensor]:
+    """(1, tokens) ids of each prompt with what the model wrote after it: what `fit_heads` reads."""
+    return (torch.tensor([ids + tokens]) for ids, tokens in texts)
 
 
 def beginnings(loaded: Loaded, prompts: Sequence[Prompt]) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from presentation.fabricate_study import fabricate_costs, fabricate_study, fabricate_trace
 
 from probekit.prediction.predict import predict
-from probekit.presentation.report import write_lens_page, write_report
+from probekit.prediction.rounds import expected_rounds, rounds_of
+from probekit.presentation.report import ASSETS, write_lens_page, write_report
 from probekit.presentation.report_data import token_texts
 from probekit.presentation.tokens import shown
 from probekit.traces.trace import Trace
@@ -204,6 +206,78 @@ def reference(trace: Trace, prompt: int, exit_layer: int | None, length: int, fi
         len(rounds), sum(r[1] for r in rounds), sum(r[2] for r in rounds), sum(r[3] for r in rounds), tokens
     )
     return figures | {"speedup": tokens * costs.autoregressive_s / seconds if rounds else None}
+
+
+# ------------------------------------------------------------------------------------------------ one walk of rounds
+ROUNDS_OF = """
+const rounds = roundsOf(signal, length, budget, first), counts = countsOf(signal, length, budget, first);
+return {
+  start: rounds.map(each => each.start), drafted: rounds.map(each => each.drafted),
+  accepted: rounds.map(each => each.accepted), emitted: rounds.map(each => each.emitted),
+  rejected: rounds.map(each => each.rejected), tokens: counts.tokens, allAccepted: counts.accepted,
+  rejections: counts.rejections, byDrafted: [...counts.byDrafted],
+};"""
+EXPECTED = """
+const counts = expectedCountsOf(signal, length, budget, first);
+return {
+  starts: [...counts.starts], tokens: counts.tokens, accepted: counts.accepted, rejections: counts.rejections,
+  byDrafted: [...counts.byDrafted],
+};"""
+
+
+def in_the_page(driver, body: str, cases: list[tuple]) -> list[dict]:
+    """Run a function body of the page's `rounds.js` on (signal, draft length, budget, first round) of each case."""
+    source = re.sub(r"^export ", "", (ASSETS / "rounds.js").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    each = f"([signal, length, budget, first]) => {{ {body} }}"
+    return driver.execute_script(f"{source}\nreturn arguments[0].map({each});", cases)
+
+
+def random_cases(seed: int, signal) -> list[tuple]:
+    """500 texts of 1 to 40 tokens that end by themselves or fill their budget, under either first round."""
+    random = np.random.default_rng(seed)
+    cases = []
+    for number in range(500):
+        tokens = int(random.integers(1, 41))
+        budget = tokens + int(random.integers(1, 12)) * (
+            number // 2 % 2
+        )  # the budget is filled, or the text ends before
+        length, first = int(random.integers(1, 9)), ("prefill", "draft")[number % 2]
+        cases.append((signal(random, tokens).tolist(), length, budget, first))
+    return cases
+
+
+def test_the_page_walks_greedy_texts_as_predict_does(driver):
+    cases = random_cases(0, lambda random, tokens: random.random(tokens) < random.random())
+    for case, found in zip(cases, in_the_page(driver, ROUNDS_OF, cases), strict=True):
+        signal, length, budget, first = case
+        rounds = rounds_of(np.array(signal), length, budget, first)
+        assert {name: found[name] for name in rounds._fields} == {
+            name: values.tolist() for name, values in rounds._asdict().items()
+        }, case
+        assert found["rejected"] == rounds.rejected.tolist(), case
+        assert found["tokens"] == rounds.emitted.sum(), case
+        assert found["allAccepted"] == rounds.accepted.sum(), case
+        assert found["rejections"] == rounds.rejected.sum(), case
+        assert found["byDrafted"] == np.bincount(rounds.drafted, minlength=length + 1).tolist(), case
+
+
+def test_the_page_expects_of_sampled_texts_what_predict_does(driver):
+    """Chances of exactly 0 and 1 are among them."""
+
+    def chances(random: np.random.Generator, tokens: int) -> np.ndarray:
+        return np.clip(random.normal(random.random(), 0.4, tokens), 0, 1).astype(np.float32).astype(float)
+
+    cases = random_cases(1, chances)
+    for case, found in zip(cases, in_the_page(driver, EXPECTED, cases), strict=True):
+        expected = expected_rounds(np.array(case[0]), *case[1:])
+        assert found["tokens"] == expected.tokens, case
+        for name, value in (
+            ("starts", expected.start_probability),
+            ("accepted", expected.accepted),
+            ("rejections", expected.rejections),
+            ("byDrafted", expected.rounds_by_drafted),
+        ):
+            np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12, err_msg=f"{name} of {case}")
 
 
 # ------------------------------------------------------------------------------------------------ alone
