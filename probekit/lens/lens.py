@@ -81,7 +81,7 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
             many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
     if parts.head.bias is not None:
         out += parts.head.bias.float()
-    if parts.family.changes_logits(parts.model.config):
+    if parts.family.changes_logits(parts.config):
         out.copy_(parts.family.logits(parts, out))
     return out
 

@@ -33,6 +33,11 @@ class Anatomy:
     family: Family
 
     @property
+    def config(self) -> Any:
+        """The model's configuration; None for an anatomy without a model, which only the lens can use."""
+        return getattr(self.model, "config", None)
+
+    @property
     def depth(self) -> int:
         return len(self.layers)
 
@@ -52,7 +57,7 @@ class Anatomy:
     @property
     def changes_logits(self) -> bool:
         """Whether the model's logits are anything but the products with the head's rows."""
-        return self.head.bias is not None or self.family.changes_logits(self.model.config)
+        return self.head.bias is not None or self.family.changes_logits(self.config)
 
     @property
     def sites(self) -> range:

@@ -82,12 +82,12 @@ class Family:
     def embed(self, parts: Any, tokens: Tensor) -> Tensor:
         """(rows, tokens) -> the input of the first layer, (rows, tokens, width)."""
         embedded = parts.embedding(tokens)
-        factor = self.embedding_factor(parts.model.config)
+        factor = self.embedding_factor(parts.config)
         return embedded if factor is None else embedded * factor
 
     def logits(self, parts: Any, products: Tensor) -> Tensor:
         """What the model makes of the head's products, (..., vocabulary), in place where that is possible."""
-        config = parts.model.config
+        config = parts.config
         factor, cap = self.logit_factor(config), self.logit_cap(config)
         if factor is not None:
             products = products * factor if products.requires_grad else products.mul_(factor)

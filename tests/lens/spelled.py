@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.models.anatomy import Anatomy
+from probekit.models.families import FAMILIES
 
 
 def spelled(vocabulary: int, depth: int) -> Anatomy:
@@ -25,6 +26,7 @@ def spelled(vocabulary: int, depth: int) -> Anatomy:
         head=head,
         rotary=nothing,
         tied=False,
+        family=FAMILIES["llama"],
     )
 
 
