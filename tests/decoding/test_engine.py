@@ -4,6 +4,7 @@ import torch
 from probekit.decoding import decoder as engines
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.engine import Engine
+from probekit.decoding.self_check import check_engine
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError, ResourceError
 from probekit.hooks.capture import Capture
@@ -58,12 +59,13 @@ def test_attention_without_sdpa_and_scaled_positions(rope):
 
 
 def test_drafting_goes_through_stop_and_verification_through_resume(tiny, monkeypatch):
+    check_engine(tiny)  # before the counting: it passes through both
     passes = []
     for primitive in (Stop, Resume):
 
-        def direct(self, residual, original=primitive.direct, name=primitive.__name__, **inputs):
+        def direct(self, residual, each, original=primitive.direct, name=primitive.__name__):
             passes.append((name, self.site, residual.shape[1]))
-            return original(self, residual, **inputs)
+            return original(self, residual, each)
 
         monkeypatch.setattr(primitive, "direct", direct)
     SelfSpeculative(tiny, 2, 2).decode([PROMPT], max_new_tokens=4)
