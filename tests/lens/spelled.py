@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.models.anatomy import Anatomy
+from probekit.models.families import FAMILIES
 
 
 def spelled(vocabulary: int, depth: int) -> Anatomy:
@@ -16,6 +17,7 @@ def spelled(vocabulary: int, depth: int) -> Anatomy:
     embedding = nn.Embedding(vocabulary, vocabulary).requires_grad_(False)
     layers = nn.ModuleList(nn.Identity() for _ in range(depth))
     nothing = nn.Identity()
+    nothing.config = None  # a Llama's logits ask nothing of it
     return Anatomy(
         model=nothing,
         decoder=nothing,
@@ -25,6 +27,7 @@ def spelled(vocabulary: int, depth: int) -> Anatomy:
         head=head,
         rotary=nothing,
         tied=False,
+        family=FAMILIES["llama"],
     )
 
 
