@@ -23,6 +23,9 @@ class TextStream:
 
     Only the last few tokens are decoded again: those since the last place where a character ended, and one such
     stretch before them, because some tokenizers write a token differently at the beginning of a text.
+
+    `tokenizers.decoders.DecodeStream` gives the same pieces, but raises "Invalid prefix" where a model with byte
+    fallback writes bytes that spell no character; a decoder must go on there.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -7,11 +7,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from probekit.decoding.engine import Engine
-from probekit.errors import SelfCheckError
+from probekit.errors import InputError, SelfCheckError
 from probekit.hooks.sites import open_hooks
-from probekit.lens.lens import CHECK_TOLERANCE
 from probekit.models.loaded import Loaded
 
+# Of the row's largest logit: a deep model in 16 bits may be off by more than one product is.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 SHORT = 12  # tokens that are read where no layer has a window
 PAST = 5  # tokens past a window
 LONGEST = 512  # a longer window is not checked to its end: it would cost a prompt of that length
@@ -23,13 +24,13 @@ _checked: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 def check_engine(loaded: Loaded) -> None:
     """Hold the engine's logits against the model's, past its window: a prompt, steps, and a round through an exit.
 
-    Done once for each model; not while somebody else's hooks are open, which would see it.
+    Done once for each model; not in training mode, and not while somebody else's hooks are open, which would see it.
 
-    Raises SelfCheckError where they differ by more than arithmetic does.
+    Raises SelfCheckError where they differ by more than arithmetic does, and InputError for weights that give NaN.
     """
     parts = loaded.anatomy
     state = f"{parts.family.model_type} {parts.dtype} {parts.device} {parts.model.config._attn_implementation}"
-    if _checked.get(loaded.model) == state or open_hooks(loaded.model):
+    if _checked.get(loaded.model) == state or open_hooks(loaded.model) or loaded.model.training:
         return
     windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
     length = min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])
@@ -53,9 +54,14 @@ def _compare(loaded: Loaded, length: int) -> None:
         early = [engine.early(ids[:, at + step : at + step + 1], engine.places([at + step], 1), exit_layer)
                  for step in range(ROUND)]  # fmt: skip
         found.append(engine.logits(engine.late(torch.cat(early, dim=1), engine.places([at], ROUND), exit_layer)))
+    if not expected.isfinite().all():
+        raise InputError(
+            f"{loaded.name} gives logits that are not finite (NaN).",
+            "Its weights are damaged, or too large for this dtype: try --dtype float32.",
+        )
     mine = torch.cat(found, dim=1)[0].float()
     expected = expected[: len(mine)]
-    allowed = CHECK_TOLERANCE[parts.dtype] * expected.abs().amax(-1).clamp(min=1.0)
+    allowed = TOLERANCE[parts.dtype] * expected.abs().amax(-1).clamp(min=1.0)
     apart = (mine - expected).abs().amax(-1)
     if not (apart <= allowed).all():
         row = int((apart - allowed).argmax())

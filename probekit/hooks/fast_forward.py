@@ -1,56 +1,53 @@
-"""The same layers, quicker to call: for loops that run them one token at a time, where Python is most of the time.
+"""The same layers with less overhead per call, for loops that run them one token at a time.
 
-The model itself is never touched. Each module without hooks gets a shadow: the same class, code and weights, but with
-its children as plain attributes, so that calling one costs a function call. Four leaves take fewer steps to the same
-result: a linear map (by the kernel for its size), the RMS norm (in float32, where the bits are the same), the rotation
-by position (the same bits), and attention, which folds grouped queries into rows instead of repeating keys and values.
+The model itself is never touched. Each module without hooks gets a shallow copy: the same class, code and weights, but
+with its children as plain attributes, so that calling one costs a function call instead of `nn.Module.__call__`.
+Four parts of a Llama take fewer steps to the same result: a linear map (by the kernel for its size), the RMS norm (in
+float32, where the bits are the same), and attention, which rotates queries and keys in one go (the same bits) and
+stacks the queries that share a key/value head instead of repeating keys and values. Other families keep their own
+norms and attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as modules
-from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from probekit.hooks.sites import is_hooked
 from probekit.models.anatomy import Anatomy
 from probekit.models.linear_kernels import product
 
-FOLDED = "probekit-folded"
-
 
 def fast_forward(parts: Anatomy) -> Anatomy:
-    """`parts` with shadows of its layers and its norm.
+    """`parts` with fast copies of its layers and its norm.
 
     Modules that carry hooks, or whose forward was replaced, stay as they are, with everything in them: hooks that are
     there beforehand fire as ever, with the modules that they were registered on.
     """
     if _hooked_globally():
         return parts
-    layers: Any = [_shadow(layer) for layer in parts.layers]
-    norm: Any = _shadow(parts.norm)
+    layers: Any = [_fast(layer) for layer in parts.layers]
+    norm: Any = _fast(parts.norm)
     return replace(parts, layers=layers, norm=norm)
 
 
 def fast_head(parts: Anatomy) -> Callable[[Tensor], Tensor]:
-    """The same of the head: (..., width) -> (..., vocabulary)."""
-    return parts.head if _hooked_globally() else _shadow(parts.head)
+    """A fast copy of the head: (..., width) -> (..., vocabulary)."""
+    return parts.head if _hooked_globally() else _fast(parts.head)
 
 
 def _hooked_globally() -> bool:
     return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
-def _shadow(module: nn.Module) -> Callable[..., Any]:
+def _fast(module: nn.Module) -> Callable[..., Any]:
     if is_hooked(module):
         return module
     if type(module) is nn.Linear:
@@ -58,15 +55,13 @@ def _shadow(module: nn.Module) -> Callable[..., Any]:
     if type(module) is LlamaRMSNorm and module.weight.dtype == torch.float32:
         scale, epsilon, shape = module.weight, module.variance_epsilon, tuple(module.weight.shape)
         return lambda inputs: torch.rms_norm(inputs, shape, scale, epsilon)
-    shadow = object.__new__(type(module))
-    shadow.__dict__.update(module.__dict__)
-    shadow.__dict__.update(module._parameters)
-    shadow.__dict__.update((name, child and _shadow(child)) for name, child in module._modules.items())
-    if type(module) is LlamaAttention:
-        if module.config._attn_implementation == "sdpa":
-            shadow.__dict__["config"] = _Folded(module.config)
-        return MethodType(_rotating(type(module).forward), shadow)
-    return shadow.forward
+    if type(module) is LlamaAttention and module.config._attn_implementation == "sdpa":
+        return _fast_attention(module)
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__.update(module._parameters)
+    copied.__dict__.update((name, child and _fast(child)) for name, child in module._modules.items())
+    return copied.forward
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -86,27 +81,28 @@ def _negate_first_half(sin: Tensor) -> Tensor:
     return torch.cat([-first, second], -1)
 
 
-@cache
-def _rotating(forward: Any) -> Any:
-    """The same code of an attention's forward, which finds `rotate` where it looks up transformers' function."""
-    if not isinstance(forward, FunctionType):
-        return forward
-    names = forward.__globals__ | {"apply_rotary_pos_emb": rotate}
-    found = FunctionType(forward.__code__, names, None, forward.__defaults__, forward.__closure__)
-    found.__kwdefaults__ = forward.__kwdefaults__
-    return found
+def _fast_attention(module: LlamaAttention) -> Callable[..., tuple[Tensor, None]]:
+    """The forward of a Llama's attention with `rotate` and `attend`: (rows, tokens, width), and no weights."""
+    queries, keys, values, outputs = map(_fast, (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
+    width, scaling, index = module.head_dim, module.scaling, module.layer_idx
 
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        rows = hidden_states.shape[:-1]
+        shape = (*rows, -1, width)
+        query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (queries, keys, values))
+        query, key = rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, index)
+        mixed, _ = attend(module, query, key, value, attention_mask, scaling)
+        return outputs(mixed.reshape(*rows, -1).contiguous()), None
 
-class _Folded:
-    """A model's configuration, with our attention chosen; the configuration itself stays as it is."""
-
-    _attn_implementation = FOLDED
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
+    return forward
 
 
 def attend(
@@ -116,7 +112,6 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention behind transformers' interface: the queries that share a key/value head stand as rows of one product.
 
@@ -147,6 +142,3 @@ def _once(tensor: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor
         made = make(tensor)
         setattr(tensor, name, made)
     return made
-
-
-AttentionInterface.register(FOLDED, attend)

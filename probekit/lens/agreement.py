@@ -6,7 +6,7 @@ witness only with a margin above the noise and above twice the error that any fl
 have, so that no product could see it otherwise. Rows without a witness, those that agree among them, get the full
 product; they are pooled across layers, because products of many rows run at a multiple of the rate of few. Where the
 processor is faster in bfloat16, a product in that dtype is tried before: with a bound on its error, it proves the
-agreement of most rows that agree (`probekit.lens.screen`).
+agreement of most rows that agree (`probekit.lens.bf16_bound`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probekit.lens.bf16_bound import GAIN, Bf16Bound, bf16_bytes, worthwhile
 from probekit.lens.lens import Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
-from probekit.lens.reductions import block_maxima, leaders, rounded_argmax
+from probekit.lens.reductions import block_maxima, rounded_argmax, topk_lowest_id
 from probekit.models.anatomy import Anatomy
 
 POOL_ROWS = {"cpu": 256, "else": 2048}  # rows of one full product
@@ -207,7 +207,7 @@ class _Search:
         states = self.states(depth, rows)
         logits = head_logits(self.parts, states, self.buffer[: len(states)])
         maxima = block_maxima(logits)
-        values, ids = leaders(logits, maxima, 2)
+        values, ids = topk_lowest_id(logits, maxima, 2)
         if not values[:, 0].isfinite().all():
             raise not_finite("final-norm", self._first_broken(rows))
         if check is not None:
@@ -298,7 +298,7 @@ class _Search:
             self.found["agrees_rounded"][layers, rows] = agrees_rounded
         own = logits.gather(-1, argmax[:, None])
         logits.scatter_(-1, argmax[:, None], -torch.inf)
-        other, other_id = leaders(logits, block_maxima(logits), 1)
+        other, other_id = topk_lowest_id(logits, block_maxima(logits), 1)
         ahead = (own - other)[:, 0]
         finite = torch.maximum(own, other).isfinite()[:, 0]
         if not finite.all():

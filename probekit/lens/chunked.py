@@ -18,7 +18,7 @@ from torch import Tensor
 from probekit.errors import InputError
 from probekit.lens.agreement import AgreementSearch
 from probekit.lens.lens import KINDS, Kind, Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
-from probekit.lens.reductions import block_maxima, leaders, rank_in_row, rank_of_token, rounded_argmax
+from probekit.lens.reductions import block_maxima, rank_in_row, rank_of_token, rounded_argmax, topk_lowest_id
 from probekit.lens.statistics import LogitsBlock, registered
 from probekit.models.anatomy import Anatomy
 
@@ -249,7 +249,7 @@ class _Chunks:
 
         # What depends on the order of the logits comes first: shifted by their maximum, unequal ones may become equal.
         maxima = block_maxima(x)
-        values, ids = leaders(x, maxima, max(2, plan.top))
+        values, ids = topk_lowest_id(x, maxima, max(2, plan.top))
         argmax, largest = ids[..., 0], values[..., 0]
         agrees = argmax == model.argmax[tokens, None]
         margin = largest - values[..., 1]
@@ -332,7 +332,7 @@ class _Model:
     def __init__(self, logits: Tensor, text_ids: Tensor, plan: StatisticsPlan) -> None:
         self.logits = logits.clone()
         maxima = block_maxima(self.logits)
-        values, ids = leaders(self.logits, maxima, 1)
+        values, ids = topk_lowest_id(self.logits, maxima, 1)
         self.argmax = ids[:, 0]
         if plan.rounded_dtype is not None:
             self.argmax_rounded = rounded_argmax(self.logits, maxima, plan.rounded_dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from probekit.errors import InputError
 from probekit.lens.lens import Lens, head_logits
-from probekit.lens.reductions import block_maxima, leaders, rounded_argmax
+from probekit.lens.reductions import block_maxima, rounded_argmax, topk_lowest_id
 from probekit.models.anatomy import Anatomy
 
 FIRST_BLOCK = 256  # rows of the head that are tried first; each next block has four times as many
@@ -87,7 +87,7 @@ class DraftRows:
         """The model's own tokens, (tokens,), and those of its rounded logits where they are asked for."""
         logits = head_logits(self.parts, self._lens.states(last, self.parts.depth))
         maxima = block_maxima(logits)
-        own = leaders(logits, maxima, 1)[1][:, 0]
+        own = topk_lowest_id(logits, maxima, 1)[1][:, 0]
         return [own] if self._rounded is None else [own, rounded_argmax(logits, maxima, self._rounded)]
 
     def _search(self, states: Tensor, targets: list[Tensor], noise: float) -> Tensor:

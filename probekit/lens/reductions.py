@@ -26,7 +26,7 @@ def block_maxima(logits: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def leaders(logits: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def topk_lowest_id(logits: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest logits, largest first, equal ones by token id, and their ids: (..., count) each.
 
     logits: (..., vocabulary); written to on the way, and restored. maxima: `block_maxima(logits)`, left alone.

@@ -24,9 +24,10 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             "granite",
             embedding_factor=lambda config: config.embedding_multiplier,
-            logit_factor=lambda config: 1 / config.logits_scaling,
+            logit_divisor=lambda config: config.logits_scaling,
         ),
         Family("cohere", logit_factor=lambda config: config.logit_scale),
+        Family("cohere2", logit_factor=lambda config: config.logit_scale),
     )
 }
 

@@ -64,8 +64,9 @@ class Family:
     kinds: config -> the kind of each layer.
     rotary: (module, like, positions, kind) -> (cos, sin), each (rows, tokens, head width), of a kind of layer.
     embedding_factor: config -> what the model multiplies embeddings with outside its embedding module; None: nothing.
-    logit_factor: config -> what it multiplies the head's products with; None: nothing.
-    logit_cap: config -> c of c tanh(logit / c), after the factor; None: none.
+    logit_factor, logit_divisor: config -> what it multiplies the head's products with, or divides them by; above 0;
+        None: nothing.
+    logit_cap: config -> c of c tanh(logit / c), after those; None: none.
     """
 
     model_type: str
@@ -73,11 +74,12 @@ class Family:
     rotary: Callable[[Any, Tensor, Tensor, LayerKind], tuple[Tensor, Tensor]] = shared_rotary
     embedding_factor: Callable[[Any], float | None] = _no_number
     logit_factor: Callable[[Any], float | None] = _no_number
+    logit_divisor: Callable[[Any], float | None] = _no_number
     logit_cap: Callable[[Any], float | None] = _no_number
 
     def changes_logits(self, config: Any) -> bool:
         """Whether logits are anything but the head's products."""
-        return self.logit_factor(config) is not None or self.logit_cap(config) is not None
+        return any(change(config) is not None for change in (self.logit_factor, self.logit_divisor, self.logit_cap))
 
     def embed(self, parts: Any, tokens: Tensor) -> Tensor:
         """(rows, tokens) -> the input of the first layer, (rows, tokens, width)."""
@@ -86,11 +88,13 @@ class Family:
         return embedded if factor is None else embedded * factor
 
     def logits(self, parts: Any, products: Tensor) -> Tensor:
-        """What the model makes of the head's products, (..., vocabulary), in place where that is possible."""
+        """What the model makes of the head's products, (..., vocabulary), in its own order of operations."""
         config = parts.config
-        factor, cap = self.logit_factor(config), self.logit_cap(config)
+        factor, divisor, cap = (change(config) for change in (self.logit_factor, self.logit_divisor, self.logit_cap))
         if factor is not None:
-            products = products * factor if products.requires_grad else products.mul_(factor)
+            products = products * factor
+        if divisor is not None:
+            products = products / divisor
         if cap is not None:
             products = torch.tanh(products / cap) * cap
         return products

@@ -8,15 +8,15 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.hooks.capture import Capture
-from probekit.hooks.fast_forward import _shadow, attend, fast_forward, rotate
+from probekit.hooks.fast_forward import _fast, attend, fast_forward, rotate
 from probekit.models.synthetic import synthetic
 
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [30]]
 
 
-def passes(parts, monkeypatch, shadows):
+def passes(parts, monkeypatch, fast):
     """Normed states of a ragged batch: a prefill, one token, and three tokens over a cache."""
-    monkeypatch.setattr(engines, "fast_forward", fast_forward if shadows else lambda parts: parts)
+    monkeypatch.setattr(engines, "fast_forward", fast_forward if fast else lambda parts: parts)
     engine = Engine(parts, rows=2, length=16)
     first = engine.full(torch.tensor([[5, 6, 7, 8], [1, 2, 0, 0]]), engine.places([0, 0], 4))
     second = engine.full(torch.tensor([[9], [3]]), engine.places([4, 2], 1))
@@ -30,10 +30,10 @@ def passes(parts, monkeypatch, shadows):
 @pytest.mark.parametrize(("heads", "groups"), [(2, 1), (6, 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.inference_mode()
-def test_shadows_compute_what_the_modules_compute(monkeypatch, heads, groups, dtype):
+def test_fast_copies_compute_what_the_modules_compute(monkeypatch, heads, groups, dtype):
     loaded = synthetic("tiny", seed=1, heads=heads, key_value_heads=heads // groups, dtype=dtype)
-    found = passes(loaded.anatomy, monkeypatch, shadows=True)
-    for states, expected in zip(found, passes(loaded.anatomy, monkeypatch, shadows=False), strict=True):
+    found = passes(loaded.anatomy, monkeypatch, fast=True)
+    for states, expected in zip(found, passes(loaded.anatomy, monkeypatch, fast=False), strict=True):
         torch.testing.assert_close(states, expected)
 
 
@@ -41,8 +41,8 @@ def test_shadows_compute_what_the_modules_compute(monkeypatch, heads, groups, dt
 def test_without_sdpa_attention_stays_transformers(monkeypatch):
     loaded = synthetic("tiny", seed=1)
     loaded.model.config._attn_implementation = "eager"
-    found = passes(loaded.anatomy, monkeypatch, shadows=True)
-    for states, expected in zip(found, passes(loaded.anatomy, monkeypatch, shadows=False), strict=True):
+    found = passes(loaded.anatomy, monkeypatch, fast=True)
+    for states, expected in zip(found, passes(loaded.anatomy, monkeypatch, fast=False), strict=True):
         torch.testing.assert_close(states, expected)
 
 
@@ -52,7 +52,7 @@ def test_the_norm_has_transformers_bits(width):
     norm = LlamaRMSNorm(width, 1e-5).requires_grad_(False)
     norm.weight.copy_(torch.randn(width, generator=generator))
     states = torch.randn(2, 3, width, generator=generator) * 3
-    assert torch.equal(_shadow(norm)(states), norm(states))
+    assert torch.equal(_fast(norm)(states), norm(states))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

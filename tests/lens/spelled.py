@@ -17,6 +17,7 @@ def spelled(vocabulary: int, depth: int) -> Anatomy:
     embedding = nn.Embedding(vocabulary, vocabulary).requires_grad_(False)
     layers = nn.ModuleList(nn.Identity() for _ in range(depth))
     nothing = nn.Identity()
+    nothing.config = None  # a Llama's logits ask nothing of it
     return Anatomy(
         model=nothing,
         decoder=nothing,

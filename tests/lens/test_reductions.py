@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lens import truth
 
-from probekit.lens.reductions import BLOCK, block_maxima, leaders, rank_in_row, rank_of_token, rounded_argmax
+from probekit.lens.reductions import BLOCK, block_maxima, rank_in_row, rank_of_token, rounded_argmax, topk_lowest_id
 
 VOCABULARIES = (1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 4 * BLOCK + 17)
 
@@ -31,10 +31,10 @@ def logit_rows(draw):
 
 
 @given(logit_rows(), st.integers(1, 12))
-def test_leaders_are_the_stable_sort(rows, count):
+def test_topk_lowest_id_are_the_stable_sort(rows, count):
     count = min(count, rows.shape[1])
     before = rows.clone()
-    values, ids = leaders(rows, block_maxima(rows), count)
+    values, ids = topk_lowest_id(rows, block_maxima(rows), count)
     ordered = before.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(rows, before)  # restored, bit for bit
     assert torch.equal(values, ordered.values[:, :count])
@@ -42,9 +42,9 @@ def test_leaders_are_the_stable_sort(rows, count):
     assert torch.equal(ids[there], ordered.indices[:, :count][there])
 
 
-def test_leaders_go_on_past_the_last_token():
+def test_topk_lowest_id_go_on_past_the_last_token():
     rows = torch.tensor([[1.0]])
-    values, _ = leaders(rows, block_maxima(rows), 2)
+    values, _ = topk_lowest_id(rows, block_maxima(rows), 2)
     assert values.tolist() == [[1.0, -torch.inf]]
     assert rows.tolist() == [[1.0]]
 
@@ -55,7 +55,7 @@ def test_torch_argmax_has_the_same_tie_rule(dtype, shape):
     """Decoders call torch.argmax: it must choose the lowest id as well."""
     rows = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(rows.argmax(-1), truth.first_argmax(rows))
-    assert torch.equal(leaders(rows.float(), block_maxima(rows.float()), 1)[1][:, 0], truth.first_argmax(rows))
+    assert torch.equal(topk_lowest_id(rows.float(), block_maxima(rows.float()), 1)[1][:, 0], truth.first_argmax(rows))
 
 
 @given(logit_rows(), st.sampled_from([torch.bfloat16, torch.float16]))
@@ -67,7 +67,7 @@ def test_rounded_argmax(rows, dtype):
 def test_rounded_argmax_by_hand():
     rows = torch.tensor([[0.0, 256.0, 257.0, 256.5]])  # bfloat16 has steps of 2 here; 257 goes to the even 256
     assert rounded_argmax(rows, block_maxima(rows), torch.bfloat16).tolist() == [1]
-    assert leaders(rows, block_maxima(rows), 1)[1].tolist() == [[2]]
+    assert topk_lowest_id(rows, block_maxima(rows), 1)[1].tolist() == [[2]]
 
 
 @given(logit_rows(), st.data())

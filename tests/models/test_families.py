@@ -49,6 +49,7 @@ ODD = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.6,
                 "attention_multiplier": 0.4},
     "cohere": {"logit_scale": 0.4, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.4, "sliding_window": WINDOW, "layer_types": MIXED},
 }  # fmt: skip
 PROMPTS = [[5, 9, 17, 3, 44, 12, 30, 8, 21, 2], [7, 7, 1], [50, 11, 23, 42, 6, 19, 33, 28, 14, 4, 39, 10]]
 NEW = 24  # so that every text ends well past the window
