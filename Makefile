@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make study` and `make test`. Each makes .venv where there is none.
+# `make more` is the second required part of the tests (docs, analyses, browser, kernels), `make long` the whole proof.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: study test long check clean
+.PHONY: study test more long check clean
 
 study: $(VENV)/.package
 	$(BIN)/probekit study -o build/study
@@ -12,9 +13,12 @@ study: $(VENV)/.package
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest
 
+more: $(VENV)/.tests
+	$(BIN)/python -m pytest -m second
+
 long: $(VENV)/.tests
 	$(INSTALL) --editable '.[test,docs]'
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -n 0
 
 check: $(VENV)/.checks
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network that it does not name
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these models are small, and two processes share the cores
 if shutil.which("nvidia-smi") is None:  # no GPU: kernels run in Triton's interpreter; to be said before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

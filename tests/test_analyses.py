@@ -15,6 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.second
+
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"
 NUMBERED = sorted(path.stem for path in ANALYSES.glob("0*_*.py"))

@@ -14,6 +14,8 @@ import torch
 
 from probekit.tracing.prompts import bundled_prompts
 
+pytestmark = pytest.mark.second
+
 ANALYSES = Path(__file__).parent.parent / "analyses"
 NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret")
 

@@ -22,6 +22,8 @@ import pytest
 
 import probekit
 
+pytestmark = pytest.mark.second
+
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README = DOCS.parent / "README.md"

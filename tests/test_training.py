@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.second
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "analyses" / "train_reference_models.py"
 

@@ -12,6 +12,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.second
+
 ANALYSES = Path(__file__).parent.parent / "analyses"
 
 

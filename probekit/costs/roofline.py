@@ -108,10 +108,11 @@ def roofline_costs(
     model = Dimensions.of(source)
     helper = None if drafter is None else Dimensions.of(drafter)
     manifest = getattr(source, "manifest", None)
-    dtype = str(dtype or getattr(manifest or source, "dtype", "bfloat16")).removeprefix("torch.")
+    known = source if manifest is None else manifest.settings
+    dtype = str(dtype or getattr(known, "dtype", "bfloat16")).removeprefix("torch.")
     if dtype not in _BYTES:
         raise InputError(f"dtype {dtype!r} is not known: it is one of {', '.join(_BYTES)}.")
-    name = str(device or getattr(manifest or source, "device", "cpu")).lower()
+    name = str(device or getattr(known, "device", "cpu")).lower()
     if bandwidth is None or flops is None:
         roof = _roof(name, dtype)
         bandwidth, flops = bandwidth or roof.bandwidth, flops or roof.flops

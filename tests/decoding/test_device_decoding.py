@@ -16,6 +16,8 @@ from probekit.models.loaded import load
 from probekit.models.synthetic import synthetic
 from probekit.settings import Sampling
 
+pytestmark = pytest.mark.second
+
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2], [1]]
 
 

@@ -24,6 +24,8 @@ from probekit.models.anatomy import anatomy
 from probekit.models.synthetic import SHAPES, synthetic
 from probekit.settings import Sampling
 
+pytestmark = pytest.mark.second
+
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2]]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
 

@@ -23,7 +23,10 @@ pytest.importorskip("triton", reason="Triton is not installed: it is in the extr
 
 from probekit.lens.row_kernel import row_statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on infinities as planned
+pytestmark = [
+    pytest.mark.second,
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on infinities as planned
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -32,6 +32,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select  # noqa: E402
 
+pytestmark = pytest.mark.second
+
 MARKUP = ("</script><script>alert(1)</script>", "<img/src=x/onerror=alert(1)>", "<!--", "&amp;", "\u2028")
 DEPTH, LENGTHS = 6, (1, 2, 3, 4)
 COUNTS = ("rounds", "drafted", "accepted", "tokens")
