@@ -1,0 +1,86 @@
+"""Break chosen lines of probekit one at a time, and see whether the fast tests notice.
+
+    python tests/tools/break_lines.py [-o FILE.json] [--only WORD]
+
+Each row of `breaks.csv` names a line, what it becomes, what that breaks, and the tests of the rooms that should see it.
+Those are run first, and all fast tests where they see nothing. The tree is copied; the checkout is never touched. A row
+whose text is not in its file exactly once is an error: the table is to follow the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TABLE = Path(__file__).parent / "breaks.csv"
+LEAST = 38  # of the first 40
+
+
+def rows() -> list[dict[str, str]]:
+    """The table, each row checked against the tree."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        found = (ROOT / row["file"]).read_text(encoding="utf-8").count(row["old"])
+        if found != 1:
+            raise SystemExit(f"{row['file']} holds {row['old']!r} {found} times; expected once.")
+    return table
+
+
+def noticed(copy: Path, tests: list[str]) -> bool:
+    """Whether one of these tests fails in the copy."""
+    environment = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1, 2):  # 2: a test file cannot even be imported, or -x stopped the workers
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode != 0
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("-o", "--output", type=Path)
+    options.add_argument("--only", default="", help="rows whose file holds this word")
+    given = options.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "probekit"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache"))
+        for row in rows():
+            if given.only not in row["file"]:
+                continue
+            path, began = copy / row["file"], time.perf_counter()
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(whole.replace(row["old"], row["new"]), encoding="utf-8")
+            try:
+                near = noticed(copy, row["tests"].split())
+                caught = near or noticed(copy, [])
+            finally:
+                path.write_text(whole, encoding="utf-8")
+            seconds = round(time.perf_counter() - began, 1)
+            where = "its rooms' tests" if near else "other tests" if caught else "nobody"
+            print(
+                f"{'caught' if caught else 'MISSED'} by {where} in {seconds} s: {row['file']}: {row['what it breaks']}",
+                flush=True,
+            )
+            found.append({key: row[key] for key in ("file", "old", "new", "what it breaks")} | {"caught_by": where})
+    caught = sum(each["caught_by"] != "nobody" for each in found)
+    print(f"{caught} of {len(found)} caught")
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        document = {"schema": "probekit/break-lines/1", "caught": caught, "of": len(found), "lines": found}
+        given.output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0 if given.only or len(found) - caught <= max(0, len(found) - LEAST) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
