@@ -34,6 +34,7 @@ _ROOMS = {
     "run_study": "probekit.study.run",
     "trace": "probekit.tracing.tracer",
     "validate": "probekit.validation.run",
+    "wrap": "probekit.models.loaded",
 }
 
 __all__ = sorted(_ROOMS)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from probekit.lens.lens import Lens as Lens
     from probekit.models.anatomy import anatomy as anatomy
     from probekit.models.loaded import load as load
+    from probekit.models.loaded import wrap as wrap
     from probekit.prediction.predict import predict as predict
     from probekit.settings import Sampling as Sampling
     from probekit.study.run import run_study as run_study

@@ -21,6 +21,8 @@ from figures.__main__ import command
 from figures.latex import PRINTED
 from probekit.presentation.study_folder import TABLES, open_study
 
+pytestmark = pytest.mark.second
+
 ROOT = Path(__file__).parent.parent
 NAMES = making.names()
 

@@ -39,6 +39,15 @@ def check_engine(loaded: Loaded) -> None:
     _checked[loaded.model] = state
 
 
+def reproduces(loaded: Loaded) -> bool:
+    """Whether the engine may decode this model; if not, its texts come from its own `generate`."""
+    try:
+        check_engine(loaded)
+    except SelfCheckError:
+        return False
+    return True
+
+
 @torch.inference_mode()
 def _compare(loaded: Loaded, length: int) -> None:
     parts = loaded.anatomy
@@ -68,5 +77,6 @@ def _compare(loaded: Loaded, length: int) -> None:
         raise SelfCheckError(
             f"the engine does not reproduce {loaded.name}: its logits at token {row} are {apart[row]:.3g} from the "
             f"model's own, where {allowed[row]:.3g} is allowed.",
-            "It does something that its family's description does not know: trace it, but do not decode it here.",
+            "Its arithmetic may depend on what is computed together, as with dynamic quantisation, or it does what its "
+            "family does not: trace it, or read its lens, but do not decode it here.",
         )

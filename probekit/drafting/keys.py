@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,12 +111,22 @@ def check_draft_model(loaded: Loaded, drafter: Loaded) -> Loaded:
         sizes = loaded.anatomy.vocabulary, drafter.anatomy.vocabulary
         if (loaded.tokenizer is None) != (drafter.tokenizer is None) or sizes[0] != sizes[1]:
             raise InputError(f"{problem}vocabularies of {sizes[1]} and {sizes[0]} tokens, no two tokenizers.", advice)
-    elif loaded.tokenizer.get_vocab() != drafter.tokenizer.get_vocab():
+    elif different := _different_token(loaded.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()):
         sizes = len(loaded.tokenizer), len(drafter.tokenizer)
-        raise InputError(f"{problem}its tokenizer has other tokens ({sizes[1]}, not {sizes[0]}).", advice)
+        raise InputError(f"{problem}its tokenizer has other tokens ({sizes[1]}, not {sizes[0]}): {different}.", advice)
     if loaded.device != drafter.device:
         raise InputError(f"{problem}it is on {drafter.device}, not on {loaded.device}.", "Load both on one device.")
     return drafter
+
+
+def _different_token(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """The first id that means something else in two vocabularies; empty where all that both have mean the same."""
+    here, there = ({token: text for text, token in each.items()} for each in (mine, theirs))
+    for token in sorted(here.keys() & there.keys()):
+        if here[token] != there[token]:
+            return f"token {token} is {here[token]!r} for the one and {there[token]!r} for the other"
+    few, many = sorted((here, there), key=len)
+    return "" if len(few) * 2 > len(many) else "most tokens of the larger one are missing"
 
 
 def check_draft_length(draft_length: int) -> int:

@@ -39,12 +39,17 @@ def read_object(path: str | Path, hint: str = "") -> dict[str, Any]:
 
 def parse_json(text: str, source: str, hint: str = "") -> Any:
     """What a text holds; the errors are those of `read_json`, and name `source`."""
-    if _deepest(text) > MOST_DEPTH:
-        raise InputError(f"{source} cannot be read: it is nested more than {MOST_DEPTH} levels deep.", hint)
     try:
-        return json.loads(text)
+        return loads(text)
     except ValueError as error:
         raise InputError(f"{source} cannot be read: {error}", hint) from None
+
+
+def loads(text: str) -> Any:
+    """`json.loads` that cannot use up the stack. Raises ValueError for what is no JSON, or is nested too deep."""
+    if _deepest(text) > MOST_DEPTH:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep.")
+    return json.loads(text)
 
 
 def _deepest(text: str) -> int:

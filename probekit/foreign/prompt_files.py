@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from probekit.errors import InputError
+from probekit.foreign.json import loads
 
 _FIELDS = ("prompt", "messages", "response", "kind")
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.\w+")
@@ -43,7 +43,7 @@ def _read_txt(path: Path) -> Records:
 def _read_jsonl(path: Path) -> Records:
     for number, line in enumerate(_lines_of(path), start=1):
         try:
-            record = json.loads(line)
+            record = loads(line)
         except ValueError as error:
             what = "is empty" if not line.strip() else f"is not JSON: {error}"
             raise InputError(f"{path}, line {number} {what}.", 'Each line is an object: {"prompt": ".."}') from None

@@ -48,7 +48,7 @@ def _hooked_globally() -> bool:
 
 
 def _fast(module: nn.Module) -> Callable[..., Any]:
-    if is_hooked(module):
+    if is_hooked(module) or not _is_known(module):
         return module
     if type(module) is nn.Linear:
         return product(module.weight, module.bias)
@@ -62,6 +62,18 @@ def _fast(module: nn.Module) -> Callable[..., Any]:
     copied.__dict__.update(module._parameters)
     copied.__dict__.update((name, child and _fast(child)) for name, child in module._modules.items())
     return copied.forward
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module's forward calls its children and reads its weights, and does nothing else with them.
+
+    True for linear maps and for what transformers' own models are made of; adapters, quantised or parametrised maps and
+    whatever a user put in keep their own call, with everything in them.
+    """
+    ours = type(module) in (nn.Linear, nn.SiLU) or type(module).__module__.startswith(
+        ("transformers.models.", "transformers.activations")
+    )
+    return ours and not hasattr(module, "parametrizations")
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class HookContext:
     replays = False  # whether its hooks do device work only, which a recorded graph replays
 
     def __init__(self, model: Any) -> None:
+        refuse_compiled(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = model if isinstance(model, Anatomy) else anatomy(model)
         self._undo: ExitStack | None = None
 
@@ -75,6 +76,16 @@ class HookContext:
         """Say on a hook what others need to know of it."""
         hook.ends_pass = self.ends_pass
         hook.replays = self.replays
+
+
+def refuse_compiled(model: Any) -> None:
+    """Raise InputError for a model whose compiled code would not see a hook: that must not be silent."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in modules):
+        raise InputError(
+            "this model is compiled, and compiled code does not see hooks that come later.",
+            "Open them on the model that was compiled (`compiled._orig_mod`), or compile afterwards.",
+        )
 
 
 def is_hooked(module: nn.Module) -> bool:

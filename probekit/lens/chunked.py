@@ -138,7 +138,7 @@ def peak_bytes(parts: Anatomy, plan: StatisticsPlan, rows: int) -> int:
 
     It grows with `rows` only by the results themselves.
     """
-    vocabulary, width, item = parts.vocabulary, parts.width, parts.head.weight.element_size()
+    vocabulary, width, item = parts.vocabulary, parts.width, 4
     if plan.mode == "agreement":
         return AgreementSearch.peak_bytes(parts, rows) + SLACK_BYTES
     sites = _sites(parts, plan)

@@ -69,9 +69,12 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
 
     states: (rows, width), what the head reads. out: (rows, vocabulary), float32, contiguous. Returns it.
     """
-    weight = parts.head.weight
     if out is None:
-        out = states.new_empty(len(states), len(weight), dtype=torch.float32)
+        out = states.new_empty(len(states), parts.vocabulary, dtype=torch.float32)
+    if not parts.plain_head:
+        out.copy_(parts.family.logits(parts, parts.head(states)))
+        return out
+    weight = parts.head.weight
     states = states.float()
     if weight.is_cuda and weight.dtype == torch.float32:
         torch.mm(states, weight.T, out=out)
@@ -79,8 +82,6 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
         block = _weight_block(weight)
         for first in range(0, len(weight), block):
             many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
-    if parts.head.bias is not None:
-        out += parts.head.bias.float()
     if parts.family.changes_logits(parts.config):
         out.copy_(parts.family.logits(parts, out))
     return out
@@ -88,6 +89,8 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
 
 def head_scratch_bytes(parts: Anatomy, rows: int) -> int:
     """Most bytes that `head_logits` takes beside its result, for `rows` rows."""
+    if not parts.plain_head:
+        return 8 * rows * parts.vocabulary
     weight = parts.head.weight
     if weight.is_cuda and weight.dtype == torch.float32:
         return 0

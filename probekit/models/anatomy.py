@@ -57,7 +57,13 @@ class Anatomy:
     @property
     def changes_logits(self) -> bool:
         """Whether the model's logits are anything but the products with the head's rows."""
-        return self.head.bias is not None or self.family.changes_logits(self.config)
+        return not self.plain_head or self.family.changes_logits(self.config)
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the head is a linear map without a bias, whose products can be taken apart."""
+        plain = type(self.head) is nn.Linear and not hasattr(self.head, "parametrizations")
+        return plain and self.head.bias is None
 
     @property
     def sites(self) -> range:
@@ -93,7 +99,8 @@ class Anatomy:
     def check_exit(self, exit_layer: int) -> int:
         """Return `exit_layer`, or raise InputError with the exits that exist."""
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or exit_layer not in self.exits:
-            raise InputError(f"exit layer {exit_layer!r} is out of range: this model has exits 1..{self.depth - 1}.")
+            there = f"exits 1..{self.depth - 1}" if self.depth > 1 else "one layer, and so no exit"
+            raise InputError(f"exit layer {exit_layer!r} is out of range: this model has {there}.")
         return exit_layer
 
 

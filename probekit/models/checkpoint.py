@@ -6,7 +6,6 @@ Weights come from safetensors or GGUF only, never from a pickle, and no code tha
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probekit.errors import InputError
+from probekit.foreign.json import read_json
 from probekit.models import families
 from probekit.models.families import FAMILIES
 
@@ -108,10 +108,7 @@ def check_folder(source: Source) -> Source:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} is no configuration: it holds a {type(config).__name__}.")
     return config
@@ -137,16 +134,27 @@ def check_family(config: dict[str, Any], name: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index names them; they may be missing."""
+    """The safetensors files that transformers loads from a checkpoint folder; those of an index may be missing.
+
+    A single file comes before an index, as in transformers. Raises InputError for an index that names files elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, AttributeError) as error:
-            raise InputError(f"{index} cannot be read: {first_line(error)}") from error
-        return [folder / Path(name).name for name in sorted(names)]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = set(read_json(index)["weight_map"].values())
+        except (LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} cannot be read: {first_line(error)}") from error
+        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise InputError(f"{index} names a file elsewhere: {strange[0]!r}.", "Only files beside it are read.")
+        return [folder / name for name in sorted(names)]
+    if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} holds {len(shards)} safetensors file{'s' if len(shards) > 1 else ''} ({shards[0]}, ..), and "
+            "neither model.safetensors nor an index of them.",
+            "Copy model.safetensors.index.json from where they came from, or rename a single file.",
+        )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise InputError(

@@ -5,6 +5,7 @@ What can be checked without the weights (family, tokenizer, files, device, dtype
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -146,6 +147,59 @@ def load(
         revision=source.revision,
         weights_hash=hash_files(files),
     )
+
+
+def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
+    """A model that is in memory already, in whatever state: every public function takes it as it takes a loaded one.
+
+    Adapters, quantised, parametrised or pruned maps, gradient checkpointing and the like stay what they are: the
+    decoder calls what it does not know to the letter, and checks itself against the model's own forward before it
+    starts. The model is borrowed: nothing is changed, moved or switched off.
+
+    Parameters
+    ----------
+    model: a causal language model of transformers, or what `peft` or `torch.compile` made of one.
+    name: short, without a slash: fit for a folder.
+
+    Raises
+    ------
+    InputError: for a model in training mode, and for what is no causal language model of a known family.
+    """
+    if not name or "/" in name or "\\" in name:
+        raise InputError(f"the name of a wrapped model is {name!r}; expected a word that can be a folder's name.")
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    if hasattr(inner, "get_base_model"):  # of peft: the model that the adapters were put into
+        inner = inner.get_base_model()
+    if not isinstance(inner, torch.nn.Module):
+        raise InputError(f"{name} is a {type(model).__name__}, not a model.", "Give a transformers model.")
+    if inner.training:
+        raise InputError(f"{name} is in training mode, in which it is another model.", "Call model.eval() first.")
+    return Loaded(
+        model=inner,
+        tokenizer=tokenizer,
+        anatomy=anatomy(inner),
+        name=name,
+        reference=f"memory:{name}",
+        path=None,
+        revision=None,
+        weights_hash=hash_in_memory(inner),
+    )
+
+
+def hash_in_memory(model: torch.nn.Module) -> str:
+    """`memory-sampled:hex`: of every tensor its name, shape, dtype, and some 4,096 evenly spaced numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor!r}\n".encode())
+            continue
+        numbers = tensor.detach()
+        if numbers.is_quantized:
+            numbers = numbers.dequantize()
+        flat = numbers.reshape(-1)
+        some = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + some.numpy().tobytes())
+    return f"memory-sampled:{digest.hexdigest()}"
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from math import prod
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from probekit.errors import InputError
+from probekit.foreign.json import read_object
 from probekit.models.checkpoint import PICKLES, Source, check_family, check_folder, config_of, first_line, weight_files
 from probekit.models.gguf import check_gguf
 
@@ -122,7 +122,7 @@ def _from_hub(reference: str, repository: str, revision: str | None) -> Source:
 def _bundled(folder: Path) -> BundledModel:
     config = config_of(folder)
     record_file = folder / "training.json"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    record = read_object(record_file) if record_file.is_file() else {}
     seen = f", {record['tokens_seen'] / 1e6:.1f} million tokens" if "tokens_seen" in record else ""
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         parameters = sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118

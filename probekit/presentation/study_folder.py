@@ -5,7 +5,6 @@ A file is read when it is asked for, checked then, and kept. Each failure is one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.foreign.json import loads
 from probekit.traces.trace import Trace
 
 SCHEMA = "probekit/study/1"
@@ -124,7 +124,7 @@ def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "ti
     if not path.is_file():
         raise _not_finished(folder)
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.", _RUN_AGAIN) from None
     schema = summary.get("schema") if isinstance(summary, dict) else None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from probekit.errors import InputError
+from probekit.foreign.json import read_json
 from probekit.traces.storage import atomic_text
 
 
@@ -35,7 +37,7 @@ class Kept:
 def _document(path: Path) -> dict[str, Any]:
     """The file's contents; nothing where there is none, or a damaged one."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_json(path)
+    except InputError:
         return {}
     return document if isinstance(document, dict) and "made" in document else {}

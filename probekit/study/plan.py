@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probekit.errors import InputError
+from probekit.foreign.json import read_object
 from probekit.settings import StudySettings
 from probekit.traces.storage import atomic_text
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
@@ -54,7 +55,7 @@ def open_folder(plan: StudyPlan) -> None:
     if plan.folder.exists() and not plan.folder.is_dir():
         raise InputError(f"{plan.folder} is a file; expected a folder for the study.")
     if marker.exists():
-        before = json.loads(marker.read_text(encoding="utf-8"))
+        before = read_object(marker, "Name another folder.")
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             raise InputError(

@@ -5,7 +5,6 @@ They lie in one safetensors file a part. The numbers are mapped, not read: what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.foreign.json import parse_json
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I32": np.dtype("<i4"), "BF16": np.dtype("<u2")}
 
@@ -76,7 +76,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
+            header = parse_json(file.read(min(length, path.stat().st_size)).decode("utf-8"), str(path))
         start = 8 + length
         header.pop("__metadata__", None)
         return {
@@ -86,7 +86,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
             )
             for name, entry in header.items()
         }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as residuals: {error}.", "Trace again with --resume.") from None
 
 

@@ -68,5 +68,5 @@ class HooksBackend:
             torch.index_select(residual.flatten(0, 1), 0, wanted, out=residuals[site])
 
         with Capture(parts, reduce=keep):
-            logits = parts.model(**inputs, logits_to_keep=1).logits
+            logits = parts.model(**inputs, logits_to_keep=1, return_dict=True).logits
         return Reading(residuals, logits[:, -1])

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.errors import ResourceError
+from probekit.decoding.self_check import reproduces
+from probekit.errors import InputError, ResourceError
 from probekit.tracing.plan import TracePlan
 from probekit.tracing.prompts import Encoded
 
@@ -42,6 +44,9 @@ def continued(plan: TracePlan, prompts: Sequence[Encoded], back_off: BackOff) ->
     if plan.given:
         yield [ContinuedText(one.prompt.index, one.ids, one.context, "given") for one in prompts]
         return
+    if not reproduces(plan.loaded):
+        yield from _by_generate(plan, prompts)
+        return
     most = len(prompts)
     while prompts:
         group, failure = prompts[:most], None
@@ -65,6 +70,26 @@ def continued(plan: TracePlan, prompts: Sequence[Encoded], back_off: BackOff) ->
             for one, text in zip(group, decoded, strict=True)
         ]
         prompts = prompts[most:]
+
+
+def _by_generate(plan: TracePlan, prompts: Sequence[Encoded]) -> Iterator[list[ContinuedText]]:
+    """Each text by the model's own `generate`, one at a time: for a model that the engine does not reproduce."""
+    loaded, budget = plan.loaded, plan.manifest.settings.max_new_tokens
+    if not plan.sampling.greedy:
+        raise InputError(
+            f"{loaded.name} cannot be decoded by probekit's engine, which sampling needs.",
+            "Trace it greedily, or trace text that is given.",
+        )
+    eos = sorted(loaded.eos_ids)
+    config = GenerationConfig(
+        max_new_tokens=budget, do_sample=False, eos_token_id=eos or None, pad_token_id=eos[0] if eos else -1
+    )
+    for one in prompts:
+        ids = torch.tensor([list(one.ids)], device=loaded.device)
+        mask = torch.ones_like(ids)
+        whole = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[0].tolist()
+        ended = "eos" if whole[-1] in loaded.eos_ids else "budget"
+        yield [ContinuedText(one.prompt.index, tuple(whole), len(one.ids), ended)]
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.foreign.json import loads
 from probekit.prediction.intervals import Estimate, Share, draws, spread
 from probekit.prediction.predict import predict
 from probekit.tying.shares import CLASSES, class_shares, half_agreement, last_rise, layer_means, require_all, valley
@@ -334,7 +334,7 @@ def _training_record(name: str, reference: str) -> dict[str, Any]:
     if source is None:
         return {}
     try:
-        record = json.loads(source.read_text(encoding="utf-8"))
+        record = loads(source.read_text(encoding="utf-8"))
         recipe = record["recipe"]
         return {
             "data": record["corpus_sha256"],

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.second
+
 ROOT = Path(__file__).parents[2]
 PROCESS = """
 import signal

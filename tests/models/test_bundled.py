@@ -21,6 +21,8 @@ from probekit.tracing.prompts import bundled_prompts
 from probekit.validation.run import validate
 from probekit.validation.transformers import transformers_accepted
 
+pytestmark = pytest.mark.second
+
 NAMES = (*TALES, DRAFT)
 LENGTHS = range(1, 9)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 
 import probekit
+from probekit.costs.roofline import roofline_costs
 from probekit.prediction.rounds import rounds_of
 from probekit.tracing.prompts import bundled_prompts
 from probekit.validation.run import validate
 from probekit.validation.transformers import transformers_accepted
 
+pytestmark = pytest.mark.second
+
 
 def hold(loaded, prompts: int, tokens: int, exits: list[int], lengths: list[int], peers: list[tuple[int, int]]) -> None:
     trace = probekit.trace(loaded, bundled_prompts("general")[::3][:prompts], max_new_tokens=tokens)
-    validation = validate(loaded, trace, exit_layers=exits, draft_lengths=lengths)
+    validation = validate(loaded, trace, exit_layers=exits, draft_lengths=lengths, costs=roofline_costs(loaded))
     assert len(validation.cells) == len(exits) * len(lengths)
     assert validation.holds
     for cell in validation.cells:
