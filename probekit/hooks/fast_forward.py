@@ -111,7 +111,7 @@ def _fast_attention(module: LlamaAttention) -> Callable[..., tuple[Tensor, None]
         query, key = rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, index)
-        mixed, _ = attend(module, query, key, value, attention_mask, scaling)
+        mixed = attend(module, query, key, value, attention_mask, scaling)[0]
         return outputs(mixed.reshape(*rows, -1).contiguous()), None
 
     return forward

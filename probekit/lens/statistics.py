@@ -114,7 +114,7 @@ def unregister(name: str) -> None:
     if STATISTICS[name].reduce is None:
         raise InputError(f"{name!r} is built in.")
     for table in (STATISTICS, LAYER_COLUMNS, COLOURED):
-        table.pop(name, None)  # type: ignore[attr-defined]
+        table.pop(name, None)
 
 
 def registered() -> list[Statistic]:
