@@ -74,6 +74,7 @@ class TraceSettings:
     chat: bool = False
     batch_size: int | None = None
     top_prompts: int = 1
+    skip_long: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("new tokens", self.max_new_tokens)

@@ -24,7 +24,7 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "foreign": ("json", "prompt_files"),
+    "foreign": ("json", "prompt_records", "prompt_files"),
     "models": (
         "linear_kernels", "memory", "family", "families", "anatomy", "checkpoint", "gguf", "reference", "loaded",
         "synthetic",

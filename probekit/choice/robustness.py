@@ -74,9 +74,8 @@ def closed_form_error(
     times = draws(len(trace))
     greedy = trace.manifest.settings.text == "greedy"
     for cell in prediction.cells:
-        assert cell.exit_layer is not None
         read = trace.agreement if greedy else trace.accept_probability
-        chance = float(np.concatenate([read(prompt)[cell.exit_layer] for prompt in trace.prompts]).mean())
+        chance = float(np.concatenate([read(prompt)[cell.key.exit_layer] for prompt in trace.prompts]).mean())
         alone = [
             expected_rounds(np.full(n, chance), cell.draft_length, most)
             for n, most in zip(lengths, budgets, strict=True)

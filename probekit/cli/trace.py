@@ -31,6 +31,9 @@ def trace(
     backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: from the memory at hand]")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -66,6 +69,7 @@ def trace(
             resume=resume,
             chat=chat,
             batch_size=batch_size,
+            skip_long=skip_long,
             progress=bars,
         )
     manifest = result.manifest
@@ -80,6 +84,9 @@ def trace(
             }
         )
         return
+    asked = len(given_prompts) if given_prompts is not None else manifest.prompt_count
+    if asked > manifest.prompt_count:
+        notice(f"left out {asked - manifest.prompt_count} of {asked} prompts, which are too long.", quiet=quiet)
     notice(
         f"traced {manifest.prompt_count} prompts of {manifest.model.name} into {output}. "
         f"{ties:,} of {bits:,} agreements are near-ties, which a decoder may see either way.",

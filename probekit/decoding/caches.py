@@ -70,7 +70,8 @@ class PositionCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write (rows, heads, tokens, head width) at the places; return (rows, heads, visible, head width)."""
         places = self.places
-        assert places is not None
+        if places is None:
+            raise RuntimeError("this cache was not told where the pass stands")
         keys, values = self._views[layer_idx]
         keys.scatter_(2, places.slots, key_states)
         values.scatter_(2, places.slots, value_states)

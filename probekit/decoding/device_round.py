@@ -158,12 +158,14 @@ class Round:
 
     def _draft(self, exit_layer: int, places: PassPositions, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
-        assert self.head is not None
-        at, ids = self.state, self.head.ids
+        at, head = self.state, self.head
+        if head is None:
+            raise RuntimeError("a round with an exit layer needs its head")
+        ids = head.ids
         tokens, distributions, residuals = [at.last], [], []
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
-            token, distribution, _ = self.sampler.draft(self.head(residuals[-1]), at.stream, outputs + step)
+            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, outputs + step)
             if distribution is not None:
                 whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from probekit.errors import InputError
 from probekit.foreign.json import loads
+from probekit.foreign.prompt_records import FIELDS, PROMPTS
 
-_FIELDS = ("prompt", "messages", "response", "kind")
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.\w+")
 Records = Iterator[tuple[str, Any]]
 
@@ -58,7 +58,7 @@ def _read_csv(path: Path) -> Records:
         for record in reader:
             yield (
                 f"line {reader.line_num}",
-                {name: record[name] or None for name in _FIELDS[2:] if name in record}
+                {name: record[name] or None for name in FIELDS[2:] if name in record}
                 | {"prompt": record["prompt"] or ""},
             )
     except csv.Error as error:
@@ -83,9 +83,8 @@ def _read_arrow(path: Path) -> Records:
 
 
 def _rows(path: Path, table: pa.Table) -> Records:
-    if "messages" not in table.column_names:
-        _require_prompt_column(path, table.column_names, empty=False)
-    wanted = table.select([name for name in _FIELDS if name in table.column_names])
+    _require_prompt_column(path, table.column_names, empty=False)
+    wanted = table.select([name for name in FIELDS if name in table.column_names])
     number = 0
     for batch in wanted.to_batches(max_chunksize=1024):
         for record in batch.to_pylist():
@@ -94,7 +93,7 @@ def _rows(path: Path, table: pa.Table) -> Records:
 
 
 def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -> None:
-    if "prompt" not in columns and not empty:
+    if not set(PROMPTS) & set(columns) and not empty:
         raise InputError(f"{path} has no `prompt` column; it has {', '.join(columns) or 'none'}.", "Rename one.")
 
 

@@ -6,12 +6,18 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import pandas as pd
+import pyarrow as pa
 
 from probekit.errors import InputError
 from probekit.lens.statistics import LAYER_COLUMNS
 
 LENSES = ("final-norm", "raw")
 LensName = Literal["final-norm", "raw"]
+# What a column of each kind is in a Parquet file; texts and lenses are what pandas makes of them.
+_ARROW = {
+    "int8": pa.int8(), "int16": pa.int16(), "int32": pa.int32(), "float32": pa.float32(), "bool": pa.bool_(),
+}  # fmt: skip
+
 # The columns of each table, in order. Those of `layers` after `layer` depend on what was asked for.
 COLUMNS: dict[str, dict[str, str]] = {
     "texts": {
@@ -108,3 +114,27 @@ def require_columns(table: str, present: Iterable[str], wanted: Iterable[str]) -
             f"the {table!r} table of this trace has no {', '.join(missing)}.",
             "Trace again with `statistics='all'`, or at the settings that this figure needs.",
         )
+
+
+def checked(table: str, read: pa.Table, source: str) -> pa.Table:
+    """Columns of a Parquet part, each of the type that it is written with.
+
+    Raises InputError, which names `source`, for a column of another kind, and for numbers or bits that are missing.
+    """
+    for name in read.column_names:
+        kind = COLUMNS[table].get(name)
+        wanted = _ARROW.get(kind or "")
+        column = read[name]
+        if wanted is None:
+            continue
+        if column.null_count and kind != "float32":
+            raise InputError(f"{source} lacks {column.null_count} values of {name!r}.", "Trace again with --resume.")
+        if column.type != wanted:
+            try:
+                read = read.set_column(read.column_names.index(name), name, column.cast(wanted))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise InputError(
+                    f"{source} holds {column.type} as {name!r}, where {wanted} belongs: {error}",
+                    "Trace again with --resume.",
+                ) from None
+    return read

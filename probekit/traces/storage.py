@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest, read_manifest
-from probekit.traces.schema import LENSES, REQUIRED, conform, require_columns
+from probekit.traces.schema import LENSES, REQUIRED, checked, conform, require_columns
 
 EXIT_HEADS = "exit_heads.safetensors"  # beside the manifest, where the run was read through some
 _UNFINISHED = ".unfinished"
@@ -70,7 +70,8 @@ class TablesInParts:
             path = self._folder / part_name(table, part)
             try:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
-                parts.append(pq.read_table(path, columns=None if columns is None else list(columns)))
+                read = pq.read_table(path, columns=None if columns is None else list(columns))
+                parts.append(checked(table, read, str(path)))
             except (OSError, pa.ArrowInvalid) as error:
                 raise InputError(
                     f"{path} cannot be read: {error}", "Delete it, and trace again with --resume."

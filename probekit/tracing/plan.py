@@ -86,6 +86,8 @@ def plan_trace(
     chosen = as_prompts(chosen, chat=settings.chat, given=given)
     drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
     encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
+    if settings.skip_long:
+        chosen, encoded = _that_fit(chosen, encoded, [loaded, *([] if drafter is None else [drafter])], settings)
     budget = max(len(one.ids) - one.context for one in encoded.values()) if given else max_new_tokens
     for one in encoded.values():
         _check_encoded(one, loaded, drafter, budget, given)
@@ -167,6 +169,17 @@ def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
     return load(reference, device=loaded.device, dtype=loaded.dtype)
 
 
+def _that_fit(
+    prompts: Sequence[Prompt], encoded: Mapping[int, Encoded], readers: Sequence[Loaded], settings: TraceSettings
+) -> tuple[list[Prompt], dict[int, Encoded]]:
+    """The prompts that every model can read with their new tokens. Raises InputError where none is left."""
+    room = min(reader.anatomy.context for reader in readers) - (0 if settings.given else settings.max_new_tokens)
+    kept = {index: one for index, one in encoded.items() if len(one.ids) <= room}
+    if not kept:
+        raise InputError(f"every prompt is longer than the {room} tokens that are left for one.", "Shorten them.")
+    return [prompt for prompt in prompts if prompt.index in kept], kept
+
+
 def _check_encoded(one: Encoded, loaded: Loaded, drafter: Loaded | None, budget: int, given: bool) -> None:
     """Refuse what the models cannot read: nothing, foreign ids, too much."""
     name, tokens = f"prompt {one.prompt.index}", len(one.ids)
@@ -181,13 +194,14 @@ def _check_encoded(one: Encoded, loaded: Loaded, drafter: Loaded | None, budget:
         if tokens > context:
             raise InputError(
                 f"{name} has {tokens} tokens: longer than the context of {context} tokens of {reader.name}.",
-                "Shorten it.",
+                "Shorten it, or leave such prompts out with skip_long (--skip-long).",
             )
         if not given and tokens + budget > context:
             raise InputError(
                 f"{name} has {tokens} tokens; with {budget} new ones it exceeds the context of {context} tokens of "
                 f"{reader.name}.",
-                f"Ask for at most {context - tokens} new tokens." if context > tokens else "Shorten it.",
+                (f"Ask for at most {context - tokens} new tokens" if context > tokens else "Shorten it")
+                + ", or leave such prompts out with skip_long (--skip-long).",
             )
     if drafter is not None and one.prompt.ids is None and drafter.tokenizer is not None:
         theirs = encode(one.prompt, drafter.tokenizer, given=given).ids if one.prompt.messages is None else one.ids

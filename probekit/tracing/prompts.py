@@ -13,6 +13,7 @@ from typing import Any
 
 from probekit.errors import InputError
 from probekit.foreign.prompt_files import READERS, read_dataset_folder
+from probekit.foreign.prompt_records import normalised
 
 BUNDLED_SETS = ("tales", "general")
 
@@ -151,10 +152,12 @@ def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> 
     """Check one record and make it a prompt."""
     if not isinstance(record, Mapping):
         raise InputError(f"{where}: expected an object with `prompt` or `messages`, not {_short(record)}.")
+    given_names = record
+    record = normalised(record, where)
     text, messages = record.get("prompt"), record.get("messages")
     response, kind = record.get("response"), record.get("kind") or ""
     if text is None and messages is None:
-        raise InputError(f"{where}: there is no `prompt`; it has {', '.join(map(str, record)) or 'nothing'}.")
+        raise InputError(f"{where}: there is no `prompt`; it has {', '.join(map(str, given_names)) or 'nothing'}.")
     if messages is None:
         if not isinstance(text, str):
             raise InputError(f"{where}: `prompt` is {_short(text)}; expected a text.")

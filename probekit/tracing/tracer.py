@@ -49,6 +49,7 @@ def trace(
     chat: bool = False,
     batch_size: int | None = None,
     top_prompts: int = 1,
+    skip_long: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
     """Continue each prompt with the model and read every layer of every token, once.
@@ -72,6 +73,7 @@ def trace(
     chat: put plain prompts through the chat template, as a user's message.
     batch_size: most prompts in a batch; by default from the memory at hand.
     top_prompts: the first so many prompts get a table of their ten most probable tokens.
+    skip_long: leave out prompts that do not fit into the context, instead of refusing all.
     progress: called as `progress(phase, done, total, tokens_per_second=..)`; done and total count prompts.
 
     Raises
@@ -83,7 +85,7 @@ def trace(
     settings = TraceSettings(
         max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
         keep_residuals=tuple(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
-        top_prompts=top_prompts,
+        top_prompts=top_prompts, skip_long=skip_long,
     )  # fmt: skip
     plan = plan_trace(
         loaded, prompts, settings, draft_model=draft_model, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads

@@ -87,24 +87,21 @@ class LayerSkipLoss:
         """Mean loss in nats. input_ids, targets: (batch, positions), int64."""
         parts = self.anatomy
         exits: list[int] = []
-        edit = Edit(parts)
+        edit, scale = Edit(parts), 0.0
         if self.recipe is not None:
-            edit = self._dropout(input_ids.shape[0], input_ids.device)
+            edit, scale = self._dropout(self.recipe, input_ids.shape[0], input_ids.device), self.recipe.exit_scale
             if step >= self.recipe.start * self.steps:
                 exits = self.recipe.exits_at(step, parts.depth)
         with edit, Capture(parts, [*exits, parts.depth]) as capture:
             parts.decoder(input_ids=input_ids, use_cache=False)
         loss = exit_loss(parts, capture[parts.depth], targets)
         for exit_layer in exits:
-            assert self.recipe is not None
-            weight = self.recipe.exit_scale / len(exits)
-            loss = loss + weight * exit_loss(parts, capture[exit_layer], targets)
+            loss = loss + scale / len(exits) * exit_loss(parts, capture[exit_layer], targets)
         return loss
 
-    def _dropout(self, batch: int, device: torch.device) -> Edit:
-        assert self.recipe is not None
-        rates = torch.tensor(self.recipe.dropout_rates(self.anatomy.depth))
-        if not self.recipe.per_sample:
+    def _dropout(self, recipe: LayerSkip, batch: int, device: torch.device) -> Edit:
+        rates = torch.tensor(recipe.dropout_rates(self.anatomy.depth))
+        if not recipe.per_sample:
             drawn = torch.rand(len(rates), generator=self.generator) < rates
             return Edit(self.anatomy, skip=drawn.nonzero().flatten().tolist())
         keep = (torch.rand(len(rates), batch, generator=self.generator) >= rates[:, None]).to(device)

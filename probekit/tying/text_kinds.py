@@ -174,7 +174,6 @@ def side_by_side(
             looped = looped_tokens(chosen)
             few, many = looped.interval()
             for cell in predict(chosen, exits, lengths, drafter=False).cells:
-                assert cell.exit_layer is not None
                 rate, per_round = cell.acceptance_rate_interval, cell.tokens_per_round_interval
                 rows.append(
                     {

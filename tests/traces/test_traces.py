@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -316,3 +318,29 @@ def test_residuals_need_a_folder(trace: Trace) -> None:
 )
 def test_bytes_that_are_no_character_are_shown_as_bytes(spelling, text):
     assert spelled_bytes(spelling) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("agrees", lambda column: pa.array([None] * len(column), pa.bool_()), "lacks .* values of 'agrees'"),
+        ("rank", lambda column: pa.array(["a word"] * len(column)), "holds string as 'rank', where int32 belongs"),
+        ("layer", lambda column: pa.array([2**40] * len(column)), "holds int64 as 'layer', where int16 belongs"),
+    ],
+)
+def test_columns_of_another_kind_are_named(trace, tmp_path, name, change, message):
+    trace.save(tmp_path / "run")
+    path = tmp_path / "run" / "layers-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(name), name, change(table[name])), path)
+    with pytest.raises(InputError, match=message):
+        _ = Trace.open(tmp_path / "run").layers
+
+
+def test_a_wider_integer_with_the_same_numbers_is_read(trace, tmp_path):
+    trace.save(tmp_path / "run")
+    path = tmp_path / "run" / "layers-00000.parquet"
+    table = pq.read_table(path)
+    wide = table["rank"].cast(pa.int64())
+    pq.write_table(table.set_column(table.column_names.index("rank"), "rank", wide), path)
+    assert Trace.open(tmp_path / "run").layers.equals(trace.layers)

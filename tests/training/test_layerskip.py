@@ -97,7 +97,7 @@ def test_dropout_has_the_rates_it_says(model, per_sample):
     dropped = torch.zeros(5)
     before, after = torch.zeros(samples, 1, 1), torch.ones(samples, 1, 1)
     for _ in range(draws):
-        edit = loss_of._dropout(samples, torch.device("cpu"))
+        edit = loss_of._dropout(recipe, samples, torch.device("cpu"))
         for layer in edit.skip:
             dropped[layer] += 1
         for layer, keep in edit.replace.items():

@@ -99,8 +99,7 @@ def label_points() -> float:
 
 def points_of(ax: Axes) -> tuple[float, float]:
     """Width and height in points, once the layout is done."""
-    figure = ax.figure.get_figure(root=True)
-    assert figure is not None
+    figure: Any = ax.figure.get_figure(root=True)
     figure.draw_without_rendering()
     extent = ax.get_window_extent()
     return extent.width / figure.dpi * 72, extent.height / figure.dpi * 72
