@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from probekit.models.family import Family, one_window, rotary_by_kind
+from probekit.models.family import Family, one_plus_weight, one_window, rotary_by_kind
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -19,8 +19,13 @@ FAMILIES: Mapping[str, Family] = {
         Family("phi3", kinds=one_window),
         Family("olmo2"),
         Family("smollm3"),
-        Family("gemma3_text", rotary=rotary_by_kind, logit_cap=lambda config: config.final_logit_softcapping),
-        Family("gemma2", logit_cap=lambda config: config.final_logit_softcapping),
+        Family(
+            "gemma3_text",
+            rotary=rotary_by_kind,
+            logit_cap=lambda config: config.final_logit_softcapping,
+            gain=one_plus_weight,
+        ),
+        Family("gemma2", logit_cap=lambda config: config.final_logit_softcapping, gain=one_plus_weight),
         Family(
             "granite",
             embedding_factor=lambda config: config.embedding_multiplier,

@@ -50,6 +50,16 @@ def rotary_by_kind(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind
     return rotary(like, positions, kind.name)
 
 
+def norm_weight(norm: Any) -> Tensor:
+    """The gain of a norm that multiplies with its weight."""
+    return norm.weight.float()
+
+
+def one_plus_weight(norm: Any) -> Tensor:
+    """The gain of a norm that multiplies with 1 + its weight (Gemma)."""
+    return 1.0 + norm.weight.float()
+
+
 def _no_number(config: Any) -> float | None:
     return None
 
@@ -67,6 +77,7 @@ class Family:
     logit_factor, logit_divisor: config -> what it multiplies the head's products with, or divides them by; above 0;
         None: nothing.
     logit_cap: config -> c of c tanh(logit / c), after those; None: none.
+    gain: final norm -> (width,) float32, what it multiplies h / rms(h) with.
     """
 
     model_type: str
@@ -76,6 +87,7 @@ class Family:
     logit_factor: Callable[[Any], float | None] = _no_number
     logit_divisor: Callable[[Any], float | None] = _no_number
     logit_cap: Callable[[Any], float | None] = _no_number
+    gain: Callable[[Any], Tensor] = norm_weight
 
     def changes_logits(self, config: Any) -> bool:
         """Whether logits are anything but the head's products."""

@@ -7,7 +7,7 @@ lens reads head(norm(h)), so the head's rows are compared as they read: multipli
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,7 @@ _BLOCK = 512
 @torch.no_grad()
 def reading_rows(parts: Anatomy) -> Tensor:
     """(vocabulary, width) float32: the head's rows times the final norm's gain: what each token reads of h / rms(h)."""
-    gain: Any = parts.norm.weight
-    return parts.head.weight.float() * gain.float()
+    return parts.head.weight.float() * parts.family.gain(parts.norm)
 
 
 def row_cosines(one: Tensor, other: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.settings import Sampling
 from probekit.tracing.tracer import trace
+from probekit.tying.geometry import reading_rows
 from probekit.validation.run import validate
 from probekit.validation.transformers import transformers_accepted
 
@@ -106,6 +107,20 @@ def test_the_last_row_of_the_lens_is_the_model(loaded, run):
     torch.testing.assert_close(mine, expected, atol=2e-4, rtol=1e-4)
     cap = getattr(config, "final_logit_softcapping", None)
     assert cap is None or float(mine.abs().max()) < cap
+
+
+def test_the_rows_of_the_head_read_as_the_model_does(loaded):
+    """What geometry compares: head(norm(h)), row by row, for a residual stream h of mean 0 (LayerNorm) and rms 1."""
+    parts, before = loaded.anatomy, loaded.anatomy.norm.weight.data.clone()
+    try:
+        torch.nn.init.normal_(parts.norm.weight, generator=torch.Generator().manual_seed(2))
+        h = torch.randn(3, before.numel())
+        h = h - h.mean(-1, keepdim=True)
+        h = h / h.square().mean(-1, keepdim=True).sqrt()
+        with torch.no_grad():
+            torch.testing.assert_close(h @ reading_rows(parts).T, parts.head(parts.norm(h)), atol=1e-3, rtol=1e-3)
+    finally:
+        parts.norm.weight.data.copy_(before)
 
 
 def test_rounds_are_those_of_the_trace(loaded, run):
