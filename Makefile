@@ -14,7 +14,7 @@ test: $(VENV)/.tests
 	$(BIN)/python -m pytest
 
 more: $(VENV)/.tests
-	$(BIN)/python -m pytest -m second
+	$(BIN)/python -m pytest -m "second and not long"
 
 long: $(VENV)/.tests
 	$(INSTALL) --editable '.[test,docs]'
