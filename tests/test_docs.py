@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 
 import probekit
+from probekit.lens.statistics import registered, unregister
 
 pytestmark = pytest.mark.second
 
@@ -40,14 +41,18 @@ def tool(name: str) -> dict[str, Any]:
 def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
-    with matplotlib.rc_context():
-        for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
-            if language == "python":
-                exec(compile(block, str(page), "exec"), names)
-                continue
-            for line in block.replace("\\\n", " ").strip().splitlines():
-                assert status_of(shlex.split(line, comments=True), monkeypatch) == 0, capsys.readouterr().err
-    plt.close("all")
+    try:
+        with matplotlib.rc_context():
+            for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+                if language == "python":
+                    exec(compile(block, str(page), "exec"), names)
+                    continue
+                for line in block.replace("\\\n", " ").strip().splitlines():
+                    assert status_of(shlex.split(line, comments=True), monkeypatch) == 0, capsys.readouterr().err
+    finally:  # a page that registers a statistic is not to change the other tests
+        for statistic in registered():
+            unregister(statistic.name)
+        plt.close("all")
 
 
 def status_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
