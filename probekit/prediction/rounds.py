@@ -171,7 +171,7 @@ def walk_rounds(
             drafted = np.minimum(drafted, most[here])
         left = tokens - start
         run = flat[here] - start
-        accepted = np.minimum(np.minimum(run, drafted), left)
+        accepted = np.minimum(run, drafted)  # a run ends with its text
         emitted = np.minimum(accepted + 1, left)
         steps.append((start, np.where(going, drafted, -1), np.where(going, accepted, -1), np.where(going, emitted, 0)))
         start = start + steps[-1][3]

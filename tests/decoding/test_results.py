@@ -201,3 +201,11 @@ def test_it_shows_its_text_and_turns_into_a_row_a_round():
     assert "&lt;b&gt;&amp;no" in page
     assert "<b>" not in page
     assert f"{done.rounds} rounds" in page
+
+
+@pytest.mark.parametrize("end", [3, 5])
+def test_any_of_several_ends_ends_a_text(end):
+    state = SequenceState(0, [1], 9, frozenset({3, 5}))
+    state.first(7)
+    state.round([8, end, 8], 3, 3, 2)
+    assert (state.tokens, state.ended, state.accepted) == ([7, 8, end], "eos", [2])

@@ -201,3 +201,9 @@ def test_confidence_is_the_probability_of_the_draft():
     token, distribution, confidence = Sampler(setting).draft(logits, streams(5, [0]), torch.tensor([1]), confident=True)
     assert distribution is not None
     torch.testing.assert_close(confidence, distribution[0, token])
+
+
+def test_the_smallest_top_p_keeps_the_most_probable_token():
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    log_probabilities = warp(logits, Sampling(temperature=1.0, top_p=1e-12))
+    assert (log_probabilities.exp() == torch.nn.functional.one_hot(logits.argmax(-1), 11)).all()

@@ -19,7 +19,7 @@ from probekit.drafting.keys import DrafterKey
 from probekit.drafting.policies import FIXED, ConfidenceThreshold, drafts_allowed, policy_named
 from probekit.drafting.trees import DraftTree
 from probekit.errors import InputError
-from probekit.lens.exit_heads import fit_heads
+from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads, pack_heads
 from probekit.models.synthetic import synthetic
 from probekit.prediction.predict import predict
 from probekit.tracing.tracer import trace
@@ -247,3 +247,12 @@ def test_a_policy_of_ones_own_by_name():
 def test_a_policy_that_is_none(text, message):
     with pytest.raises(InputError, match=message):
         policy_named(text)
+
+
+def test_other_exit_heads_than_the_traced_ones_are_refused(tiny):
+    width = tiny.model.config.hidden_size
+    traced, others = ({2: ExitHead(torch.zeros(width, width), torch.full((width,), by))} for by in (0.5, 0.25))
+    drafter = ExitLayer(2, exit_heads=fingerprint(traced), packed_heads=lambda: pack_heads(traced))
+    drafter.on(tiny)
+    with pytest.raises(InputError, match="not those that were traced"):
+        replace(drafter, packed_heads=lambda: pack_heads(others)).on(tiny)
