@@ -37,7 +37,8 @@ _ROOMS = {
     "wrap": "probekit.models.loaded",
 }
 
-__all__ = sorted(_ROOMS)  # pyright: ignore[reportUnsupportedDunderAll]
+_OLD_NAMES = {"look_inside"}  # they still work, and are no longer shown
+__all__ = sorted(_ROOMS.keys() - _OLD_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 moved.install()
 
@@ -75,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return list(__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Colour = Literal["blue", "orange", "grey"]
 _COLOURS: Mapping[str, str] = {"blue": "40,120,160", "orange": "205,110,20", "grey": "128,128,128"}
@@ -25,6 +25,12 @@ def html_table(caption: str, corner: str, heads: Sequence[str], rows: Iterable[t
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in (corner, *heads))
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(map(_cell, cells))}</tr>' for name, cells in rows)
     return f"<table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def facts_html(caption: str, facts: Mapping[str, Any]) -> str:
+    """A row a fact. Names and values are data: markup in them shows as text."""
+    body = "".join(f"<tr><th>{escape(str(name))}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
+    return f"<table><caption>{escape(caption)}</caption>{body}</table>"
 
 
 def _cell(cell: HtmlCell) -> str:

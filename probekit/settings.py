@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +82,11 @@ class TraceSettings:
             _at_least_one("prompts in a batch", self.batch_size)
         if self.statistics not in ("all", "agreement"):
             raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
+        if self.statistics == "agreement" and self.text == "sampled":
+            raise InputError(
+                "agreement is what greedy drafts need; predictions for sampled text need all statistics.",
+                "Leave the temperature out, or ask for all statistics.",
+            )
         if self.given and not self.sampling.greedy:
             raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
 
@@ -103,7 +108,9 @@ class StudySettings:
     Parameters
     ----------
     models: references as `load` takes them. prompts: a prompts file; None: the bundled set of the first model.
-    max_new_tokens: the budget M of each text. draft_lengths: K, ascending.
+    max_new_tokens: the budget M of each text. sampling: how texts are chosen; greedy by default.
+    exit_layers: that may draft; None: all. draft_lengths: K, ascending. context: tokens in the cache of a timed step.
+    batch_size: most prompts in a batch of the trace; None: from the memory at hand.
     draft_model: a model that drafts, too. draft_rows: rows of the head that exit layers draft with; None: all.
     fit_heads: exit layers draft through fitted heads. chat: put prompts through the chat template.
     device, dtype: of the models; None: by `load`'s own rule.
@@ -119,8 +126,22 @@ class StudySettings:
     dtype: str | None = None
     draft_rows: int | None = None
     fit_heads: bool = False
+    sampling: Sampling = Sampling()
+    exit_layers: tuple[int, ...] | None = None
+    context: int = 128
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        whole_number("the context must be", self.context)
+        if self.batch_size is not None:
+            _at_least_one("prompts in a batch", self.batch_size)
+        if self.draft_rows is not None and not self.sampling.greedy:
+            raise InputError(
+                "draft heads with fewer rows are predicted for greedy text only.",
+                "Leave --draft-rows out, or sample not.",
+            )
+        if self.exit_layers is not None and (not self.exit_layers or min(self.exit_layers) < 1):
+            raise InputError(f"exit layers are {list(self.exit_layers)}; expected one or more, each 1 or more.")
         if not self.draft_lengths or min(self.draft_lengths) < 1:
             raise InputError(f"draft lengths are {list(self.draft_lengths)}; expected one or more, each 1 or more.")
         if self.max_new_tokens < 1:
@@ -135,7 +156,14 @@ class StudySettings:
 
     def to_json(self) -> dict[str, Any]:
         kept = asdict(self)
-        return {**kept, "models": list(self.models), "draft_lengths": list(self.draft_lengths)}
+        exits = None if self.exit_layers is None else list(self.exit_layers)
+        return {**kept, "models": list(self.models), "draft_lengths": list(self.draft_lengths), "exit_layers": exits}
+
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """The names of settings in which another study's JSON differs; what it does not name is at its default."""
+        now = self.to_json()
+        usual = StudySettings(self.models).to_json()
+        return sorted(name for name in now if before.get(name, usual[name]) != now[name])
 
 
 def digest(*parts: Any) -> str:

@@ -21,8 +21,11 @@ from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
 from probekit.prediction.grids import grid_html
-from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.intervals import FEW_PROMPTS, bootstrap_ratio, interval_of
+from probekit.prediction.predict import predict
 from probekit.prediction.table import Cell, Prediction
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace, as_trace
 
 SCHEMA = "probekit/choose/1"
 RUNNERS_UP = 2
@@ -91,7 +94,8 @@ class Choice:
     """What to do with this model on this device, and how sure that is.
 
     ranking: every way of drafting, the fastest first. methods: the best of each method, the fastest first;
-    autoregressive decoding is among them, at 1. policy: when rounds stop drafting early.
+    autoregressive decoding is among them, at 1. prompts: how many it was made on. policy: when rounds stop drafting
+    early. sampling: how the text was chosen; its seed is none of the choice's.
 
     A decoder takes it as it is: `probekit.decode(model, prompt, choice)`.
     """
@@ -102,6 +106,10 @@ class Choice:
     costs: Costs
     prompts: int
     policy: Policy = FIXED
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+
+    def __repr__(self) -> str:
+        return f"Choice({self.sentence()})"
 
     @property
     def draft_rows(self) -> int | None:
@@ -112,6 +120,11 @@ class Choice:
     def exit_heads(self) -> str | None:
         """The name of the exit heads that exit layers draft through; None: none."""
         return self.costs.draft_head.exit_heads
+
+    @property
+    def few_prompts(self) -> bool:
+        """Whether it was made on too few prompts to be relied on: intervals are then narrower than they say."""
+        return self.prompts < FEW_PROMPTS
 
     @property
     def best(self) -> Candidate:
@@ -167,7 +180,7 @@ class Choice:
             first = self.ranking[0]
             return (
                 f"{self.model}: do not speculate {where}. The best that drafting could do, {_described(first)}, is "
-                f"predicted to run at {_times(first)} the speed of plain autoregressive decoding."
+                f"predicted to run at {_times(first)} the speed of plain autoregressive decoding." + self._caution()
             )
         best = self.best
         rate = "" if best.acceptance_rate is None else f", {best.acceptance_rate:.0%} of the drafts accepted"
@@ -183,7 +196,12 @@ class Choice:
             sentence += f" Drafts are chosen among the {self.draft_rows:,} most frequent tokens only."
         if self.text == "given":
             sentence += " Estimated from given text, which is taken for the model's own."
-        return sentence
+        return sentence + self._caution()
+
+    def _caution(self) -> str:
+        if not self.few_prompts:
+            return ""
+        return f" From {self.prompts} prompt{'s' if self.prompts > 1 else ''} only: take at least {FEW_PROMPTS}."
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -203,6 +221,7 @@ class Choice:
             "runners_up": [candidate.to_json() for candidate in self.runners_up],
             "methods": [candidate.to_json() for candidate in self.methods],
             "prompts": self.prompts,
+            "few_prompts": self.few_prompts,
             "sentence": self.sentence(),
             "costs": self.costs.to_json(),
         }
@@ -247,13 +266,23 @@ def _times(candidate: Candidate) -> str:
     return f"{candidate.speedup:.2f}x [{candidate.interval[0]:.2f}, {candidate.interval[1]:.2f}]"
 
 
-def choose(prediction: Prediction, costs: Costs) -> Choice:
+def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
     """Rank no drafting, self-speculative decoding at every pair and, where there is a draft model, two-model decoding.
 
     Cells that the costs do not know, and cells without a round, are left out.
 
+    prediction: of `predict`; a trace is predicted first, at every exit layer and draft length.
+    costs: of `measure_costs` or `roofline_costs`.
+
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
     """
+    if not isinstance(costs, Costs):
+        raise InputError(
+            f"the costs are a {type(costs).__name__}; expected those of a device.",
+            "Give probekit.measure_costs(model), or roofline_costs(trace) of probekit.costs.roofline.",
+        )
+    if not isinstance(prediction, Prediction):
+        prediction = predict(as_trace(prediction))
     costs.check_draft_head(prediction.keys)
     unknown = sorted(key.exit_layer for key in prediction.keys if key.is_exit and not costs.knows(key))
     if unknown:
@@ -280,14 +309,18 @@ def choose(prediction: Prediction, costs: Costs) -> Choice:
             drafts=cell.drafts,
             draft_length=cell.draft_length,
             speedup=float(ratio[place]),
-            interval=None if np.isnan(low[place]) else (float(low[place]), float(high[place])),
+            interval=interval_of(low[place], high[place], len(prediction.prompts)),
             tokens_per_round=cell.tokens_per_round,
             acceptance_rate=cell.acceptance_rate,
         )
         for place, cell in enumerate(cells)
     ]
     ranking = tuple(sorted(candidates, key=lambda each: -each.speedup))
-    return Choice(prediction.model, prediction.text, ranking, costs, len(prediction.prompts), prediction.policy)
+    how = prediction.decoding
+    return Choice(
+        prediction.model, prediction.text, ranking, costs, len(prediction.prompts), prediction.policy,
+        Sampling(how["temperature"], int(how.get("top_k", 0)), how.get("top_p", 1.0)),
+    )  # fmt: skip
 
 
 def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:

@@ -2,53 +2,116 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from probekit.cli import commands
-from probekit.cli.terminal import err, print_json
+import probekit
+from probekit.cli import commands, options
+from probekit.cli.signals import Stopped
+from probekit.cli.terminal import err, out, print_json
 from probekit.errors import ProbekitError
 
 app = typer.Typer(
     name="probekit",
-    help="From which layer should this model draft, how many tokens, and what will it gain?",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with one more option, which is nobody's business but this file's."""
+
+    @wraps(command)
+    def without(*, debug: bool = False, **given: Any) -> None:
+        command(**given)
+
+    shown = signature(command, eval_str=True)
+    debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=options.Debug)
+    without.__signature__ = shown.replace(parameters=[*shown.parameters.values(), debug])  # type: ignore[attr-defined]
+    without.__annotations__ = {name: each.annotation for name, each in without.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    return without
+
+
 for command in commands.ALL:
-    app.command(name=commands.name_of(command))(command)
+    app.command(name=commands.name_of(command))(_with_debug(command))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 wrong use or bad input, 1 anything else."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(arguments))
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"probekit {probekit.__version__}", markup=False)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _probekit(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """From which layer should this model draft, how many tokens, and what will it gain?"""
+    if context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What is known of the command line that runs: for the line that an error becomes."""
+
+    words: list[str]
+
+    @property
+    def command(self) -> str:
+        return next((word for word in self.words if word in map(commands.name_of, commands.ALL)), "")
+
+    @property
+    def as_json(self) -> bool:
+        return "--json" in self.words
+
+    @property
+    def debug(self) -> bool:
+        return bool({"--debug", "-v"} & set(self.words))
 
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line."""
-    command = next((word for word in arguments if not word.startswith("-")), "probekit")
-    as_json = "--json" in arguments
+    line = CommandLine(list(arguments))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = typer.main.get_command(app).main(args=list(arguments), prog_name="probekit", standalone_mode=False)
+        status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except ProbekitError as error:
-        return _fail(command, error.problem, error.hint, error.exit_status, as_json)
+        return _fail(line, error.problem, error.hint, error.exit_status)
     except TyperException as error:
-        return _fail(command, _message_of(error), "Try `probekit --help`.", 2, as_json)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(command, "interrupted.", "What was written so far is whole; --resume goes on where there is one.",
-                     1, as_json)  # fmt: skip
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+        known = f"probekit {line.command}".strip()
+        return _fail(line, _message_of(error), f"Try `{known} --help`.", 2)
+    except Stopped as stop:
+        return _fail(line, f"{stop.said}. {stop.kept or 'Nothing was kept.'}", _go_on(line, stop), stop.exit_status)
+    except (KeyboardInterrupt, typer.Abort):  # called from Python, where `main` turns no signal into Stopped
+        return _fail(line, "interrupted.", "", 130)
+    except OSError as error:
+        return _lost_pipe() if error.errno == errno.EPIPE else _fail(line, _of_the_system(error), "", 1)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        return _fail(line, f"this is a fault of probekit's own, {said}.", "Please report what --debug shows.", 1)
+
+
+def _go_on(line: CommandLine, stop: Stopped) -> str:
+    added = [word for word in stop.again if word not in line.words]
+    return f"{'Go on' if stop.kept else 'Begin again'} with: {shlex.join(['probekit', *line.words, *added])}"
 
 
 def _message_of(error: TyperException) -> str:
@@ -56,10 +119,26 @@ def _message_of(error: TyperException) -> str:
     return " ".join(message.split())
 
 
-def _fail(command: str, problem: str, hint: str, status: int, as_json: bool) -> int:
-    if as_json:
-        print_json({"schema": f"probekit/{command}/1", "error": problem, "hint": hint})
+def _of_the_system(error: OSError) -> str:
+    """The disk is full, a file cannot be written: in the system's words, with the file that it is about."""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {said}." if error.filename else f"{said}."
+
+
+def _lost_pipe() -> int:
+    """Whoever read our output is gone (`| head`): nothing more can be said."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes into it at its end
+    return 1
+
+
+def _fail(line: CommandLine, problem: str, hint: str, status: int) -> int:
+    if line.debug:
+        traceback.print_exc()
+    if line.as_json:
+        print_json({"schema": f"probekit/{line.command or 'probekit'}/1", "error": problem, "hint": hint})
     else:
-        line = " ".join(f"probekit {command}: {problem} {hint}".split())  # what another library said may have lines
-        err.print(line, markup=False, soft_wrap=True)
+        said = " ".join(
+            f"{f'probekit {line.command}'.strip()}: {problem} {hint}".split()
+        )  # others' words may have lines
+        err.print(said, markup=False, soft_wrap=True)
     return status

@@ -6,20 +6,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import notice, print_json, print_table, progress_bars
-from probekit.cli.traced_models import models_of
+from probekit.cli.terminal import notice, out, print_json, print_table, progress_bars
+from probekit.cli.traced_models import models_of, pretrained_of
 from probekit.errors import InputError
+from probekit.presentation.study_folder import open_study
+
+MEASURED_CONTEXT, SERVED_CONTEXT = 128, 1024
 
 Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
-Context = Annotated[int, typer.Option("--context", help="Tokens in the cache when a step is timed.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", help="Tokens in the cache of a step. [default: 128, of a roofline 1024]"),
+]
 
 
 def choose(
-    run: options.Run,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` or `study` wrote.")],
     costs: Costs = "measured",
-    context: Context = 128,
+    context: Context = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write the choice for use in transformers.")] = None,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
@@ -32,14 +39,21 @@ def choose(
 ) -> None:
     """Choose the exit layer and draft length with the greatest speedup, or neither."""
     from probekit.choice.choose import choose as choose_pair
-    from probekit.choice.export import export_choice
+    from probekit.choice.export import check_export, export_choice
     from probekit.drafting.policies import policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
     if costs not in ("measured", "roofline"):
         raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
+    if context is None:
+        context = MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
     options.at_least_one(context, "--context")
+    if export is not None:
+        check_export(export)  # before minutes of timing
+    if (run / "study.json").is_file():
+        _choose_of_study(run, export, as_json)
+        return
     trace = Trace.open(run)
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
@@ -49,7 +63,7 @@ def choose(
         timed = _costs_of(trace, costs, context, lengths, draft_rows, when_to_stop, device, dtype, bars)
     choice = choose_pair(prediction, timed)
     if export is not None:
-        export_choice(choice, export)
+        export_choice(choice, export, pretrained_of(trace))
     if as_json:
         print_json(choice.to_json())
         return
@@ -62,13 +76,29 @@ def choose(
     )
 
 
+def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
+    """A study has chosen already, for each of its models: say what."""
+    study = open_study(folder, keys=("choice", "sentence"))
+    if export is not None:
+        raise InputError(
+            f"{folder} is a study of {len(study.models)} models; a choice is exported of one run.",
+            f"Give one of its runs: {folder / 'traces' / study.models[0]}.",
+        )
+    if as_json:
+        print_json({"schema": "probekit/choose/1", "study": str(folder), "models": [
+            {"name": entry["name"], "choice": entry["choice"]} for entry in study.entries]})  # fmt: skip
+        return
+    for entry in study.entries:
+        out.print(Text(str(entry["sentence"])))
+
+
 def _costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.costs.roofline import roofline_costs
 
         return roofline_costs(
-            trace, context=context, device=device, dtype=dtype, longest_draft=max(lengths),
+            trace, context=context, device=device, dtype=dtype or served_dtype(device), longest_draft=max(lengths),
             drafter=trace.manifest.drafter, draft_rows=draft_rows,
         )  # fmt: skip
     from probekit.costs.measure import measure_costs
@@ -78,5 +108,10 @@ def _costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype
     kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
     return measure_costs(
         loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept,
-        exit_heads=traced_heads(trace, loaded), policy=policy, progress=bars,
+        exit_heads=traced_heads(trace, loaded), sampling=trace.sampling, policy=policy, progress=bars,
     )  # fmt: skip
+
+
+def served_dtype(device: str | None) -> str | None:
+    """A named accelerator serves in 16 bits; the run's own type elsewhere."""
+    return None if device is None or device == "cpu" else "bfloat16"

@@ -16,7 +16,9 @@ from probekit.presentation.tokens import clipped, columns, shown
 def lens(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
-    max_new_tokens: options.MaxNewTokens = 12,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Tokens that the model goes on with; 0 reads the prompt alone.")
+    ] = 12,
     raw: Annotated[bool, typer.Option("--raw", help="head(h), without the final norm.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
     device: options.Device = None,
@@ -30,10 +32,14 @@ def lens(
     from probekit.tracing.prompts import Prompt
     from probekit.tracing.tracer import trace as trace_prompts
 
-    options.at_least_one(max_new_tokens, "--max-new-tokens")
+    options.at_least(0, max_new_tokens, "--max-new-tokens")
+    if html is not None:
+        options.check_file(html, "--html")
     loaded = load(model, device=device, dtype=dtype)
     with progress_bars(quiet or as_json) as bars:
-        trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=max_new_tokens, top_prompts=1, progress=bars)
+        # The row of a prompt's last token says the first new one: a budget of 1 reads the prompt alone.
+        budget = max(1, max_new_tokens)
+        trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, progress=bars)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
     if html is not None:
         from probekit.presentation.report import write_lens_page

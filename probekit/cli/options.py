@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
+Debug = Annotated[bool, typer.Option("--debug", "-v", help="Show the traceback of an error.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Budget of new tokens for each prompt.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tokens; 0 keeps all.")]
@@ -31,6 +33,9 @@ DraftModel = Annotated[
     str | None, typer.Option("--draft-model", help="A second model with the same tokenizer, that drafts.")
 ]
 
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Most prompts in a batch. [default: from the memory at hand]")
+]
 DraftVocabulary = Annotated[
     Path | None,
     typer.Option("--draft-vocabulary", metavar="RUN", help="Draft heads keep this run's most frequent tokens first."),
@@ -52,6 +57,13 @@ ExitHeads = Annotated[
 ]
 
 
+MOST = 10_000  # layers, or drafts in a round: a slip of the keyboard should cost no memory
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
 def integers(text: str | None, name: str) -> list[int] | None:
     """`2,4,8`, `1-8` or a mixture as a sorted list without repeats; None stays None (the default)."""
     if text is None:
@@ -60,15 +72,34 @@ def integers(text: str | None, name: str) -> list[int] | None:
     try:
         for piece in text.split(","):
             first, dash, last = piece.strip().partition("-")
-            numbers.update(range(int(first), int(last) + 1) if dash else [int(first)])
+            ends = int(first), int(last if dash else first)
+            if max(map(abs, ends)) > MOST:
+                raise InputError(f"{name} names {piece.strip()}; numbers up to {MOST:,} make sense here.")
+            numbers.update(range(ends[0], ends[1] + 1))
     except ValueError:
-        raise InputError(f"{name} is {text!r}; expected whole numbers as 2,4,8 or 1-8.") from None
+        raise InputError(f"{name} is {_short(text)}; expected whole numbers as 2,4,8 or 1-8.") from None
     if not numbers:
         raise InputError(f"{name} is {text!r}, which names no number.", "Write the smaller number first: 1-8.")
     return sorted(numbers)
 
 
-def at_least_one(value: int, name: str) -> int:
-    if value < 1:
-        raise InputError(f"{name} is {value}; expected 1 or more.")
+def at_least(least: int, value: int, name: str) -> int:
+    if value < least:
+        raise InputError(f"{name} is {value}; expected {least} or more.")
     return value
+
+
+def at_least_one(value: int, name: str) -> int:
+    return at_least(1, value, name)
+
+
+def check_file(path: Path, name: str) -> Path:
+    """A file that can be written later, before the work that fills it. Raises InputError."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise InputError(f"{name} is {path}, which is no file that can be written.", "Name a file.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{name} is {path}, and there is no folder {folder}.", "Make it, or name another file.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InputError(f"{name} is {path}, which may not be written.", "Name another file.")
+    return path

@@ -9,14 +9,22 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
+from probekit.cli.config import config_text, read_config
+from probekit.cli.signals import keeping
 from probekit.cli.terminal import err, out, print_json, print_table, progress_bars
 
 
 def study(
+    context: typer.Context,
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="[default: the bundled models]")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the study.")] = Path("study"),
     prompts: options.Prompts = None,
     max_new_tokens: options.MaxNewTokens = 96,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     draft_model: options.DraftModel = None,
     draft_rows: options.DraftRows = None,
@@ -24,22 +32,54 @@ def study(
         bool, typer.Option("--fit-heads", help="Fit exit heads on the model's own text, and draft through them.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    step_context: Annotated[
+        int, typer.Option("--context", help="Tokens in the cache when a step is timed.")
+    ] = 128,
+    batch_size: options.BatchSize = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write each model's choice for use in transformers.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", is_eager=True, callback=read_config,
+            help="TOML with options by their long names; the command line comes before it.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as TOML for --config, and do nothing.")
+    ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
+    from probekit.choice.export import check_export
+    from probekit.settings import Sampling
     from probekit.study.run import run_study
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
-    with progress_bars(quiet or as_json) as bars:
+    options.at_least_one(step_context, "--context")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    exits = options.integers(exit_layers, "--exit-layers")
+    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    if export is not None:
+        check_export(export, several=True)
+    if print_config:
+        out.print(config_text(context), markup=False, soft_wrap=True, end="")
+        return
+    with keeping(lambda: f"Finished steps are kept in {output}."), progress_bars(quiet or as_json) as bars:
         result = run_study(
             models or None,
             output,
             prompts=prompts,
             max_new_tokens=max_new_tokens,
-            draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
+            sampling=sampling,
+            exit_layers=exits,
+            draft_lengths=lengths,
+            context=step_context,
+            batch_size=batch_size,
             draft_model=draft_model,
             draft_rows=draft_rows,
             fit_heads=fit_heads,
@@ -48,10 +88,21 @@ def study(
             dtype=dtype,
             progress=bars,
         )
+    if export is not None:
+        _export(result, export)
     if as_json:
         print_json(result.summary)
         return
     _print_study(result.summary, output, quiet)
+
+
+def _export(result: Any, folder: Path) -> None:
+    """One folder a model."""
+    from probekit.choice.export import export_choice
+    from probekit.cli.traced_models import pretrained_of
+
+    for model in result.models:
+        export_choice(model.choice, folder / model.name, pretrained_of(model.trace))
 
 
 def _print_study(summary: dict[str, Any], folder: Path, quiet: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
+from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars
 
 
@@ -34,7 +35,7 @@ def trace(
     skip_long: Annotated[
         bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
     ] = False,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: from the memory at hand]")] = None,
+    batch_size: options.BatchSize = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -52,7 +53,7 @@ def trace(
     given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
     loaded = load(model, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    with progress_bars(quiet or as_json) as bars:
+    with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
         result = trace_prompts(
             loaded,
             given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
@@ -96,3 +97,18 @@ def trace(
         spared = manifest.measured.savings["products_avoided"]
         notice(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
     notice(f"Next: probekit predict {output}", quiet=quiet)
+
+
+def kept_of(folder: Path) -> str:
+    """What of a run is on disk, as a sentence; empty where nothing is."""
+    from probekit.errors import ProbekitError
+    from probekit.traces.manifest import read_manifest
+    from probekit.traces.storage import is_done
+
+    try:
+        manifest = read_manifest(folder)
+    except ProbekitError:
+        return ""
+    parts = range(len(manifest.plan.batches))
+    done = sum(len(manifest.plan.batches[part]) for part in parts if is_done(folder, manifest, part))
+    return f"{done} of {manifest.prompt_count} prompts are kept in {folder}."

@@ -30,6 +30,8 @@ def validate(
 
     trace = Trace.open(run)
     loaded, drafter = models_of(trace, device, dtype)
+    if limit is not None:
+        options.at_least_one(limit, "--limit")
     with progress_bars(quiet or as_json) as bars:
         validation = validate_cells(
             loaded,

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ MOST_DRAFTS = 4  # of a timed round: further ones take as long as the last of th
 
 
 def measure_costs(
-    loaded: Loaded,
+    loaded: Loaded | str | Path,
     context: int = 128,
     *,
     exit_layers: Iterable[int] | None = None,
@@ -69,7 +70,9 @@ def measure_costs(
 
     from probekit.costs.timing import RoundTimer
     from probekit.lens.exit_heads import check_heads, fingerprint
+    from probekit.models.loaded import as_loaded
 
+    loaded = as_loaded(loaded)
     heads = check_heads(exit_heads, loaded.anatomy) if exit_heads else {}
     head = DraftHeadKey(
         None if draft_vocabulary is None else len(draft_vocabulary), fingerprint(heads) if heads else None

@@ -214,6 +214,10 @@ class Costs:
             values["draft_model"] = DraftModelCosts(name, step, first, widths)
         return cls(**values)
 
+    def __repr__(self) -> str:
+        step = f"{1000 * self.autoregressive_s:.3g} ms an autoregressive step"
+        return f"Costs({self.source}, {self.device}, {self.dtype}, context {self.context}: {step}, depth {self.depth})"
+
     def to_pandas(self) -> pd.DataFrame:
         """A row a step: columns step, exit_layer, rows, seconds."""
         rows: list[tuple[str, int | None, int, float]] = [

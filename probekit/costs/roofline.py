@@ -52,7 +52,7 @@ class Dimensions:
     def of(cls, source: Any) -> Dimensions:
         """From a Loaded, a Trace, a ModelRecord, or the name of a shape of probekit.models.synthetic.
 
-        A trace does not say how wide keys and values are: its roofline leaves them out.
+        Where a trace of an earlier version does not say how wide keys and values are, its roofline leaves them out.
         """
         if isinstance(source, str):
             from probekit.models.synthetic import SHAPES
@@ -66,14 +66,12 @@ class Dimensions:
         if hasattr(source, "anatomy"):
             parts = source.anatomy
             layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
-            config = parts.model.config
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            keys = config.num_key_value_heads * width
-            return cls(source.name, parts.depth, layer, parts.head.weight.numel(), parts.vocabulary, keys)
+            head = parts.head.weight.numel()
+            return cls(source.name, parts.depth, layer, head, parts.vocabulary, parts.key_value_width)
         record = source.manifest.model if hasattr(source, "manifest") else source
         table = record.vocabulary * record.width
         layers = record.parameters - table * (1 if record.tied else 2) - record.width
-        return cls(record.name, record.depth, layers // record.depth, table, record.vocabulary)
+        return cls(record.name, record.depth, layers // record.depth, table, record.vocabulary, record.key_value_width)
 
 
 def roofline_costs(

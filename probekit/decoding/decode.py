@@ -14,7 +14,7 @@ from probekit.drafting.drafters import Drafter, equipped
 from probekit.drafting.policies import Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.settings import Sampling
 
 METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
@@ -52,7 +52,7 @@ class ChoiceLike(Protocol):
 
 
 def decode(
-    loaded: Loaded,
+    loaded: Loaded | str | Path,
     prompt: str | Sequence[int],
     choice: ChoiceLike | None = None,
     *,
@@ -89,6 +89,7 @@ def decode(
     ------
     InputError, ResourceError: before any work.
     """
+    loaded = as_loaded(loaded)
     given = {
         "exit_layer": exit_layer, "draft_length": draft_length, "draft_model": draft_model,
         "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,

@@ -6,6 +6,7 @@ include that last token; its text is everything before the end-of-sequence token
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any, Literal
@@ -118,6 +119,9 @@ class Decoded:
         """Fields and the figures that follow from them, JSON types only."""
         figures = ("rounds", "accepted_by_position", "acceptance_rate", "alpha", "tokens_per_round")
         return asdict(self) | {figure: getattr(self, figure) for figure in figures}
+
+    def __repr__(self) -> str:
+        return f"Decoded({reprlib.repr(self.text)}: {self.summary()})"
 
     def to_pandas(self) -> pd.DataFrame:
         """A row a round: the output index at which it starts, and what it drafted, accepted and emitted."""

@@ -55,6 +55,13 @@ class Anatomy:
         return int(self.model.config.max_position_embeddings)
 
     @property
+    def key_value_width(self) -> int | None:
+        """Numbers of one key (or value) of one token in one layer; None where the configuration does not say."""
+        config = self.model.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width
+
+    @property
     def changes_logits(self) -> bool:
         """Whether the model's logits are anything but the products with the head's rows."""
         return not self.plain_head or self.family.changes_logits(self.config)

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from probekit.errors import InputError, ResourceError
+from probekit.html_tables import facts_html
 from probekit.models.anatomy import Anatomy, anatomy
 from probekit.models.checkpoint import check_device, check_dtype, first_line, hash_files, read_folder
 from probekit.models.gguf import read_gguf
@@ -73,6 +74,13 @@ class Loaded:
     revision: str | None
     weights_hash: str
 
+    def __repr__(self) -> str:
+        shape = f"{self.anatomy.family.model_type}, {self.depth} layers x {self.anatomy.width}"
+        return f"Loaded({self.name}: {shape}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
+    def _repr_html_(self) -> str:
+        return facts_html("probekit model", describe(self))
+
     @property
     def depth(self) -> int:
         return self.anatomy.depth
@@ -122,6 +130,8 @@ def load(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(reference, (str, Path)):
+        raise _no_model(reference)
     place = check_device(device)
     asked = None if dtype is None else check_dtype(dtype)
     source = find_checkpoint(reference)
@@ -184,6 +194,28 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
         revision=None,
         weights_hash=hash_in_memory(inner),
     )
+
+
+def as_loaded(given: Loaded | str | Path) -> Loaded:
+    """What every public function does with the model that it is given: a loaded one as it is, a reference is loaded.
+
+    Raises InputError for anything else, and says how it becomes one.
+    """
+    if isinstance(given, Loaded):
+        return given
+    if isinstance(given, (str, Path)):
+        return load(given)
+    raise _no_model(given)
+
+
+def _no_model(given: Any) -> InputError:
+    kind = type(given).__name__
+    if isinstance(given, torch.nn.Module):
+        return InputError(
+            f"a {kind} in memory was given; expected what probekit.load or probekit.wrap returns.",
+            'Give probekit.wrap(model, tokenizer, name="mine").',
+        )
+    return InputError(f"a {kind} is no model.", "Give a reference, or what probekit.load or probekit.wrap returns.")
 
 
 def hash_in_memory(model: torch.nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
@@ -13,15 +13,13 @@ from probekit.errors import InputError
 from probekit.prediction.intervals import bootstrap_ratio, interval_or_none
 from probekit.prediction.rounds import CUT, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
 from probekit.prediction.table import Cell, Prediction, PromptRounds
-
-if TYPE_CHECKING:
-    from probekit.traces.trace import Trace
+from probekit.traces.trace import Trace, as_trace
 
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
 
 
 def predict(
-    trace: Trace,
+    trace: Trace | str | Path,
     exit_layers: Iterable[int] | None = None,
     draft_lengths: Iterable[int] = range(1, 9),
     first_round: str = "prefill",
@@ -54,6 +52,7 @@ def predict(
     InputError: for an exit layer, a draft length or a convention that does not exist, and for a draft head that the
         trace does not know.
     """
+    trace = as_trace(trace)
     if drafters is None:
         drafters = traced_drafters(trace, exit_layers, draft_model=drafter, draft_rows=draft_rows, read=agreement)
     budget = max(trace.manifest.settings.max_new_tokens, int(trace.texts["new_tokens"].max()))

@@ -53,6 +53,12 @@ class Cell(NamedByKey):
     near_ties: int | None = None
     counts_interval: dict[str, tuple[float, float] | None] | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"Cell({self.label}, {self.draft_length} drafts: {self.tokens:,} tokens in {self.rounds:,.6g} rounds, "
+            f"{self.accepted:,.6g} of {self.drafted:,.6g} drafts accepted)"
+        )
+
     @property
     def key(self) -> DrafterKey:  # type: ignore[override]
         return self.drafts.key
@@ -201,6 +207,10 @@ class Prediction:
     draft_rows: int | None = None
     exit_heads: str | None = None
     policy: Policy = FIXED
+
+    def __repr__(self) -> str:
+        size = f"{len(self.cells)} cells on {len(self.prompts)} prompts of {self.text} text"
+        return f"Prediction({self.model}: {size}, {'exact' if self.exact else 'estimated'})"
 
     @property
     def keys(self) -> list[DrafterKey]:

@@ -17,6 +17,7 @@ from probekit.choice.choose import Choice, choose
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.drafting.keys import DrafterKey
+from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.settings import Progress, StudySettings
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
 SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
-CONTEXT = 128  # tokens in the cache when a step is timed
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
 
 
@@ -66,13 +66,27 @@ def load_model(settings: StudySettings, reference: str, progress: Progress) -> M
 
     progress("load", 0, 1)
     loaded = load(reference, device=settings.device, dtype=settings.dtype)
-    if settings.draft_rows is not None:
-        check_draft_rows(settings.draft_rows, loaded.anatomy.vocabulary)
+    _check_reach(loaded, settings)
     drafter = None
     if settings.draft_model:
         drafter = load(settings.draft_model, device=settings.device, dtype=settings.dtype)
     progress("load", 1, 1)
     return Models(loaded, drafter)
+
+
+def _check_reach(loaded: Loaded, settings: StudySettings) -> None:
+    """What was asked for must exist in this model: found out now, not after its trace."""
+    for exit_layer in settings.exit_layers or ():
+        loaded.anatomy.check_exit(exit_layer)
+    if settings.draft_rows is not None:
+        check_draft_rows(settings.draft_rows, loaded.anatomy.vocabulary)
+    reached = settings.context + max(settings.draft_lengths) + 1
+    if reached > loaded.anatomy.context:
+        raise InputError(
+            f"a context of {settings.context} tokens and drafts of {max(settings.draft_lengths)} exceed the "
+            f"{loaded.anatomy.context} tokens that {loaded.name} reads.",
+            "Time the steps at a shorter --context, or ask for shorter drafts.",
+        )
 
 
 def settle_threads(loaded: Loaded, prompt: Prompt, kept: Kept) -> int:
@@ -135,7 +149,8 @@ def trace_prompts(
     from probekit.tracing.tracer import trace
 
     return trace(
-        models.loaded, prompts, folder, max_new_tokens=settings.max_new_tokens, draft_model=models.drafter,
+        models.loaded, prompts, folder, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling,
+        batch_size=settings.batch_size, draft_model=models.drafter,
         draft_vocabulary=drafting.vocabulary, exit_heads=drafting.heads, chat=settings.chat, top_prompts=3,
         resume=True, progress=progress,
     )  # fmt: skip
@@ -153,7 +168,10 @@ def odd(trace: Trace) -> Trace:
 
 def predict_rounds(trace: Trace, settings: StudySettings) -> Prediction:
     """Every round of every (exit layer, draft length), from the even prompts."""
-    return predict(even(trace), draft_lengths=settings.draft_lengths, draft_rows=settings.draft_rows)
+    return predict(
+        even(trace), settings.exit_layers, settings.draft_lengths, draft_rows=settings.draft_rows,
+        drafter=trace.manifest.drafter is not None,
+    )  # fmt: skip
 
 
 def time_the_trace(
@@ -167,7 +185,8 @@ def time_the_trace(
     def run() -> dict[str, float]:
         some = trace(
             loaded, prompts[:TIMED_PROMPTS], max_new_tokens=settings.max_new_tokens, batch_size=1,
-            statistics="agreement", draft_vocabulary=drafting.vocabulary, exit_heads=drafting.heads,
+            sampling=settings.sampling, statistics="agreement" if settings.sampling.greedy else "all",
+            draft_vocabulary=drafting.vocabulary, exit_heads=drafting.heads,
             chat=settings.chat,
             progress=lambda phase, *counts, **figures: progress(f"time the trace: {phase}", *counts, **figures),
         )  # fmt: skip
@@ -193,8 +212,8 @@ def calibrate_costs(
     measured = kept.once(
         "costs",
         lambda: measure_costs(
-            models.loaded, context=CONTEXT, draft_lengths=settings.draft_lengths, drafter=models.drafter,
-            draft_vocabulary=ids, exit_heads=drafting.heads, progress=progress,
+            models.loaded, context=settings.context, draft_lengths=settings.draft_lengths, drafter=models.drafter,
+            draft_vocabulary=ids, exit_heads=drafting.heads, sampling=settings.sampling, progress=progress,
         ).to_json(),
     )  # fmt: skip
     return Costs.from_json(measured)
@@ -212,7 +231,7 @@ def validate_choice(
 
     def run() -> dict[str, Any]:
         best = [(each.key, each.draft_length) for each in choice.ranking[:3] if each.key is not None]
-        spread = spread_cells(trace.depth, settings.draft_lengths, best)
+        spread = spread_cells(settings.exit_layers or range(1, trace.depth), settings.draft_lengths, best)
         hold = partial(
             validate, models.loaded, odd(trace), costs=choice.costs, drafter=models.drafter,
             draft_rows=settings.draft_rows, progress=progress,
@@ -227,10 +246,11 @@ def validate_choice(
 
 
 def spread_cells(
-    depth: int, draft_lengths: Sequence[int], taken: Sequence[tuple[DrafterKey, int]]
+    exit_layers: Sequence[int], draft_lengths: Sequence[int], taken: Sequence[tuple[DrafterKey, int]]
 ) -> list[tuple[int, int]]:
-    """Cells at a quarter, a half and three quarters of the depth, with the shortest and the longest draft."""
-    exits = sorted({min(depth - 1, max(1, round(depth * share))) for share in (0.25, 0.5, 0.75)})
+    """Cells at a quarter, a half and three quarters of the exits, with the shortest and the longest draft."""
+    last = len(exit_layers) - 1
+    exits = sorted({exit_layers[min(last, max(0, round((last + 2) * share) - 1))] for share in (0.25, 0.5, 0.75)})
     lengths = sorted({draft_lengths[0], draft_lengths[-1]})
     known = {(key.exit_layer, length) for key, length in taken if key.is_exit}
     return [(exit_layer, length) for exit_layer in exits for length in lengths if (exit_layer, length) not in known]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
+from probekit.models.checkpoint import check_device, check_dtype
+from probekit.models.reference import find_checkpoint
 from probekit.settings import StudySettings
 from probekit.traces.storage import atomic_text
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
@@ -31,10 +33,16 @@ class StudyPlan:
 
 
 def plan_study(settings: StudySettings, folder: str | Path) -> StudyPlan:
-    """Check everything that can be checked without a model. Raises InputError."""
+    """Check everything that can be checked without a model's weights. Raises InputError."""
     labels = [label_of(reference) for reference in settings.models]
     if len(set(labels)) < len(labels):
         raise InputError(f"two models of this study are both called {_repeated(labels)!r}.", "Study them apart.")
+    for reference in filter(None, (*settings.models, settings.draft_model)):
+        find_checkpoint(reference)
+    if settings.device is not None:
+        check_device(settings.device)
+    if settings.dtype is not None:
+        check_dtype(settings.dtype)
     prompts = load_prompts(settings.prompts, chat=settings.chat) if settings.prompts else bundled_prompts_for(labels[0])
     least = 3 if settings.learns else 2
     if len(prompts) < least:
@@ -56,7 +64,7 @@ def open_folder(plan: StudyPlan) -> None:
         raise InputError(f"{plan.folder} is a file; expected a folder for the study.")
     if marker.exists():
         before = read_object(marker, "Name another folder.")
-        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        differing = plan.settings.differences(before)
         if differing:
             raise InputError(
                 f"{plan.folder} holds a study with other settings ({', '.join(differing)}).",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from probekit.presentation.report import write_report
-from probekit.settings import Progress, StudySettings, digest, no_progress
+from probekit.settings import Progress, Sampling, StudySettings, digest, no_progress
 from probekit.study import phases
 from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
@@ -24,7 +24,11 @@ def run_study(
     *,
     prompts: str | Path | None = None,
     max_new_tokens: int = 96,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    exit_layers: Iterable[int] | None = None,
     draft_lengths: Iterable[int] = range(1, 9),
+    context: int = 128,
+    batch_size: int | None = None,
     draft_model: str | None = None,
     draft_rows: int | None = None,
     fit_heads: bool = False,
@@ -41,6 +45,9 @@ def run_study(
     folder: receives `summary.json`, `report.html`, `traces/`, `tables/`, `figures/`. An existing study with the same
         settings is resumed; one with other settings is refused.
     prompts: a prompts file; a bundled set of 24 by default.
+    sampling: how texts are chosen; greedy by default. For sampled text every count is an expectation.
+    exit_layers: that may draft; all by default. context: tokens in the cache when a step is timed.
+    batch_size: most prompts in a batch of the trace; by default from the memory at hand.
     draft_rows: exit layers draft with so many rows of the head only, those of the most frequent tokens.
     fit_heads: fit exit heads, and draft through them. They, and the frequent tokens, are learned from text that the
         model writes after every fourth prompt and its beginnings; these prompts then have no part in the rest.
@@ -56,7 +63,8 @@ def run_study(
     settings = StudySettings(
         models=tuple(models or TALES), prompts=str(prompts) if prompts else None, max_new_tokens=max_new_tokens,
         draft_lengths=tuple(sorted(set(draft_lengths))), draft_model=draft_model, draft_rows=draft_rows,
-        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype,
+        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling, context=context,
+        exit_layers=None if exit_layers is None else tuple(sorted(set(exit_layers))), batch_size=batch_size,
     )  # fmt: skip
     plan = plan_study(settings, folder)
     open_folder(plan)
@@ -66,7 +74,7 @@ def run_study(
         draw_figures(plan.folder, studies)
     summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
     write_report(plan.folder)
-    return Study(plan.folder, summary)
+    return Study(plan.folder, summary, tuple(studies))
 
 
 def study_model(plan: StudyPlan, reference: str, progress: Progress) -> ModelStudy:

@@ -59,6 +59,7 @@ class Study:
 
     folder: Path
     summary: dict[str, Any]
+    models: tuple[ModelStudy, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """A row a model: the choice, its predicted speedup with its interval, and what was measured of it."""
@@ -72,6 +73,9 @@ class Study:
                  "speedup_measured": measured.get("speedup_measured", np.nan)}
             )  # fmt: skip
         return pd.DataFrame(rows).astype({"exit_layer": "Int64", "draft_length": "Int64"})
+
+    def __repr__(self) -> str:
+        return f"Study({', '.join(model['name'] for model in self.summary['models'])} in {self.folder})"
 
     def _repr_html_(self) -> str:
         """The recommendations, the table, and the agreement of each layer as the study drew it."""

@@ -27,7 +27,10 @@ Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Which model it was: name, where it came from, and the shape that readers need. `depth` is L."""
+    """Which model it was: name, where it came from, and the shape that readers need. `depth` is L.
+
+    key_value_width: numbers of one key (or value) of one token in one layer; None where an earlier version traced.
+    """
 
     name: str
     reference: str
@@ -40,6 +43,7 @@ class ModelRecord:
     parameters: Count
     context: Count
     eos_ids: tuple[Count, ...]
+    key_value_width: Count | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.html_tables import HtmlCell, html_table
+from probekit.html_tables import HtmlCell, facts_html, html_table
+from probekit.settings import Sampling
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.manifest import Manifest, read_manifest
 from probekit.traces.residuals import Residuals, read_residuals
@@ -313,6 +313,12 @@ class Trace:
             writer.write(part, {name: frame[frame["prompt"].isin(batch)] for name, frame in frames.items()})
         return Trace.of_writer(writer)
 
+    @property
+    def sampling(self) -> Sampling:
+        """How the text was chosen; of given text, what it is taken for: a sample at temperature 1."""
+        how = self.manifest.settings.decoding
+        return Sampling(how["temperature"], int(how["top_k"]), how["top_p"], self.manifest.settings.seed)
+
     def to_pandas(self) -> pd.DataFrame:
         """One tidy table: `layers` with each row's token and each text's kind beside it."""
         keys = ["prompt", "position", "output"]
@@ -332,8 +338,7 @@ class Trace:
             "looped": f"{self.texts['looped'].mean():.0%} of the tokens repeat a run of {LOOP_TOKENS}",
             "folder": "in memory" if self.folder is None else str(self.folder),
         }
-        body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
-        return f"<table><caption>probekit trace</caption>{body}</table>{self._agreement_html()}"
+        return facts_html("probekit trace", rows) + self._agreement_html()
 
     def _agreement_html(self) -> str:
         """Agreement by layer, in one row."""
@@ -427,6 +432,21 @@ class Trace:
             int(index): flat[start:end].reshape(layers, -1)
             for index, start, end in zip(prompts, starts, ends, strict=True)
         }
+
+
+def as_trace(given: Trace | str | os.PathLike[str]) -> Trace:
+    """What public functions do with the trace that they are given: a folder is opened.
+
+    Raises InputError for anything else, and says how a trace is made.
+    """
+    if isinstance(given, Trace):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        return Trace.open(given)
+    raise InputError(
+        f"a {type(given).__name__} was given; expected a trace, or the folder of one.",
+        "Make one with probekit.trace(model, prompts).",
+    )
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -13,9 +13,7 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.lens.lens import Kind, Lens
-
-if TYPE_CHECKING:
-    from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +46,12 @@ class Inspection:
     states: list[list[Tensor]]
     lens: Lens
 
+    def __repr__(self) -> str:
+        return f"Inspection({self.loaded.name}: {len(self.states)} steps x {self.loaded.depth + 1} layers)"
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
     @torch.inference_mode()
     def exit(self, step: int, layer: int) -> Exit:
         """What `layer` says at `step`. Raises InputError for a step or layer that does not exist."""
@@ -72,12 +76,15 @@ class Inspection:
         )
 
 
-def inspect_prompt(loaded: Loaded, prompt: str, *, max_new_tokens: int = 10, lens: Kind = "final-norm") -> Inspection:
+def inspect_prompt(
+    loaded: Loaded | str | Path, prompt: str, *, max_new_tokens: int = 10, lens: Kind = "final-norm"
+) -> Inspection:
     """Continue `prompt` greedily and keep the residual stream of every step and layer.
 
     Everything is kept in memory: (prompt + max_new_tokens) x (layers + 1) x width numbers. `probekit.trace` reads
     whole corpora in bounded memory instead.
     """
+    loaded = as_loaded(loaded)
     prompt_ids = loaded.tokenizer(prompt)["input_ids"]
     with Capture(loaded.model) as capture:
         decoded = Autoregressive(loaded).decode([prompt_ids], max_new_tokens=max_new_tokens)[0]

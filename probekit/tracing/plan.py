@@ -249,4 +249,5 @@ def _record(loaded: Loaded) -> ModelRecord:
         parameters=parts.parameters,
         context=parts.context,
         eos_ids=tuple(sorted(loaded.eos_ids)),
+        key_value_width=parts.key_value_width,
     )

@@ -106,23 +106,47 @@ def bundled_prompts_for(model_name: str) -> list[Prompt]:
 def as_prompts(
     prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]], *, chat: bool = False, given: bool = False
 ) -> list[Prompt]:
-    """Prompts from Python: texts, lists of token ids, records as in a `.jsonl` file, or Prompts (indices kept)."""
-    if isinstance(prompts, str | Mapping):
-        raise InputError("prompts are a list of texts, not one text.", 'Write ["..."].')
-    made = []
+    """Prompts from Python: texts, lists of token ids, records as in a `.jsonl` file, or Prompts (indices kept).
+
+    A list of chat messages is one prompt, and so is a list of such lists as many, as in transformers' pipelines.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise InputError(f"prompts are a list of texts, not {what}.", 'Write ["..."].')
+    made, prompts = [], list(prompts)
+    if prompts and all(map(_is_message, prompts)):
+        prompts = [prompts]
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, Prompt):
             made.append(_again(prompt, chat=chat, given=given))
         elif isinstance(prompt, str | Mapping):
             record = {"prompt": prompt} if isinstance(prompt, str) else prompt
             made.append(_prompt(index, record, f"prompt {index}", chat=chat, given=given))
+        elif isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
+            made.append(_prompt(index, {"messages": list(prompt)}, f"prompt {index}", chat=chat, given=given))
         else:
-            made.append(_again(Prompt(index, ids=tuple(map(int, prompt))), chat=chat, given=given))
+            made.append(_again(Prompt(index, ids=_token_ids(prompt, index)), chat=chat, given=given))
     if not made:
         raise InputError("there is no prompt.", "Give at least one.")
     if len({prompt.index for prompt in made}) < len(made):
         raise InputError("two prompts have the same index.", "Number them apart.")
     return made
+
+
+def _is_message(record: Any) -> bool:
+    return isinstance(record, Mapping) and {"role", "content"} <= set(record)
+
+
+def _token_ids(given: Any, index: int) -> tuple[int, ...]:
+    """Token ids as a list, an array or a tensor of whole numbers, one dimension."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    whole = isinstance(listed, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in listed)
+    if not whole:
+        raise InputError(
+            f"prompt {index} is {_short(given)}; expected a text, chat messages or token ids.",
+            "A batch of token ids is a list of lists.",
+        )
+    return tuple(listed)
 
 
 def _again(prompt: Prompt, *, chat: bool, given: bool) -> Prompt:

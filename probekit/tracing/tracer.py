@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from probekit.lens.exit_heads import ExitHead, pack_heads
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.settings import Progress, Sampling, TraceSettings, no_progress
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.storage import TraceWriter
@@ -32,7 +32,7 @@ from probekit.tracing.self_check import row_noise, self_check
 
 
 def trace(
-    loaded: Loaded,
+    loaded: Loaded | str | Path,
     prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]] | None = None,
     folder: str | Path | None = None,
     *,
@@ -87,6 +87,7 @@ def trace(
         keep_residuals=tuple(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
         top_prompts=top_prompts, skip_long=skip_long,
     )  # fmt: skip
+    loaded = as_loaded(loaded)
     plan = plan_trace(
         loaded, prompts, settings, draft_model=draft_model, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
     )

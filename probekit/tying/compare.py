@@ -87,6 +87,9 @@ class Comparison:
         frame[["low", "high"]] = frame.pop("interval").tolist()
         return frame
 
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(model['model'] for model in self.models)}: {len(self.differences)} differences)"
+
     def tables(self) -> list[ComparisonTable]:
         """What `probekit compare` prints."""
         return [self._models_table(), self._layers_table(), self._differences_table(), self._factors_table()]

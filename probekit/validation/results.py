@@ -149,6 +149,10 @@ class Validation:
             "cells": [cell.to_json() for cell in self.cells],
         }
 
+    def __repr__(self) -> str:
+        held = "holds" if self.holds else "does not hold"
+        return f"Validation({self.model}: {len(self.cells)} cells, {self.text} text, {held})"
+
     def to_pandas(self) -> pd.DataFrame:
         """A row a cell; counts as `predicted_*` and `measured_*`."""
         rows = []

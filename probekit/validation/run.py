@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell
 from probekit.settings import Progress, Sampling
-from probekit.traces.trace import Trace
+from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.differences import Difference, PredictedText, apart, differences_of
 from probekit.validation.results import CellValidation, Validation
@@ -40,8 +41,8 @@ WARM_UP_TOKENS = 8
 
 
 def validate(
-    loaded: Loaded,
-    trace: Trace,
+    loaded: Loaded | str | Path,
+    trace: Trace | str | Path,
     cells: Iterable[tuple[DrafterKey | int | None, int]] | None = None,
     *,
     exit_layers: Iterable[int] | None = None,
@@ -76,6 +77,7 @@ def validate(
     ------
     InputError: for given text, for another model than the traced one, and for cells that do not exist.
     """
+    loaded, trace = as_loaded(loaded), as_trace(trace)
     _check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")

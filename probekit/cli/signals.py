@@ -1,0 +1,72 @@
+"""Ctrl-C, and a request to end: raised once as `Stopped`, which says what is kept and how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal closed (SIGHUP)"}
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. Not an Exception, so that nothing on the way takes it for a failure.
+
+    Parameters
+    ----------
+    number: of the signal.
+    kept: what is on disk, as a sentence; empty: nothing is. again: words that the same command line needs to go on.
+    """
+
+    def __init__(self, number: int, kept: str = "", again: tuple[str, ...] = ()) -> None:
+        self.number = number
+        self.kept = kept
+        self.again = again
+
+    @property
+    def said(self) -> str:
+        return _SAID[signal.Signals(self.number).name]
+
+    @property
+    def exit_status(self) -> int:
+        """As shells give it: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
+        return 128 + self.number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Signals raise `Stopped` in here, once: a second one ends the process as it would have without us.
+
+    Signals that are ignored stay ignored (a shell's background jobs, `nohup`).
+    """
+    before: dict[int, object] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        restore()
+        raise Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in _SAID:
+            number = getattr(signal, name, None)  # there is no SIGHUP on Windows
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def keeping(told: Callable[[], str], again: tuple[str, ...] = ()) -> Iterator[None]:
+    """Within it, a `Stopped` learns what is kept (`told`, asked then) and what to add to the command line to go on."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.kept, stop.again = told(), again
+        raise
