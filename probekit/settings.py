@@ -5,18 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from probekit.errors import InputError
-
-Progress = Callable[..., None]
-"""How work reports itself: called as `progress(phase, done, total, **figures)`."""
-
-
-def no_progress(*_: Any, **__: Any) -> None:
-    """For whoever does not ask."""
 
 
 def whole_number(what: str, value: Any, least: int = 1) -> int:

@@ -7,20 +7,18 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column, Table
 from rich.text import Text
@@ -78,11 +76,38 @@ def show(value: Any) -> str:
     return str(value)
 
 
+class _Count(ProgressColumn):
+    """Done and total, where they count something; a whole study has no unit."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or not float(task.total).is_integer() or task.fields.get("says") is not None:
+            return Text("")
+        return Text(f"{int(task.completed)}/{int(task.total)}", "progress.download")
+
+
+class _Left(ProgressColumn):
+    """The time left at the speed so far: never cut, whatever else has to give way."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True, min_width=len("left 0:00:00")))
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"took {_clock(task.finished_time or 0.0)}", "progress.elapsed")
+        if not task.completed or task.total is None or task.elapsed is None:
+            return Text("left -:--:--", "progress.remaining")
+        return Text(f"left {_clock(task.elapsed * (task.total / task.completed - 1))}", "progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))
+
+
 class _Figures(ProgressColumn):
     """What a phase reports of itself: tokens a second, a loss, a cell. Cut off where the window is narrow."""
 
     def __init__(self) -> None:
-        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
+        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
 
     def render(self, task: Task) -> Text:
         figures = task.fields.get("figures", {})
@@ -103,8 +128,12 @@ class Bars:
 
     def __call__(self, phase: str, done: float, total: float | None, **figures: Any) -> None:
         if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task(escape(phase), total=total, figures={})
-        self._progress.update(self._tasks[phase], completed=done, total=total, figures=figures)
+            self._tasks[phase] = self._progress.add_task(escape(phase), total=total, figures={}, says=None)
+        says = figures.pop("says", None)
+        named = phase if says is None else f"{phase}: {says}"
+        self._progress.update(
+            self._tasks[phase], description=escape(named), completed=done, total=total, figures=figures, says=says
+        )
 
 
 @contextmanager
@@ -112,15 +141,13 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
     """Bars with time left on a terminal; nothing elsewhere."""
     columns = (
         SpinnerColumn(finished_text="[green]✓[/green]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        _Figures(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+        BarColumn(bar_width=12 if err.width < 100 else 24),
+        _Count(Column(no_wrap=True)),
+        _Left(),
+        *([] if err.width < 100 else [_Figures()]),
     )
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as progress:
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, expand=True) as progress:
         yield Bars(progress)
 
 

@@ -17,7 +17,8 @@ from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.keys import check_draft_model
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
-from probekit.settings import Progress, Sampling, whole_number
+from probekit.progress import Progress, usual_progress
+from probekit.settings import Sampling, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def measure_costs(
     sampling: how tokens are chosen; greedy by default.
     policy: asked after each draft as in a decoder, which takes its time; by default none.
     repeats: sweeps over all steps; by default as many as take a few seconds.
-    progress: called as `progress(phase, done, total)`.
+    progress: called as `progress("costs", percent, 100)`.
 
     Raises
     ------
@@ -94,7 +95,7 @@ def measure_costs(
                 f"{model.name} reads."
             )
 
-    started = time.perf_counter()
+    started, report = time.perf_counter(), usual_progress(progress)
     rows = row_design(longest)
     order = random.Random(0)
     times: dict[str, list[float]] = defaultdict(list)
@@ -105,7 +106,7 @@ def measure_costs(
         for job in jobs:  # to warm up
             deque(timer.measure(job, rows[-2:]), maxlen=0)
         began = time.perf_counter()
-        sweeps, planned = 0, repeats or FEWEST
+        sweeps, planned, share = 0, repeats or FEWEST, 0.0
         while sweeps < planned:
             order.shuffle(jobs)
             for job in jobs:
@@ -114,8 +115,8 @@ def measure_costs(
             sweeps += 1
             if repeats is None:
                 planned = int(np.clip(CALIBRATION_S * sweeps / (time.perf_counter() - began), FEWEST, MOST))
-            if progress is not None:
-                progress("costs", min(sweeps, planned), planned)
+            share = max(share, min(1.0, sweeps / planned))  # the plan is made again after every sweep
+            report("costs", round(100 * share), 100)
     blank = Costs(
         source="measured",
         device=device_name(loaded.device),

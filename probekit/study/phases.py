@@ -20,7 +20,8 @@ from probekit.drafting.keys import DrafterKey
 from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
-from probekit.settings import Progress, StudySettings
+from probekit.progress import Progress
+from probekit.settings import StudySettings
 from probekit.study.kept import Kept
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
@@ -234,15 +235,21 @@ def validate_choice(
         spread = spread_cells(settings.exit_layers or range(1, trace.depth), settings.draft_lengths, best)
         hold = partial(
             validate, models.loaded, odd(trace), costs=choice.costs, drafter=models.drafter,
-            draft_rows=settings.draft_rows, progress=progress,
+            draft_rows=settings.draft_rows,
         )  # fmt: skip
-        thorough, wide = hold(best), hold(spread, limit=SPREAD_PROMPTS)
+        thorough = hold(best, progress=_called("validate the best", progress))
+        wide = hold(spread, limit=SPREAD_PROMPTS, progress=_called("validate others", progress))
         return {
             "cells": [*thorough.to_json()["cells"], *wide.to_json()["cells"]],
             "rounds": [*thorough.rounds_json(), *wide.rounds_json()],
         }
 
     return Validated(**kept.once("validation", run))
+
+
+def _called(phase: str, progress: Progress) -> Progress:
+    """The same progress under a name of its own."""
+    return lambda _, *counts, **figures: progress(phase, *counts, **figures)
 
 
 def spread_cells(

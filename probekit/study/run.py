@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from probekit.presentation.report import write_report
-from probekit.settings import Progress, Sampling, StudySettings, digest, no_progress
+from probekit.progress import STUDY, Progress, usual_progress
+from probekit.settings import Sampling, StudySettings, digest
 from probekit.study import phases
 from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
@@ -68,28 +69,63 @@ def run_study(
     )  # fmt: skip
     plan = plan_study(settings, folder)
     open_folder(plan)
-    studies = [study_model(plan, reference, progress or no_progress) for reference in settings.models]
+    overall = Overall(len(settings.models), usual_progress(progress))
+    studies = [study_model(plan, reference, overall) for reference in settings.models]
     with elapsed() as writing:
         write_tables(plan.folder, studies)
         draw_figures(plan.folder, studies)
     summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
     write_report(plan.folder)
+    overall.end()
     return Study(plan.folder, summary, tuple(studies))
 
 
-def study_model(plan: StudyPlan, reference: str, progress: Progress) -> ModelStudy:
+class Overall:
+    """How far the whole study is: phases that are done, weighed by the share of the time that they usually take."""
+
+    SHARES: Mapping[str, float] = {
+        "load_model": 1, "settle_threads": 3, "learn_drafting": 1, "trace_prompts": 9, "predict_rounds": 1,
+        "time_the_trace": 3, "calibrate_costs": 8, "choose_pair": 1, "validate_choice": 70,
+    }  # fmt: skip
+    WRITING = 8.0  # of tables, figures and report, for each model
+
+    def __init__(self, models: int, progress: Progress) -> None:
+        self.progress = progress
+        self._models, self._model, self._done = models, 0, 0.0
+        self._total = models * (sum(self.SHARES.values()) + self.WRITING)
+
+    def begin_model(self) -> None:
+        self._model += 1
+
+    def begin(self, phase: str) -> None:
+        place = list(self.SHARES).index(phase) + 1
+        what = f"model {self._model} of {self._models}, phase {place} of {len(self.SHARES)}"
+        self.progress(STUDY, self._done, self._total, says=what)
+
+    def done(self, phase: str) -> None:
+        self._done += self.SHARES[phase]
+
+    def end(self) -> None:
+        self.progress(STUDY, self._total, self._total, says="report written")
+
+
+def study_model(plan: StudyPlan, reference: str, overall: Overall) -> ModelStudy:
     """One model through all phases; each takes what earlier ones made. The model is freed at the end."""
     settings, folder, name = plan.settings, plan.folder, label_of(reference)
     seconds: dict[str, float] = {}
 
     def run(phase: Callable[..., Made], *artefacts: Any) -> Made:
+        overall.begin(phase.__name__)
         with elapsed() as spent:
             made = phase(*artefacts)
         seconds[phase.__name__] = spent.seconds
+        overall.done(phase.__name__)
         return made
 
     def say(phase: str, *counts: Any, **figures: Any) -> None:
-        progress(f"{name}: {phase}", *counts, **figures)
+        overall.progress(f"{name}: {phase}", *counts, **figures)
+
+    overall.begin_model()
 
     with phases.own_threads():
         models = run(phases.load_model, settings, reference, say)

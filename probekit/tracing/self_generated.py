@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.models.loaded import Loaded
-from probekit.settings import Progress
+from probekit.progress import Progress
 from probekit.tracing.prompts import Prompt, encode
 
 QUARTERS = 4

@@ -17,7 +17,8 @@ import torch
 
 from probekit.lens.exit_heads import ExitHead, pack_heads
 from probekit.models.loaded import Loaded, as_loaded
-from probekit.settings import Progress, Sampling, TraceSettings, no_progress
+from probekit.progress import Progress, usual_progress
+from probekit.settings import Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.storage import TraceWriter
 from probekit.traces.trace import Trace
@@ -94,7 +95,7 @@ def trace(
     packed = None if plan.heads is None else pack_heads(plan.heads)
     writer = TraceWriter(folder, plan.manifest, resume=resume, exit_heads=packed)
     if writer.pending:
-        run = TraceRun(plan, writer, open_backend(backend, loaded), progress or no_progress)
+        run = TraceRun(plan, writer, open_backend(backend, loaded), usual_progress(progress))
         with torch.inference_mode():
             run.check_model()
             for part in writer.pending:

@@ -31,7 +31,8 @@ from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell
-from probekit.settings import Progress, Sampling
+from probekit.progress import Progress, usual_progress
+from probekit.settings import Sampling
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.differences import Difference, PredictedText, apart, differences_of
@@ -223,7 +224,7 @@ def _decode(
     for method in methods:  # the first passes of a process are slow
         method.decode(prompts[:1], max_new_tokens=min(budget, WARM_UP_TOKENS))
     found: list[list[list[Decoded]]] = [[[] for _ in prompts] for _ in methods]
-    done, total = 0, repeats * len(prompts) * len(methods)
+    done, total, report = 0, repeats * len(prompts) * len(methods), usual_progress(progress)
     for repeat in range(repeats):
         # other random numbers than the trace's, and others each time: the decoder's texts are its own
         seed = manifest.settings.seed if greedy else manifest.settings.seed + 1 + repeat
@@ -235,8 +236,7 @@ def _decode(
                     [ids], max_new_tokens=budget, sampling=sampling, indices=[trace.prompts[place]]
                 )
                 done += 1
-                if progress is not None:
-                    progress("validate", done, total)
+                report("validate", done, total)
     return found
 
 
