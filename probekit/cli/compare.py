@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, print_table
+from probekit.cli.terminal import out, print_json, print_table
 
 
 def compare(
@@ -26,5 +27,7 @@ def compare(
     if as_json:
         print_json(comparison.to_json())
         return
+    for verdict in comparison.verdicts():
+        out.print(Text(verdict))
     for table in comparison.tables():
         print_table(table.title, table.columns, table.rows, table.footnote)

@@ -70,6 +70,8 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, float) for part in value):
+        if any(map(math.isnan, value)):
+            return "-"
         return f"[{value[0]:.2f}, {value[1]:.2f}]"
     if isinstance(value, (list, tuple)):
         return " ".join(show(part) for part in value)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "probekit/compare/1"
 DRAFT_LENGTH = 4
+_DRAFTS_WELL = "tokens per round"  # the quantity by which drafting is judged
+_WEIGHTS = {"data", "data (not known)", "training (not known)"}  # factors that two checkpoints of one model differ in
 DEPTHS = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}
 """Exits that are compared, as shares of the depth: models of different depth have no exit layer in common."""
 
@@ -64,6 +66,7 @@ class Comparison:
     layers: one dict for each model and layer: shares of the four classes, echo, kl, with intervals.
     differences: one dict for each pair and quantity: one minus other, interval, `paired`, `clear` (the interval leaves
         out 0), `factor`.
+        With fewer than two prompts there is no interval: None.
     factors: one dict for each pair: what the two models differ in, and whether the cause can be told.
     """
 
@@ -79,12 +82,41 @@ class Comparison:
             "layers": self.layers,
             "differences": self.differences,
             "factors": self.factors,
+            "verdicts": self.verdicts(),
         }
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each pair: which model's early layers draft better, and how much of it is clear."""
+        return [self._verdict(row["one"], row["other"]) for row in self.factors]
+
+    def _verdict(self, one: str, other: str) -> str:
+        rows = [row for row in self.differences if (row["one"], row["other"]) == (one, other)]
+        clear = sum(row["clear"] for row in rows)
+        drafting = [row for row in rows if row["quantity"].startswith(_DRAFTS_WELL) and row["clear"]]
+        if not drafting:
+            return (
+                f"{one} and {other}: no clear difference in how their early layers draft ({clear} of {len(rows)} "
+                "compared quantities differ clearly)."
+            )
+        most = max(drafting, key=lambda row: abs(row["difference"]))
+        better, worse = (one, other) if most["difference"] > 0 else (other, one)
+        values = sorted((most["one_value"], most["other_value"]), reverse=True)
+        mixed = any((row["difference"] > 0) != (most["difference"] > 0) for row in drafting)
+        return (
+            f"{better} drafts better than {worse}{', though not from every depth' if mixed else ''}: "
+            f"{most['quantity']}, {values[0]:.2f} instead of {values[1]:.2f} ({clear} of {len(rows)} compared "
+            "quantities differ clearly)."
+        )
+
+    @property
+    def _explained(self) -> bool:
+        """Whether there is anything to say of causes: two checkpoints of one shape differ in their weights alone."""
+        return any(set(row["differ"]) - _WEIGHTS for row in self.factors)
 
     def to_pandas(self) -> pd.DataFrame:
         """The differences, a row each; intervals as `low` and `high`."""
         frame = pd.DataFrame(self.differences)
-        frame[["low", "high"]] = frame.pop("interval").tolist()
+        frame[["low", "high"]] = [pair or (np.nan, np.nan) for pair in frame.pop("interval")]
         return frame
 
     def __repr__(self) -> str:
@@ -92,10 +124,11 @@ class Comparison:
 
     def tables(self) -> list[ComparisonTable]:
         """What `probekit compare` prints."""
-        return [self._models_table(), self._layers_table(), self._differences_table(), self._factors_table()]
+        factors = [self._factors_table()] if self._explained else []
+        return [self._models_table(), self._layers_table(), self._differences_table(), *factors]
 
     def _repr_html_(self) -> str:
-        parts = []
+        parts = [f"<p>{escape(verdict)}</p>" for verdict in self.verdicts()]
         for table in self.tables():
             frame = pd.DataFrame(table.rows, columns=table.columns)
             parts.append(f"<h4>{escape(table.title)}</h4>{frame.to_html(index=False, float_format='{:.3f}'.format)}")
@@ -142,17 +175,17 @@ class Comparison:
         )
 
     def _differences_table(self) -> ComparisonTable:
-        columns = ["quantity", "one", "other", "one's", "other's", "difference", "95 %", "clear", "paired", "factor"]
+        columns = ["quantity", "one", "other", "one's", "other's", "difference", "95 %", "clear", "paired"]
         rows = [
             [
                 row["quantity"], row["one"], row["other"], row["one_value"], row["other_value"], row["difference"],
-                row["interval"], row["clear"], row["paired"], row["factor"],
+                row["interval"], row["clear"], row["paired"], *([row["factor"]] if self._explained else []),
             ]
             for row in self.differences
         ]  # fmt: skip
         return ComparisonTable(
             "differences",
-            columns,
+            [*columns, *(["factor"] if self._explained else [])],
             rows,
             "one minus other; bootstrap over prompts, the same ones drawn for both where they share them (paired). "
             f"clear: the interval leaves out 0. Acceptance rates are for drafts of {DRAFT_LENGTH} tokens. The interval "
@@ -247,7 +280,7 @@ def _difference(one: _Measured, other: _Measured, paired: bool) -> dict[str, Any
         "one_value": mine,
         "other_value": theirs,
         "difference": mine - theirs,
-        "interval": [low, high],
+        "interval": None if np.isnan(low) else [low, high],
         "clear": bool(low > 0 or high < 0),
         "paired": paired,
     }
@@ -298,7 +331,7 @@ def _model_row(run: str, trace: Trace, recipe: Recipe) -> dict[str, Any]:
 
 
 def _with_interval(name: str, figure: Estimate) -> dict[str, Any]:
-    return {name: figure.value, f"{name}_interval": [figure.low, figure.high]}
+    return {name: figure.value, f"{name}_interval": None if np.isnan(figure.low) else [figure.low, figure.high]}
 
 
 def _layer_rows(run: str, trace: Trace) -> list[dict[str, Any]]:
@@ -315,7 +348,7 @@ def _layer_rows(run: str, trace: Trace) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"run": run, "model": trace.manifest.model.name, "layer": layer}
         for name, (values, low, high) in columns.items():
             key = name.replace(" ", "_")
-            row |= {key: float(values[layer]), f"{key}_interval": [float(low[layer]), float(high[layer])]}
+            row |= _with_interval(key, Estimate(float(values[layer]), float(low[layer]), float(high[layer])))
         rows.append(row)
     return rows
 
