@@ -75,11 +75,6 @@ class TraceSettings:
             _at_least_one("prompts in a batch", self.batch_size)
         if self.statistics not in ("all", "agreement"):
             raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
-        if self.statistics == "agreement" and self.text == "sampled":
-            raise InputError(
-                "agreement is what greedy drafts need; predictions for sampled text need all statistics.",
-                "Leave the temperature out, or ask for all statistics.",
-            )
         if self.given and not self.sampling.greedy:
             raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
 

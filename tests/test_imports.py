@@ -18,9 +18,9 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training", "traces",
-    "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "tying", "presentation", "study",
-    "cli",
+    "moved", "errors", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
+    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "tying", "presentation",
+    "study", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
@@ -59,8 +59,8 @@ ROWS = {
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
-    "probekit", "probekit.errors", "probekit.settings", "probekit.foreign", "probekit.tracing.prompts",
-    "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit", "probekit.errors", "probekit.progress", "probekit.settings", "probekit.foreign",
+    "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.

@@ -144,7 +144,7 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
     columns = (
         SpinnerColumn(finished_text="[green]✓[/green]"),
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
-        BarColumn(bar_width=12 if err.width < 100 else 24),
+        *([] if err.width < 60 else [BarColumn(bar_width=12 if err.width < 100 else 24)]),
         _Count(Column(no_wrap=True)),
         _Left(),
         *([] if err.width < 100 else [_Figures()]),

@@ -10,6 +10,7 @@ import typer
 from probekit.cli import options
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars
+from probekit.errors import InputError
 
 
 def trace(
@@ -49,6 +50,12 @@ def trace(
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if statistics == "agreement" and (given or not sampling.greedy):
+        raise InputError(
+            "a run of agreement only answers for greedy text, and this one would be "
+            f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
+            "Leave out --statistics agreement.",
+        )
     layers = options.integers(keep_residuals, "--keep-residuals") or ()
     given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
     loaded = load(model, device=device, dtype=dtype)

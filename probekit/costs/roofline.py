@@ -71,7 +71,14 @@ class Dimensions:
         record = source.manifest.model if hasattr(source, "manifest") else source
         table = record.vocabulary * record.width
         layers = record.parameters - table * (1 if record.tied else 2) - record.width
-        return cls(record.name, record.depth, layers // record.depth, table, record.vocabulary, record.key_value_width)
+        return cls(
+            record.name,
+            record.depth,
+            layers // record.depth,
+            table,
+            record.vocabulary,
+            getattr(record, "key_value_width", None),
+        )
 
 
 def roofline_costs(

@@ -113,10 +113,10 @@ def as_prompts(
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
         raise InputError(f"prompts are a list of texts, not {what}.", 'Write ["..."].')
-    made, prompts = [], list(prompts)
-    if prompts and all(map(_is_message, prompts)):
-        prompts = [prompts]
-    for index, prompt in enumerate(prompts):
+    made, listed = list[Prompt](), list[Any](prompts)
+    if listed and all(map(_is_message, listed)):
+        listed = [listed]
+    for index, prompt in enumerate(listed):
         if isinstance(prompt, Prompt):
             made.append(_again(prompt, chat=chat, given=given))
         elif isinstance(prompt, str | Mapping):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import SCHEMA, choose, decoding_seconds, speedups
-from probekit.choice.export import export_choice, transformers_settings
+from probekit.choice.export import Pretrained, export_choice, transformers_settings
 from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.drafting.drafters import DraftModel, ExitLayer
 from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell, Prediction
+from probekit.settings import Sampling
 
 
 def linear_costs(depth: int = 6, longest: int = 8, layer: float = 1.0, head: float = 0.5, drafter: str | None = None):
@@ -32,25 +34,26 @@ def linear_costs(depth: int = 6, longest: int = 8, layer: float = 1.0, head: flo
     )  # fmt: skip
 
 
-def one_cell(exit_layer=1, rounds=((0, 0, 2), (1, 0, 1)), tokens=(6, 4), drafter="self") -> Prediction:
-    """Two prompts at K = 2; rounds with 0, 1, 2 drafts of each."""
+def one_cell(exit_layer=1, rounds=((0, 0, 2), (1, 0, 1)), tokens=(6, 4), drafter="self", copies=1) -> Prediction:
+    """Two prompts at K = 2, each `copies` times; rounds with 0, 1, 2 drafts of each."""
     cell = Cell(
         ExitLayer(exit_layer) if drafter == "self" else DraftModel(drafter), draft_length=2,
-        tokens_of_prompt=np.array(tokens),
-        rounds_by_drafted=np.array(rounds), accepted_at=np.array([[2, 2], [1, 1]]),
-        rejections_of_prompt=np.array([0, 0]),
+        tokens_of_prompt=np.array(tokens * copies),
+        rounds_by_drafted=np.array(rounds * copies), accepted_at=np.array([[2, 2], [1, 1]] * copies),
+        rejections_of_prompt=np.array([0, 0] * copies),
     )  # fmt: skip
     decoding = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    return Prediction("toy", "greedy", decoding, "prefill", 7, True, (0, 1), (cell,))
+    return Prediction("toy", "greedy", decoding, "prefill", 7, True, tuple(range(2 * copies)), (cell,))
 
 
 def test_a_speedup_by_hand():
     """Exit 1 of 6: 3 rounds of two drafts at 3 x 1 + 2 x .5 + 5.5 = 9.5, one plain step of 6.5; 10 tokens at 6.5."""
-    choice = choose(one_cell(), linear_costs())
+    assert choose(one_cell(), linear_costs()).interval is None  # of two prompts nobody can say
+    choice = choose(one_cell(copies=2), linear_costs())
     assert choice.speedup == pytest.approx(10 * 6.5 / (3 * 9.5 + 6.5))
     assert (choice.method, choice.exit_layer, choice.draft_length, choice.speculate) == ("self-speculative", 1, 2, True)
     single = [6 * 6.5 / (2 * 9.5), 4 * 6.5 / (9.5 + 6.5)]
-    assert choice.interval == (pytest.approx(min(single)), pytest.approx(max(single)))  # two prompts: one or the other
+    assert choice.interval == (pytest.approx(min(single)), pytest.approx(max(single)))  # four prompts of two kinds
     assert choice.runners_up == ()
     assert speedups(one_cell().cells, linear_costs()) == [pytest.approx(choice.speedup)]
 
@@ -124,11 +127,14 @@ def test_json_has_the_contract_keys():
 
 
 def test_the_sentence_says_what_and_how_sure():
-    sentence = choose(one_cell(), linear_costs()).sentence()
+    sentence = choose(one_cell(copies=2), linear_costs()).sentence()
+    assert sentence.endswith("From 4 prompts only: take at least 8.")
+    assert not choose(one_cell(copies=4), linear_costs()).few_prompts
+    assert "From" not in choose(one_cell(copies=4), linear_costs()).sentence()
     assert sentence.startswith("toy: draft with the first layer (exit layer 1), 2 tokens at a time; ")
     assert "1.86x [1.62, 2.05]" in sentence
     assert "on cpu in float32 (measured costs, context 64)" in sentence
-    unsure = one_cell(rounds=((0, 0, 2), (0, 0, 3)))  # the first prompt loses, the second gains
+    unsure = one_cell(rounds=((0, 0, 2), (0, 0, 3)), copies=2)  # the first prompt loses, the second gains
     assert "may gain nothing" in choose(unsure, linear_costs()).sentence()
 
 
@@ -189,6 +195,22 @@ def test_export_of_two_models_and_of_none(tmp_path):
     compile(readme.split("```python\n")[1].split("```")[0], "snippet", "exec")
     none = choose(prediction, linear_costs())
     assert "without an assistant" in (export_choice(none, tmp_path / "none") / "README.md").read_text()
+
+
+def test_an_export_of_sampled_text_samples(tmp_path):
+    prediction = replace(one_cell(), text="sampled", decoding={"temperature": 0.7, "top_k": 40, "top_p": 0.9})
+    choice = choose(prediction, linear_costs())
+    here = Pretrained(repr("/models/a b"))
+    readme = (export_choice(choice, tmp_path / "sampled", here) / "README.md").read_text()
+    for words in ("do_sample=True, temperature=0.7, top_k=40, top_p=0.9", "from_pretrained('/models/a b')",
+                  "in no single one", "speed was not measured"):  # fmt: skip
+        assert words in readme
+    settings = json.loads((tmp_path / "sampled" / "settings.json").read_text())
+    assert settings["generate"] == {
+        "assistant_early_exit": 1, "do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9,
+    }  # fmt: skip
+    compile(readme.split("```python\n")[1].split("```")[0], "snippet", "exec")
+    assert choice.sampling == Sampling(0.7, 40, 0.9)
 
 
 def test_export_keeps_off_other_folders(tmp_path):

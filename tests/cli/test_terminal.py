@@ -135,9 +135,23 @@ def progress(monkeypatch, width: int, is_terminal: bool, quiet: bool = False) ->
 def test_progress_has_time_left_and_keeps_to_a_line(monkeypatch):
     drawn = progress(monkeypatch, 80, True)
     last = drawn.replace("\r", "\n").strip().splitlines()[-1]
-    for words in ("reading [layers]", "2/2", "left 0:00:00", "tokens"):
+    for words in ("reading [layers]", "2/2", "took 0:00:0"):
         assert words in last
     assert "tokens per second 54.2" in progress(monkeypatch, 120, True)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_the_time_left_is_never_cut(monkeypatch, width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
+    monkeypatch.setattr(terminal, "err", console)
+    with terminal.progress_bars(False) as bars:
+        bars("study", 3.5, 100.5, says="model 1 of 3, phase 3 of 9")
+        bars("tales-layerskip: time the trace: continuing prompts", 1, 24, tokens_per_second=53.6, loss=3.25)
+    drawn = ESCAPES.sub("", written(console)).replace("\r", "\n").strip().splitlines()
+    for line in drawn[-2:]:
+        assert re.search(r"left \d:\d\d:\d\d", line), line
+        assert len(line.rstrip()) <= width
+    assert "model 1" in drawn[-2]
 
 
 @pytest.mark.parametrize(("is_terminal", "quiet"), [(False, False), (True, True)])

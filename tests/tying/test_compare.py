@@ -45,7 +45,7 @@ def test_the_document():
     comparison = compare_traces([fabricate(prompts=3), fabricate(prompts=3, seed=1)])
     document = comparison.to_json()
     assert document["schema"] == "probekit/compare/1"
-    assert set(document) == {"schema", "models", "layers", "differences", "factors"}
+    assert set(document) == {"schema", "models", "layers", "differences", "factors", "verdicts"}
     assert len(document["layers"]) == 2 * 7
     json.dumps(document, allow_nan=False)
     for table in comparison.tables():

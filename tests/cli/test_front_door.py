@@ -1,0 +1,338 @@
+"""What a newcomer does in the first hour: each stop that was found, as a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import probekit
+from probekit.cli.app import run
+from probekit.errors import InputError
+
+HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(probekit.__file__).parents[1])}
+
+
+def probekit_process(*words: object, **options) -> subprocess.Popen:
+    """A real process of its own, in which a Ctrl-C is a Ctrl-C (a test runner's children may ignore it)."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from probekit.cli import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], env=HERE, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def fails(capsys, *words: object) -> str:
+    assert run([*map(str, words)]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("abc\ndefg\nhij\nk\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampled_run(tiny_folder, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sampled"
+    assert run(["trace", str(tiny_folder), "--prompts", str(prompts), "-o", str(folder), "--max-new-tokens", "8",
+                "--temperature", "0.7", "--top-p", "0.9", "--device", "cpu", "--quiet"]) == 0  # fmt: skip
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ the command itself
+def test_the_version_and_the_help(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"probekit {probekit.__version__}"
+    assert run([]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "Usage: probekit" in said.out
+    assert "study" in said.out
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "probekit", "--version"], env=HERE, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("probekit ")
+
+
+def test_wrong_use_names_the_help_of_the_command(capsys):
+    assert fails(capsys, "trace").endswith("Try `probekit trace --help`.")
+    assert fails(capsys, "trace", "--no-such-option").endswith("Try `probekit trace --help`.")
+    assert fails(capsys, "no-such-command").endswith("Try `probekit --help`.")
+
+
+@pytest.mark.parametrize("flag", ["-v", "--debug"])
+def test_debug_shows_where_it_came_from(capsys, flag):
+    assert run(["predict", "nowhere", flag]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.strip().splitlines()[-1].startswith("probekit predict: there is no run folder nowhere")
+
+
+def test_a_fault_of_our_own_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr("probekit.models.reference.bundled_models", lambda: 1 / 0)
+    assert run(["models"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "ZeroDivisionError" in line
+    assert "--debug" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "probekit", "models"], env=HERE, stdout=full,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip() == "probekit models: No space left on device."
+
+
+def test_a_reader_that_is_gone_is_no_error():
+    done = subprocess.run(
+        f"'{sys.executable}' -m probekit models --json | head -c 1",
+        shell=True,
+        env=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------ signals
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "asked to end")]
+)
+def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, said):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n" * 400)
+    out = tmp_path / "a run"
+    words = ["trace", "tales-tied", "--prompts", prompts, "-o", out, "--batch-size", "2", "--max-new-tokens", "4"]
+    process = probekit_process(*words)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("layers-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, line = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert printed == ""
+    [line] = line.strip().splitlines()
+    assert line.startswith(f"probekit trace: {said}")
+    assert "of 400 prompts are kept in" in line
+    assert line.endswith("4 --resume")
+    assert f"'{out}'" in line  # a name with a space is quoted
+    assert len(list(out.glob("*.unfinished"))) <= 1
+
+
+def test_a_signal_in_json(tmp_path):
+    process = probekit_process("study", "tales-tied", "-o", tmp_path / "study", "--json")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "study" / "study.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, line = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert line == ""
+    document = json.loads(printed)
+    assert document["schema"] == "probekit/study/1"
+    assert document["hint"].startswith("Go on with: probekit study tales-tied -o ")
+
+
+def test_a_signal_while_it_starts():
+    """Also in the imports: never a traceback."""
+    for wait in (0.2, 0.6, 1.2):
+        process = probekit_process("inspect", "tales-tied")
+        time.sleep(wait)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (0, 143, -signal.SIGTERM)
+        assert "Traceback" not in said
+
+
+# ------------------------------------------------------------------------------------------ no wasted runs
+def test_what_predict_would_refuse_is_refused_before_the_trace(capsys, tiny_folder, prompts, tmp_path):
+    words = ["trace", tiny_folder, "--prompts", prompts, "-o", tmp_path / "run", "--statistics", "agreement"]
+    assert "predict" in fails(capsys, *words, "--temperature", "0.7")
+    assert "predict" in fails(capsys, *words, "--given")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(capsys, sampled_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("probekit.costs.measure.measure_costs", lambda *_, **__: pytest.fail("timed before it looked"))
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "holds other files" in fails(capsys, "choose", sampled_run, "--export", tmp_path)
+    assert "no folder" in fails(capsys, "lens", "tales-tied", "Once", "--html", tmp_path / "no" / "x.html")
+    assert "no file" in fails(capsys, "lens", "tales-tied", "Once", "--html", tmp_path)
+    assert "there is no model" in fails(capsys, "study", "tales-tied", "no/where/at/all", "-o", tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("given", ["1-99999999999999", "9223372036854775807", "1-1000000", "0-" + "9" * 400])
+def test_numbers_are_bounded_before_they_are_expanded(capsys, sampled_run, given):
+    for option in ("--exit-layers", "--draft-lengths"):
+        assert "make sense here" in fails(capsys, "predict", sampled_run, option, given)
+
+
+# ------------------------------------------------------------------------------------------ from Python
+def test_python_takes_what_people_give(tiny_folder, sampled_run):
+    model = probekit.load(tiny_folder, device="cpu")
+    by_name = probekit.trace(str(tiny_folder), ["abc", "de"], max_new_tokens=4)
+    assert by_name.manifest.model.weights_hash == model.weights_hash
+    assert probekit.predict(sampled_run).text == "sampled"
+    costs = probekit.measure_costs(model, 16, draft_lengths=[1, 2], repeats=1)
+    assert probekit.choose(by_name, costs).prompts == 2
+    assert (
+        probekit.decode(tiny_folder, "abc", max_new_tokens=3).tokens
+        == probekit.decode(model, "abc", max_new_tokens=3).tokens
+    )
+    assert probekit.validate(model, sampled_run, [(2, 2)], limit=1, costs=costs).text == "sampled"
+    assert probekit.inspect_prompt(tiny_folder, "abc", max_new_tokens=2).loaded.name == model.name
+
+
+def test_python_says_what_it_takes(tiny_folder):
+    loaded = probekit.load(tiny_folder, device="cpu")
+    bare = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    doors = (
+        probekit.load, probekit.trace, lambda model: probekit.decode(model, "abc"), probekit.measure_costs,
+        lambda model: probekit.inspect_prompt(model, "abc"), lambda model: probekit.validate(model, "nowhere"),
+    )  # fmt: skip
+    for door in doors:
+        with pytest.raises(InputError, match=r"probekit\.wrap"):
+            door(bare)
+        with pytest.raises(InputError, match="is no model"):
+            door(5)
+    for wrong in (loaded, 5, None):
+        with pytest.raises(InputError, match=r"probekit\.trace"):
+            probekit.predict(wrong)
+        with pytest.raises(InputError, match=r"probekit\.measure_costs"):
+            probekit.choose(wrong, wrong)
+    with pytest.raises(InputError, match="name a folder"):
+        probekit.trace(loaded, ["abc"], max_new_tokens=2, keep_residuals=[1])
+    for wrong in ([3.5], [["a", 5]], [None], [5], 5, "abc", [[]]):
+        with pytest.raises(InputError):
+            probekit.trace(loaded, wrong, max_new_tokens=2)
+
+
+def test_chat_messages_are_prompts(tiny_folder):
+    loaded = probekit.load(tiny_folder, device="cpu")
+    loaded.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    one = [{"role": "user", "content": "abc"}]
+    assert len(probekit.trace(loaded, one, max_new_tokens=2)) == 1
+    several = probekit.trace(loaded, [one, [*one, {"role": "assistant", "content": "de"}]], max_new_tokens=2)
+    assert len(several) == 2
+
+
+def test_the_public_names_and_nothing_else():
+    assert dir(probekit) == sorted(probekit.__all__)
+    assert all(not name.startswith("_") and getattr(probekit, name) is not None for name in dir(probekit))
+    assert probekit.look_inside is probekit.inspect_prompt  # an old name still works, and is not shown
+
+
+def test_reprs_are_short_and_every_result_shows_itself(tiny_folder, sampled_run):
+    model = probekit.load(tiny_folder, device="cpu")
+    trace = probekit.Trace.open(sampled_run)
+    prediction = probekit.predict(trace)
+    costs = probekit.measure_costs(model, 16, draft_lengths=[1, 2], repeats=1)
+    from probekit.tying.compare import compare_traces
+
+    results = [
+        model, trace, prediction, costs, probekit.choose(prediction, costs),
+        probekit.validate(model, trace, [(2, 2)], limit=1, costs=costs),
+        probekit.decode(model, "abc", max_new_tokens=40), probekit.inspect_prompt(model, "abc", max_new_tokens=3),
+        compare_traces([trace, trace]),
+    ]  # fmt: skip
+    for result in results:
+        assert len(repr(result)) <= 2000
+        assert repr(result).startswith(type(result).__name__)
+        assert "<t" in result._repr_html_() or "<p" in result._repr_html_()
+    assert len(repr(prediction.cells[0])) < 200
+
+
+# ------------------------------------------------------------------------------------------ settings
+def test_the_lens_of_a_prompt_alone(capsys, tiny_folder):
+    assert run(["lens", str(tiny_folder), "abc", "--max-new-tokens", "0", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert run(["lens", str(tiny_folder), "abc", "--max-new-tokens", "3", "--json"]) == 0
+    longer = json.loads(capsys.readouterr().out)
+    count = len(alone["positions"])
+    inputs = [[place["input"] for place in found["positions"]] for found in (alone, longer)]
+    assert inputs[0] == inputs[1][:count]
+    assert len(longer["positions"]) == count + 2
+    assert "0 or more" in fails(capsys, "lens", tiny_folder, "abc", "--max-new-tokens", "-1")
+
+
+def test_a_config_file_and_back(capsys, tmp_path):
+    file = tmp_path / "study.toml"
+    file.write_text('models = ["tales-tied"]\nmax-new-tokens = 16\nexit_layers = [2, 3]\ntop_p = 0.9\n')
+    assert run(["study", "--config", str(file), "--print-config", "--max-new-tokens", "8"]) == 0
+    printed = capsys.readouterr().out
+    found = tomllib.loads(printed)
+    assert found["models"] == ["tales-tied"]
+    assert (found["max-new-tokens"], found["exit-layers"], found["top-p"]) == (8, "2,3", 0.9)
+    file.write_text(printed)  # what it prints, it takes
+    assert run(["study", "--config", str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("no-such = 1", "no-such"), ("top-p = [1, 'x']", "top-p"), ("= 1", "TOML"), ("seed = 'x'", "seed"),
+     ("max-new-tokens = {a = 1}", "max-new-tokens")],
+)  # fmt: skip
+def test_a_wrong_config_file_is_named(capsys, tmp_path, text, said):
+    file = tmp_path / "study.toml"
+    file.write_text(text)
+    assert said in fails(capsys, "study", "--config", file, "--print-config")
+    assert "cannot be read" in fails(capsys, "study", "--config", tmp_path / "none.toml", "--print-config")
+
+
+def test_a_roofline_is_that_of_a_server(capsys, tiny_folder, prompts, tmp_path):
+    assert run(["trace", str(tiny_folder), "--prompts", str(prompts), "-o", str(tmp_path / "run"), "--device", "cpu",
+                "--max-new-tokens", "8", "--quiet"]) == 0  # fmt: skip
+    assert run(["choose", str(tmp_path / "run"), "--costs", "roofline", "--device", "h100", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert (costs["dtype"], costs["context"], costs["device"]) == ("bfloat16", 1024, "h100")
+
+
+def test_a_study_of_sampled_text_from_end_to_end(capsys, tiny_folder, prompts, tmp_path):
+    words = ["study", tiny_folder, "-o", tmp_path / "study", "--prompts", prompts, "--max-new-tokens", 6,
+             "--temperature", "0.8", "--exit-layers", "2,3", "--draft-lengths", "1,2", "--context", 16,
+             "--batch-size", 2, "--export", tmp_path / "chosen", "--device", "cpu", "--json"]  # fmt: skip
+    assert run(list(map(str, words))) == 0
+    summary = json.loads(capsys.readouterr().out)
+    [model] = summary["models"]
+    assert model["choice"]["text"] == "sampled"
+    assert model["choice"]["few_prompts"] is True
+    assert model["choice"]["interval"] is None or model["choice"]["speculate"] is False
+    assert {cell["exit_layer"] for cell in model["validation"]["cells"]} <= {2, 3}
+    assert model["choice"]["costs"]["context"] == 16
+    assert (tmp_path / "chosen" / model["name"] / "README.md").is_file()
+    assert "From 2 prompts only" in model["sentence"]
+    # `choose` of the study says what it chose
+    assert run(["choose", str(tmp_path / "study")]) == 0
+    assert model["sentence"].split(":")[0] in capsys.readouterr().out
+    assert "one of its runs" in fails(capsys, "choose", tmp_path / "study", "--export", tmp_path / "x")
+    # other settings are named; the same ones resume
+    assert "sampling" in fails(capsys, *words[:-1], "--seed", "5")
+
+
+def test_a_comparison_says_which_drafts_better(capsys, sampled_run):
+    assert run(["compare", str(sampled_run), str(sampled_run)]) == 0
+    said = capsys.readouterr().out
+    assert "no clear difference" in said
+    assert "which factor" not in said
+    assert "nan" not in said
