@@ -51,7 +51,8 @@ ROWS = {
     "validation": ("differences", "results", "transformers", "run"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
-        "tokens", "plots", "latex", "tables", "previews", "study_folder", "report_data", "report_text", "report",
+        "tokens", "plots", "latex", "tables", "previews", "study_folder", "next_steps", "report_data", "report_text",
+        "report",
     ),
     "presentation.plots": ("glyphs", "style", "lens", "layers", "grids", "rounds"),
     "study": ("plan", "kept", "phases", "summary", "run"),

@@ -57,6 +57,7 @@ def write_report(study_folder: str | Path) -> Path:
         standfirst=standfirst(study),
         data=data,
         study=study_view(study),
+        stills=_stills(study.folder / "figures"),
         heads_note=_heads_note([study.trace(model) for model in study.models]),
     )
     path = study.folder / "report.html"
@@ -74,6 +75,7 @@ def write_lens_page(trace: Trace, path: str | Path) -> Path:
         standfirst=f"{trace.depth} layers, {trace.manifest.settings.text} text.",
         data={"models": models},
         study=None,
+        stills={},
         heads_note=_heads_note([trace]),
     )
     path = Path(path)
@@ -87,7 +89,32 @@ def _heads_note(traces: Sequence[Trace]) -> str:
     return f"The final-norm lens of {listed(names)} is read through exit heads; the raw lens is not." if names else ""
 
 
-def _page(title: str, standfirst: str, data: dict[str, Any], study: dict[str, Any] | None, heads_note: str) -> str:
+STILLS = {
+    "agreement": "agreement with the model by layer, a line for each model",
+    "speedup": "predicted speedup over exit layer and draft length, a panel for each model",
+    "predicted_against_measured": "predicted against measured rounds, acceptance rates and speedups",
+    "lens_table": "the token that each layer of each model would say, by position, for one text",
+}
+"""The study's own pictures, for a reader without scripts, and what they show."""
+
+
+def _stills(folder: Path) -> dict[str, dict[str, str]]:
+    """{picture: its source as a data URI, its words}, those that are there; the smaller of drawing and pixels."""
+    found = {}
+    for name, words in STILLS.items():
+        files = [path for kind in ("svg", "png") if (path := folder / f"{name}.{kind}").is_file()]
+        if files:
+            path = min(files, key=lambda each: each.stat().st_size)
+            kind = "svg+xml" if path.suffix == ".svg" else "png"
+            source = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+            found[name] = {"source": source, "words": words}
+    return found
+
+
+def _page(
+    title: str, standfirst: str, data: dict[str, Any], study: dict[str, Any] | None, stills: dict[str, Any],
+    heads_note: str,
+) -> str:  # fmt: skip
     script, style, dark_style = joined_scripts(), _asset("report.css"), _asset("dark.css")
     with_lens = sum(prompt["lens"] is not None for model in data["models"] for prompt in model["prompts"])
     prompts = sum(len(model["prompts"]) for model in data["models"])
@@ -102,6 +129,7 @@ def _page(title: str, standfirst: str, data: dict[str, Any], study: dict[str, An
         dark_style=dark_style,
         data=safe_json(data),
         study=study,
+        stills={name: stills.get(name) for name in STILLS},
         has_lens=with_lens > 0,
         heads_note=heads_note,
         lens_note=f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",

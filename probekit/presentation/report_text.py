@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from probekit.costs.profile import Costs
+from probekit.presentation.next_steps import next_steps, not_measured
 from probekit.presentation.report_data import number
 from probekit.presentation.study_folder import StudyFolder
 from probekit.traces.manifest import Manifest
@@ -76,6 +77,7 @@ def study_view(study: StudyFolder) -> dict[str, Any]:
         ],
         "costs": [row for model in study.models for row in _cost_rows(study, model)],
         "costs_note": _costs_note(study),
+        "not_measured": not_measured(study.trace(study.models[0]).manifest.settings, study.entries),
         "created": summary.get("created", "at an unknown time"),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()) or "unknown versions",
         "machine": ", ".join(f"{name}: {value}" for name, value in machine.items() if value not in (None, "")),
@@ -97,6 +99,7 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
         "interval": choice.get("interval") if pair else None,
         "measured": cell.get("speedup_measured"),
         "measured_span": cell.get("speedup_measured_quantiles"),
+        "next": next_steps(entry, study.folder / str(entry["trace"])),
         "runners_up": [
             {
                 "words": f"E {drafter_name(each['exit_layer'], each)}, K {each['draft_length']}",

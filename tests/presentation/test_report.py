@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from presentation.fabricate_study import fabricate_study, fabricate_trace
 from traces.fabricate import fabricate
 
 from probekit.errors import InputError
+from probekit.presentation.next_steps import next_steps
 from probekit.presentation.report import joined_scripts, write_lens_page, write_report
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
 from probekit.traces.token_text import visible
@@ -66,7 +68,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    return fabricate_study(tmp_path_factory.mktemp("report") / "study", drafter=True)
+    return fabricate_study(tmp_path_factory.mktemp("report") / "study", drafter=True, prompts=8)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,7 @@ def test_scripts_are_one_module():
 
 def test_the_recommendation_comes_first(page, study):
     summary = json.loads((study / "summary.json").read_text())
-    assert [each.get("id") for each in page.attributes("section")][:2] == ["recommendation", "agreement"]
+    assert [each.get("id") for each in page.attributes("section")][:3] == ["recommendation", "next", "agreement"]
     for model in summary["models"]:
         sentence = model["sentence"].removeprefix(f"{model['label']}: ")
         assert sentence[1:] in page.text
@@ -217,6 +219,31 @@ def test_the_recommendation_comes_first(page, study):
             low, high = model["choice"]["interval"]
             assert f"{model['choice']['speedup']:.2f}×" in page.text
             assert f"{low:.2f} to {high:.2f}" in page.text
+
+
+def test_what_to_do_next_can_be_typed_and_pasted(study, page):
+    summary = json.loads((study / "summary.json").read_text())
+    for model in summary["models"]:
+        choice = model["choice"]
+        if not choice["speculate"]:
+            assert "Decode without drafts" in page.text
+            continue
+        run = shlex.quote(str(study / model["trace"]))
+        assert f"probekit choose {run} --export {model['name']}-choice" in page.text
+        assert f"probekit validate {run}" in page.text
+        assert f"num_assistant_tokens = {choice['draft_length']}" in page.text
+    assert "Not measured here: other engines" in page.text
+
+
+def test_few_texts_and_hostile_names_in_the_next_steps():
+    entry = {"name": "a'; rm -rf b", "trace": "traces/a", "choice": {
+        "speculate": True, "few_prompts": True, "prompts": 3, "exit_layer": 2, "draft_length": 4}}  # fmt: skip
+    steps = next_steps(entry, Path("a study") / "traces" / "a'; rm")
+    assert "rests on 3 texts" in steps["words"]
+    for command in steps["commands"]:
+        assert shlex.split(command)[:2] in (["probekit", "choose"], ["probekit", "validate"])
+        assert "a study/traces/a'; rm" in shlex.split(command)
+    compile(steps["snippet"], "snippet", "exec")
 
 
 def test_do_not_speculate_is_said(study, tmp_path):

@@ -15,7 +15,7 @@ from presentation.fabricate_study import fabricate_costs, fabricate_study, fabri
 
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import expected_rounds, rounds_of
-from probekit.presentation.report import ASSETS, write_lens_page, write_report
+from probekit.presentation.report import ASSETS, STILLS, write_lens_page, write_report
 from probekit.presentation.report_data import token_texts
 from probekit.presentation.tokens import shown
 from probekit.traces.trace import Trace
@@ -619,3 +619,29 @@ def test_the_lens_page(driver, tmp_path):
     assert len(report.all("#lens tbody tr")) == trace.depth + 1
     assert report.all("#replay") == []
     assert report.errors() == []
+
+
+# ------------------------------------------------------------------------------------------------ without scripts
+def test_without_scripts_pictures_stand_in(driver, tmp_path):
+    """Chromium with scripts switched off: the pictures are shown, and nothing is that would need a script."""
+    folder = fabricate_study(tmp_path / "study", models=("a",), prompts=3)
+    (folder / "figures").mkdir(exist_ok=True)
+    drawing = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><rect width="40" height="20"/></svg>'
+    for name in STILLS:
+        (folder / "figures" / f"{name}.svg").write_text(drawing)
+    page = write_report(folder)
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        driver.get(page.as_uri())
+        pictures = driver.find_elements(By.CSS_SELECTOR, ".still img")
+        assert len(pictures) == len(STILLS)
+        assert all(picture.is_displayed() and picture.size["width"] == 40 for picture in pictures)
+        shown = [each for each in driver.find_elements(By.CSS_SELECTOR, "select, input, button") if each.is_displayed()]
+        assert shown == []
+        assert not driver.find_element(By.ID, "replay").is_displayed()
+        assert "Scripts are off" in driver.find_element(By.TAG_NAME, "main").text
+    finally:
+        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    opened = Report(driver, page)  # and with them the pictures are not there
+    assert opened.all(".still") == []
+    assert opened.find("#replay").is_displayed()

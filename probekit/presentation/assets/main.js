@@ -5,6 +5,7 @@ import { lensTable } from "./lens.js";
 import { calmMotion } from "./page.js";
 import { replay } from "./replay.js";
 
+document.documentElement.classList.remove("unscripted");
 const data = JSON.parse(document.getElementById("data").textContent);
 const section = (name) => document.getElementById(name);
 const labels = data.models.map((model) => model.label);
@@ -48,6 +49,15 @@ function reachable() {
     else box.removeAttribute("tabindex");
   }
 }
+// A printed page is whole: what is folded is unfolded meanwhile.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const each of folded) each.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const each of folded) each.open = false;
+});
 addEventListener("resize", reachable);
 document.addEventListener("toggle", reachable, true);
 reachable();

@@ -1,0 +1,70 @@
+"""What a reader of a study would do with its answer: commands to type, settings to paste, and what nobody measured."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from probekit.traces.manifest import RunSettings
+
+
+def next_steps(entry: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """{"words", "commands", "snippet"} for one model.
+
+    entry: what the study's summary says of the model. run: the folder of its trace.
+    """
+    choice, name = entry.get("choice") or {}, str(entry["name"])
+    reference = str(entry.get("reference") or name)
+    if not choice.get("speculate"):
+        study = ["probekit", "study", reference]
+        learned = ["--fit-heads", "--draft-rows", "2048", "-o", f"{name}-heads"]
+        return {
+            "words": "Decode without drafts. What may still pay: drafts through fitted heads and fewer rows of the "
+            "head, or a smaller model that drafts.",
+            "commands": [
+                shlex.join([*study, *learned]),
+                f"{shlex.join(study)} --draft-model SMALLER -o {shlex.quote(f'{name}-two')}",
+            ],
+            "snippet": "",
+        }
+    words = "Take the choice to your own code, or hold the decoder against the prediction on every text."
+    if choice.get("few_prompts"):
+        words = f"The choice rests on {choice.get('prompts')} texts: trace more before you rely on it. {words}"
+    exits = [] if choice["exit_layer"] is None else ["--exit-layers", str(choice["exit_layer"])]
+    return {
+        "words": words,
+        "commands": [
+            shlex.join(["probekit", "choose", str(run), "--export", f"{name}-choice"]),
+            shlex.join(["probekit", "validate", str(run), *exits, "--draft-lengths", str(choice["draft_length"])]),
+        ],
+        "snippet": _snippet(choice),
+    }
+
+
+def _snippet(choice: Mapping[str, Any]) -> str:
+    """Settings for transformers."""
+    two_models = choice["exit_layer"] is None
+    holder = "assistant" if two_models else "model"
+    argument = "assistant_model=assistant" if two_models else f"assistant_early_exit={choice['exit_layer']}"
+    return (
+        f"{holder}.generation_config.num_assistant_tokens = {choice['draft_length']}\n"
+        f'{holder}.generation_config.num_assistant_tokens_schedule = "constant"\n'
+        f"{holder}.generation_config.assistant_confidence_threshold = 0.0\n"
+        f"model.generate(**inputs, {argument})"
+    )
+
+
+def not_measured(settings: RunSettings, entries: Sequence[Mapping[str, Any]]) -> str:
+    """The limits of every figure of a study, in a sentence."""
+    choices = [entry.get("choice") or {} for entry in entries]
+    contexts = sorted({costs["context"] for choice in choices if (costs := choice.get("costs"))})
+    reached = f", and contexts other than {contexts[0]} tokens" if contexts else ""
+    said = (
+        "other engines (transformers accepts the same drafts, at a speed of its own), several texts at once, devices "
+        f"and number types other than {settings.dtype} on {settings.device}{reached}."
+    )
+    if any(choice.get(name) for choice in choices for name in ("exit_heads", "draft_rows")):
+        said += " transformers knows neither exit heads nor heads of fewer rows: it accepts other drafts."
+    return said
