@@ -10,6 +10,15 @@ class ProbekitError(Exception):
     ----------
     problem: one sentence: what was given and what was expected.
     hint: what to do about it; empty when the problem says it all.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> try:
+    ...     probekit.load("tales-untid")
+    ... except probekit.ProbekitError as error:
+    ...     print(error.exit_status, error.problem)
+    2 there is no model 'tales-untid': no bundled model, no folder and no file has that name.
     """
 
     exit_status = 1
@@ -21,7 +30,17 @@ class ProbekitError(Exception):
 
 
 class InputError(ProbekitError):
-    """Something that a caller handed in cannot be used: nothing was done, nothing was written."""
+    """Something that a caller handed in cannot be used: nothing was done, nothing was written.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> try:
+    ...     probekit.Sampling(temperature=-1)
+    ... except probekit.InputError as error:
+    ...     print(error)
+    the temperature must be a number of at least 0, not -1.
+    """
 
     exit_status = 2
 

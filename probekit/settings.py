@@ -32,6 +32,12 @@ class Sampling:
     top_k: keep the k most probable tokens; 0 keeps all.
     top_p: in (0, 1]; keep the fewest most probable tokens whose probabilities sum to at least top_p.
     seed: of the random numbers; prompts differ by their index.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> probekit.Sampling(temperature=0.7, top_p=0.9).greedy
+    False
     """
 
     temperature: float = 0.0

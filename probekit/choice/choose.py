@@ -275,6 +275,15 @@ def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
     costs: of `measure_costs` or `roofline_costs`.
 
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> from probekit.costs.roofline import roofline_costs
+    >>> trace = probekit.trace("tales-layerskip", ["Once upon a time"], max_new_tokens=16)
+    >>> choice = probekit.choose(trace, roofline_costs(trace, device="h100", dtype="bfloat16"))
+    >>> choice.prompts, choice.few_prompts
+    (1, True)
     """
     if not isinstance(costs, Costs):
         raise InputError(

@@ -66,6 +66,13 @@ def measure_costs(
     Raises
     ------
     InputError: for a context that the model does not reach, or an exit or draft length that does not exist.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> costs = probekit.measure_costs("tales-tied", context=64, draft_lengths=[2], repeats=1)
+    >>> costs.source, costs.context, costs.autoregressive_s > 0
+    ('measured', 64, True)
     """
     import torch
 

@@ -31,6 +31,19 @@ class Lens:
     kind: "final-norm" or "raw".
     heads: {exit layer: map}; a map takes a residual (..., width) and returns one, put before norm and head
         (see `probekit.lens.exit_heads`). Only for the final-norm lens.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> model = probekit.load("tales-tied", device="cpu")
+    >>> ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> with probekit.Capture(model.model) as capture:
+    ...     logits = model.model(ids).logits
+    >>> lens = probekit.Lens(model.anatomy)
+    >>> lens(capture[6], 6).shape == logits.shape  # after six layers
+    True
+    >>> bool((lens(capture[12], 12).argmax(-1) == logits.argmax(-1)).all())  # after the last: the model
+    True
     """
 
     def __init__(

@@ -127,6 +127,12 @@ def load(
     ------
     InputError: in one line, for anything that is wrong with the reference, its files, the device or the dtype.
     ResourceError: where the memory does not suffice.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> probekit.load("tales-tied", device="cpu")
+    Loaded(tales-tied: llama, 12 layers x 128, float32 on cpu)
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,6 +180,13 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
     Raises
     ------
     InputError: for a model in training mode, and for what is no causal language model of a known family.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> loaded = probekit.load("tales-tied", device="cpu")  # any model of transformers that is in memory already
+    >>> probekit.wrap(loaded.model, loaded.tokenizer, name="mine")
+    Loaded(mine: llama, 12 layers x 128, float32 on cpu)
     """
     if not name or "/" in name or "\\" in name:
         raise InputError(f"the name of a wrapped model is {name!r}; expected a word that can be a folder's name.")

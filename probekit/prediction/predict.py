@@ -51,6 +51,13 @@ def predict(
     ------
     InputError: for an exit layer, a draft length or a convention that does not exist, and for a draft head that the
         trace does not know.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> trace = probekit.trace("tales-layerskip", ["Once upon a time"], max_new_tokens=16)
+    >>> probekit.predict(trace, exit_layers=[3], draft_lengths=[2]).cell(3, 2).tokens
+    15
     """
     trace = as_trace(trace)
     if drafters is None:

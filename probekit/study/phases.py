@@ -238,10 +238,12 @@ def validate_choice(
             draft_rows=settings.draft_rows,
         )  # fmt: skip
         thorough = hold(best, progress=_called("validate the best", progress))
-        wide = hold(spread, limit=SPREAD_PROMPTS, progress=_called("validate others", progress))
+        found = [thorough]
+        if spread:
+            found.append(hold(spread, limit=SPREAD_PROMPTS, progress=_called("validate others", progress)))
         return {
-            "cells": [*thorough.to_json()["cells"], *wide.to_json()["cells"]],
-            "rounds": [*thorough.rounds_json(), *wide.rounds_json()],
+            "cells": [cell for each in found for cell in each.to_json()["cells"]],
+            "rounds": [rounds for each in found for rounds in each.rounds_json()],
         }
 
     return Validated(**kept.once("validation", run))

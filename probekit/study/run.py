@@ -57,6 +57,18 @@ def run_study(
     Raises
     ------
     InputError: before any work, when the plan cannot be carried out.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import probekit
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> file = folder / "prompts.txt"
+    >>> _ = file.write_text("Once upon a time\\nThe king\\nA dog and a cat\\n")
+    >>> how = {"prompts": file, "max_new_tokens": 8, "exit_layers": [3], "draft_lengths": [2], "context": 16}
+    >>> study = probekit.run_study(["tales-layerskip"], folder / "study", **how)
+    >>> (folder / "study" / "report.html").is_file(), len(study.to_pandas())
+    (True, 1)
     """
     from probekit.models.reference import TALES
 

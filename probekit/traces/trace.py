@@ -36,6 +36,18 @@ class Trace:
     `texts`, `tokens`, `layers`, `top`, `drafter` and `draft_head` are tidy DataFrames, read on first use (the last
     three are None where they were not asked for). The methods that take a prompt's index answer with arrays over layers
     0..L and output positions 0..N-1; each table is pivoted once.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import probekit
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = probekit.trace("tales-tied", ["Once upon a time"], folder, max_new_tokens=8, keep_residuals=[6])
+    >>> trace = probekit.Trace.open(folder)
+    >>> trace.agreement(0)[12].all()  # the last layer agrees with the model everywhere
+    np.True_
+    >>> trace.residuals(6)
+    Residuals(layer 6: 11 positions x 128)
     """
 
     def __init__(
@@ -352,7 +364,7 @@ class Trace:
 
     def _summary(self) -> str:
         tokens = int(self.texts["new_tokens"].sum())
-        return f"{len(self)} prompts, {tokens} {self.manifest.settings.text} tokens"
+        return f"{len(self)} prompt{'s' * (len(self) != 1)}, {tokens} {self.manifest.settings.text} tokens"
 
     # -- reading
     def _read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:

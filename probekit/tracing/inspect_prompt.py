@@ -83,6 +83,15 @@ def inspect_prompt(
 
     Everything is kept in memory: (prompt + max_new_tokens) x (layers + 1) x width numbers. `probekit.trace` reads
     whole corpora in bounded memory instead.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> found = probekit.inspect_prompt("tales-tied", "Once upon a time", max_new_tokens=3)
+    >>> found
+    Inspection(tales-tied: 3 steps x 13 layers)
+    >>> found.exit(step=0, layer=12).token_id == found.tokens[0]  # the last layer is the model
+    True
     """
     loaded = as_loaded(loaded)
     prompt_ids = loaded.tokenizer(prompt)["input_ids"]

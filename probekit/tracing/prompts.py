@@ -66,6 +66,15 @@ def load_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: boo
     given: a closing message of the assistant is the response; it and `response` are what is scored.
 
     Raises InputError, which names the line, for anything that is not a prompt.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import probekit
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "prompts.txt")
+    >>> _ = file.write_text("Once upon a time\\nThe king\\n")
+    >>> [prompt.text for prompt in probekit.load_prompts(file)]
+    ['Once upon a time', 'The king']
     """
     path = Path(path)
     if not path.exists():

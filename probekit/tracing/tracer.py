@@ -82,6 +82,15 @@ def trace(
     InputError: before any work and any file, for whatever cannot be used.
     SelfCheckError: when the lens at layer L does not reproduce the model's own logits, or logits are not finite.
     ResourceError: when not even one row fits into memory.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> trace = probekit.trace("tales-tied", ["Once upon a time", "The king"], max_new_tokens=8)
+    >>> trace
+    Trace(tales-tied, 2 prompts, 16 greedy tokens, in memory)
+    >>> trace.agreement(0).shape  # (layers + 1, generated tokens)
+    (13, 8)
     """
     settings = TraceSettings(
         max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,

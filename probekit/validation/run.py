@@ -77,6 +77,13 @@ def validate(
     Raises
     ------
     InputError: for given text, for another model than the traced one, and for cells that do not exist.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> trace = probekit.trace("tales-layerskip", ["Once upon a time"], max_new_tokens=16)
+    >>> probekit.validate("tales-layerskip", trace, [(3, 2)])
+    Validation(tales-layerskip: 1 cells, greedy text, holds)
     """
     loaded, trace = as_loaded(loaded), as_trace(trace)
     _check_models(loaded, trace, drafter)

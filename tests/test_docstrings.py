@@ -1,0 +1,27 @@
+"""`help()` of every public name has an example, and the examples do what they show."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+
+import pytest
+
+import probekit
+
+
+@pytest.mark.parametrize("name", sorted(probekit.__all__))
+def test_examples_run(name):
+    shown = getattr(probekit, name)
+    [test] = doctest.DocTestFinder(recurse=False).find(shown, name, globs={})
+    assert test.examples, f"help(probekit.{name}) has no example"
+    said: list[str] = []
+    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert found.failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize("name", sorted(probekit.__all__))
+def test_help_says_what_it_takes(name):
+    shown = getattr(probekit, name)
+    text = inspect.getdoc(shown) or ""
+    assert len(text.splitlines()) > 2, f"help(probekit.{name}) is {text!r}"
