@@ -52,10 +52,10 @@ ROWS = {
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "plots", "latex", "tables", "previews", "study_folder", "next_steps", "report_data", "report_text",
-        "report",
+        "report", "model_card",
     ),
     "presentation.plots": ("glyphs", "style", "lens", "layers", "grids", "rounds"),
-    "study": ("plan", "kept", "phases", "summary", "run"),
+    "study": ("plan", "kept", "phases", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")

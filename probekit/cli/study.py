@@ -39,6 +39,9 @@ def study(
     export: Annotated[
         Path | None, typer.Option("--export", metavar="DIR", help="Write each model's choice for use in transformers.")
     ] = None,
+    log_to: Annotated[
+        str | None, typer.Option("--log-to", metavar="TRACKER", help="Log settings and figures to wandb or mlflow.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +60,7 @@ def study(
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
     from probekit.choice.export import check_export
     from probekit.settings import Sampling
+    from probekit.study.log_to import check_tracker, log_study
     from probekit.study.run import run_study
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -64,6 +68,8 @@ def study(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     exits = options.integers(exit_layers, "--exit-layers")
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    if log_to is not None:
+        check_tracker(log_to)
     if export is not None:
         check_export(export, several=True)
     if print_config:
@@ -90,6 +96,8 @@ def study(
         )
     if export is not None:
         _export(result, export)
+    if log_to is not None:
+        log_study(log_to, output, result.summary)
     if as_json:
         print_json(result.summary)
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from probekit.presentation.model_card import write_card
 from probekit.presentation.report import write_report
 from probekit.progress import STUDY, Progress, usual_progress
 from probekit.settings import Sampling, StudySettings, digest
@@ -88,6 +89,7 @@ def run_study(
         draw_figures(plan.folder, studies)
     summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
     write_report(plan.folder)
+    write_card(plan.folder, summary)
     overall.end()
     return Study(plan.folder, summary, tuple(studies))
 

@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from probekit.errors import InputError
 from probekit.foreign.prompt_files import READERS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
@@ -117,11 +119,14 @@ def as_prompts(
 ) -> list[Prompt]:
     """Prompts from Python: texts, lists of token ids, records as in a `.jsonl` file, or Prompts (indices kept).
 
-    A list of chat messages is one prompt, and so is a list of such lists as many, as in transformers' pipelines.
+    A list of chat messages is one prompt, a list of such lists as many, as in transformers' pipelines. A DataFrame and
+    a `datasets.Dataset` are records, with the columns of a `.jsonl` file's objects.
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
         raise InputError(f"prompts are a list of texts, not {what}.", 'Write ["..."].')
+    if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):
+        prompts = _records_of(prompts)
     made, listed = list[Prompt](), list[Any](prompts)
     if listed and all(map(_is_message, listed)):
         listed = [listed]
@@ -140,6 +145,14 @@ def as_prompts(
     if len({prompt.index for prompt in made}) < len(made):
         raise InputError("two prompts have the same index.", "Number them apart.")
     return made
+
+
+def _records_of(frame: Any) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, without the cells that are missing."""
+    return [
+        {name: value for name, value in record.items() if not (pd.api.types.is_scalar(value) and pd.isna(value))}
+        for record in frame.to_dict("records")
+    ]
 
 
 def _is_message(record: Any) -> bool:

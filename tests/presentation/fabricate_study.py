@@ -183,6 +183,7 @@ def _entry(name: str, trace: Trace, choice: Choice, validation: dict[str, Any]) 
                     "parameters": model.parameters},
         "sentence": recommendation(choice, chosen),
         "choice": choice.to_json(),
+        "chosen_validation": chosen if choice.speculate else None,
         "validation": validation,
         "agreement": everything.mean(axis=1).tolist(),
         "looped": float(trace.texts["looped"].mean()),
