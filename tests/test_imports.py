@@ -55,7 +55,7 @@ ROWS = {
         "report", "model_card",
     ),
     "presentation.plots": ("glyphs", "style", "lens", "layers", "grids", "rounds"),
-    "study": ("plan", "kept", "phases", "summary", "log_to", "run"),
+    "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")

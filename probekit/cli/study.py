@@ -52,6 +52,9 @@ def study(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings as TOML for --config, and do nothing.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what it will take (time, memory, disk), and do nothing.")
+    ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -59,8 +62,11 @@ def study(
 ) -> None:  # fmt: skip
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
     from probekit.choice.export import check_export
-    from probekit.settings import Sampling
+    from probekit.models.reference import TALES
+    from probekit.settings import Sampling, StudySettings
+    from probekit.study.estimate import estimate_study
     from probekit.study.log_to import check_tracker, log_study
+    from probekit.study.plan import plan_study
     from probekit.study.run import run_study
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -74,6 +80,17 @@ def study(
         check_export(export, several=True)
     if print_config:
         out.print(config_text(context), markup=False, soft_wrap=True, end="")
+        return
+    if plan_only:
+        settings = StudySettings(
+            models=tuple(models or TALES), prompts=str(prompts) if prompts else None, max_new_tokens=max_new_tokens,
+            draft_lengths=tuple(lengths), draft_model=draft_model, draft_rows=draft_rows, fit_heads=fit_heads,
+            chat=chat, device=device, dtype=dtype, sampling=sampling, context=step_context,
+            exit_layers=None if exits is None else tuple(exits), batch_size=batch_size,
+        )  # fmt: skip
+        with progress_bars(quiet or as_json) as bars:
+            estimates = estimate_study(plan_study(settings, output), bars)
+        _print_plan([each.to_json() for each in estimates], as_json)
         return
     with keeping(lambda: f"Finished steps are kept in {output}."), progress_bars(quiet or as_json) as bars:
         result = run_study(
@@ -102,6 +119,29 @@ def study(
         print_json(result.summary)
         return
     _print_study(result.summary, output, quiet)
+
+
+def _print_plan(estimates: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json({"schema": "probekit/plan/1", "models": estimates, "total_s": sum(e["total_s"] for e in estimates)})
+        return
+    minutes = sum(each["total_s"] for each in estimates) / 60
+    rows = [
+        [f"{phase}, s", *(round(each["seconds"][phase]) for each in estimates)] for phase in estimates[0]["seconds"]
+    ]
+    rows += [
+        ["prompts", *(each["prompts"] for each in estimates)],
+        ["all, s", *(round(each["total_s"]) for each in estimates)],
+        ["memory, GB", *(f"{each['memory_bytes'] / 1e9:.1f}" for each in estimates)],
+        ["free, GB", *(f"{each['memory_free'] / 1e9:.1f}" for each in estimates)],
+        ["disk, MB", *(round(each["disk_bytes"] / 1e6) for each in estimates)],
+    ]
+    print_table(
+        f"what this study will take: about {minutes:.1f} minutes",
+        ["", *(each["model"] for each in estimates)],
+        rows,
+        "measured on two prompts of each model, and multiplied. Nothing was written.",
+    )
 
 
 def _export(result: Any, folder: Path) -> None:

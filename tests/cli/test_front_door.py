@@ -330,6 +330,21 @@ def test_a_study_of_sampled_text_from_end_to_end(capsys, tiny_folder, prompts, t
     assert "sampling" in fails(capsys, *words[:-1], "--seed", "5")
 
 
+def test_a_plan_says_what_it_takes_and_writes_nothing(capsys, tiny_folder, prompts, tmp_path):
+    words = ["study", str(tiny_folder), "-o", str(tmp_path / "study"), "--prompts", str(prompts), "--plan",
+             "--max-new-tokens", "8", "--draft-lengths", "1,2", "--context", "16", "--device", "cpu"]  # fmt: skip
+    assert run([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    [model] = document["models"]
+    assert model["prompts"] == 4
+    assert model["tokens"] == 32
+    assert min(model["memory_bytes"], model["memory_free"], model["disk_bytes"]) > 0
+    assert document["total_s"] == pytest.approx(sum(model["seconds"].values())) > 0
+    assert run(words) == 0
+    assert "about" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_comparison_says_which_drafts_better(capsys, sampled_run):
     assert run(["compare", str(sampled_run), str(sampled_run)]) == 0
     said = capsys.readouterr().out
