@@ -132,8 +132,8 @@ def _print_plan(estimates: list[dict[str, Any]], as_json: bool) -> None:
     rows += [
         ["prompts", *(each["prompts"] for each in estimates)],
         ["all, s", *(round(each["total_s"]) for each in estimates)],
-        ["memory, GB", *(f"{each['memory_bytes'] / 1e9:.1f}" for each in estimates)],
-        ["free, GB", *(f"{each['memory_free'] / 1e9:.1f}" for each in estimates)],
+        ["memory, GB", *(_gigabytes(each["memory_bytes"]) for each in estimates)],
+        ["free, GB", *(_gigabytes(each["memory_free"]) for each in estimates)],
         ["disk, MB", *(round(each["disk_bytes"] / 1e6) for each in estimates)],
     ]
     print_table(
@@ -142,6 +142,10 @@ def _print_plan(estimates: list[dict[str, Any]], as_json: bool) -> None:
         rows,
         "measured on two prompts of each model, and multiplied. Nothing was written.",
     )
+
+
+def _gigabytes(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e9:.1f}"
 
 
 def _export(result: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -44,7 +45,7 @@ class Estimate:
     tokens: int
     seconds: dict[str, float]
     memory_bytes: int
-    memory_free: int
+    memory_free: int | None
     disk_bytes: int
 
     @property
@@ -70,9 +71,9 @@ def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) ->
     plan_trace(loaded, plan.traced, asked)  # every prompt fits
     sample = plan.traced[:SAMPLE_PROMPTS]
     budget = min(SAMPLE_TOKENS, settings.max_new_tokens)
-    how = {"max_new_tokens": budget, "sampling": settings.sampling, "progress": progress}
-    trace(loaded, sample, **how)  # the first passes of a process are slow
-    traced = trace(loaded, sample, **how)
+    sampled = partial(trace, loaded, sample, max_new_tokens=budget, sampling=settings.sampling, progress=progress)
+    sampled()  # the first passes of a process are slow
+    traced = sampled()
     timings = traced.manifest.measured.timings
     step = _autoregressive_step(loaded, encode(sample[0], loaded.tokenizer).ids, budget)
 
