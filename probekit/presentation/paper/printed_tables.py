@@ -17,12 +17,13 @@ from probekit.traces.storage import atomic_text
 class Printed:
     """What is printed of one of the study's tables; the rest stays in its CSV file.
 
-    columns: {column: heading}, in this order. bare: columns that are printed without their interval. factors: what
-        columns are multiplied by, for a handier unit.
+    columns: {column: heading}, in this order. decimals: digits after the mark. bare: columns that are printed without
+        their interval. factors: what columns are multiplied by, for a handier unit.
     """
 
     caption: str
     columns: Mapping[str, str]
+    decimals: Mapping[str, int]
     bare: frozenset[str] = frozenset()
     factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -40,6 +41,7 @@ def _stacked(above: str, below: str) -> str:
     return rf"\shortstack[r]{{{above}\\{below}}}"
 
 
+_SHARE, _RATIO, _MEAN = 3, 2, 2  # digits after the mark
 _CELL = {"model": "model", "exit_layer": "$E$", "draft_length": "$K$"}
 
 PRINTED: dict[str, Printed] = {
@@ -48,39 +50,46 @@ PRINTED: dict[str, Printed] = {
         "95 % intervals, bootstrap over prompts.",
         {"model": "model", "lens": "lens", "layer": "layer", "agreement": "agreement", "echo": "echo",
          "entropy": "entropy (nats)", "kl": "KL (nats)"},
+        {"agreement": _SHARE, "echo": _SHARE, "entropy": _MEAN, "kl": _MEAN},
     ),
     "cells": Printed(
-        "Predicted rounds over exit layers E (--: the draft model) and draft lengths K, and the speedup that they give "
+        "Predicted rounds over exit layers E (–: the draft model) and draft lengths K, and the speedup that they give "
         "with the study's costs. 95 % intervals, bootstrap over prompts.",
         {**_CELL, "rounds": "rounds", "drafted": "drafted", "accepted": "accepted",
          "acceptance_rate": "acceptance rate", "alpha": r"$\alpha$", "tokens_per_round": "tokens per round",
          "speedup": "speedup"},
+        {"acceptance_rate": _SHARE, "alpha": _SHARE, "tokens_per_round": _RATIO, "speedup": _RATIO},
     ),
     "validation": Printed(
-        "The prediction beside the running decoder, at exit layers E (--: the draft model) and draft lengths K. "
+        "The prediction beside the running decoder, at exit layers E (–: the draft model) and draft lengths K. "
         "Brackets: 95 % intervals over prompts; of the measured speedup, the 20 % and 80 % quantiles of repeated "
         "timings.",
         {**_CELL, "predicted_rounds": _stacked("rounds,", "predicted"), "measured_rounds": "measured",
          "predicted_acceptance_rate": _stacked("acceptance,", "predicted"), "measured_acceptance_rate": "measured",
          "rounds_equal": _stacked("rounds", "equal"), "ties": _stacked("near-", "ties"),
          "speedup_predicted": _stacked("speedup,", "predicted"), "speedup_measured": "measured"},
+        {"predicted_acceptance_rate": _SHARE, "measured_acceptance_rate": _SHARE, "speedup_predicted": _RATIO,
+         "speedup_measured": _RATIO},
         frozenset({"predicted_rounds", "predicted_acceptance_rate", "measured_rounds"}),
     ),
     "rounds": Printed(
-        "Every round of every cell that was run: exit layer E (--: the draft model), draft length K.",
+        "Every round of every cell that was run: exit layer E (–: the draft model), draft length K.",
         {"model": "model", "prompt": "prompt", "exit_layer": "$E$", "draft_length": "$K$", "round": "round",
          "drafted": "drafted", "accepted_predicted": _stacked("accepted,", "predicted"),
          "accepted_measured": "measured"},
+        {},
     ),
     "run_lengths": Printed(
         "Runs of r agreements at exit layer E, beside the geometric law of independent agreements. "
         "95 % intervals, bootstrap over prompts.",
         {"model": "model", "exit_layer": "$E$", "run": "$r$", "count": "runs of $r$", "geometric": "law",
          "at_least": r"runs of $r$ or more", "geometric_at_least": "law"},
+        {"count": 0, "geometric": 1, "at_least": 0, "geometric_at_least": 1},
     ),
     "costs": Printed(
         "Time of each step on the machine of the study, at exit layer E and over so many rows.",
         {"model": "model", "step": "step", "exit_layer": "$E$", "rows": "rows", "seconds": "time (ms)"},
+        {"seconds": 3},
         factors={"seconds": 1000.0},
     ),
 }  # fmt: skip
@@ -93,6 +102,8 @@ def make_tables(study: StudyFolder, output: Path) -> Iterator[Path]:
         printed = PRINTED[name]
         path = output / "tables" / f"{name}.tex"
         label = f"tab:{name.replace('_', '-')}"
-        table = to_latex(printed.of(study.table(name)), printed.caption, label, headings=printed.columns)
+        table = to_latex(
+            printed.of(study.table(name)), printed.caption, label, headings=printed.columns, decimals=printed.decimals
+        )
         atomic_text(path, table)
         yield path
