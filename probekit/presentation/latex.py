@@ -71,6 +71,7 @@ def _floating(
     table = "table*" if wide else "table"
     yield rf"\begin{{{table}}}[t]"
     yield r"\centering\footnotesize\setlength{\tabcolsep}{4pt}"
+    yield r"\setlength{\abovecaptionskip}{0pt}\setlength{\belowcaptionskip}{6pt}"  # it stands above the table
     yield rf"\caption{{{caption}}}\label{{{label}}}"
     yield rf"\begin{{tabular}}{{{layout}}}"
     yield from (r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", rf"\end{{{table}}}", "")
@@ -91,9 +92,10 @@ def _long(
 
 def _column(frame: pd.DataFrame, name: str, heading: str, decimals: int | None) -> _Column:
     values = frame[name]
-    if not _numeric(values):
+    boolean = pd.api.types.is_bool_dtype(values)
+    if boolean or not pd.api.types.is_numeric_dtype(values):
         cells = tuple(tex_text(_text(value)) for value in values)
-        return _Column("l", heading, cells, max((len(cell) for cell in cells), default=1))
+        return _Column("c" if boolean else "l", heading, cells, max((len(cell) for cell in cells), default=1))
     places = _decimals(values) if decimals is None else decimals
     numbers = _formatted(values, places)
     aligned = tuple(number or f"{{{MISSING}}}" for number in numbers)
@@ -148,6 +150,3 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     return shown(str(value)).replace("␣", " ") if value != "" else ""
 
-
-def _numeric(column: pd.Series) -> bool:
-    return bool(pd.api.types.is_numeric_dtype(column)) and not pd.api.types.is_bool_dtype(column)

@@ -19,6 +19,7 @@ from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tex_text import tex_text
 from probekit.traces.storage import atomic_text
 
+_MOST_ROWS = 600  # ten pages
 _INCLUDED = ("pgf", "pdf", "png")  # what LaTeX takes, the first that there is
 
 
@@ -48,7 +49,7 @@ def make(
     yield from tables
     if any(kind in look.kinds for kind in _INCLUDED):
         yield _write(output / "figures.tex", _figures_tex(study, wanted, widths, page, look))
-    yield _write(output / "tables.tex", _tables_tex([path.stem for path in tables]))
+    yield _write(output / "tables.tex", _tables_tex({path.stem: len(study.table(path.stem)) for path in tables}))
 
 
 def _chosen(only: Sequence[str], figures: Mapping[str, PaperFigure]) -> dict[str, PaperFigure]:
@@ -97,13 +98,16 @@ def _figures_tex(
     return "\n".join([*lines, ""])
 
 
-def _tables_tex(names: Sequence[str]) -> str:
+def _tables_tex(rows: Mapping[str, int]) -> str:
+    """The tables one after the other; those of a book's length are named, and left out."""
     lines = [
         r"% In the preamble: \usepackage{booktabs,siunitx,longtable,import}. Then: \import{FOLDER/}{tables}.",
         r"% Long tables cannot break over pages in two columns: what follows is set in one, as in an appendix.",
         r"\makeatletter\if@twocolumn\onecolumn\fi\makeatother",
-        *(rf"\subimport{{tables/}}{{{name}}}" for name in names),
     ]
+    for name, count in rows.items():
+        left_out = f"% {count} rows, without the sign at the left: " if count > _MOST_ROWS else ""
+        lines.append(rf"{left_out}\subimport{{tables/}}{{{name}}}")
     return "\n".join([*lines, ""])
 
 

@@ -52,7 +52,8 @@ def _write(figure: Figure, path: Path, kind: str) -> Path:
             drawn.set_rasterized(False)  # all of it in one file
         text = StringIO()
         figure.savefig(text, format=kind)
-        atomic_bytes(path, text.getvalue().encode())
+        # The numbers of ticks are set by a command that matplotlib leaves to the document.
+        atomic_bytes(path, (r"\providecommand{\mathdefault}[1]{#1}%" + "\n" + text.getvalue()).encode())
         return path
     buffer = BytesIO()
     figure.savefig(buffer, format=kind, metadata=_METADATA[kind])
