@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from probekit.cli import options
 from probekit.cli.terminal import out, print_json
+
+if TYPE_CHECKING:
+    from probekit.presentation.paper.figures import PaperFigure
 
 Only = Annotated[
     list[str] | None,
@@ -46,17 +50,35 @@ def figures(
     quiet: options.Quiet = False,
 ) -> None:
     """Draw a study's figures for a paper, and write its tables as LaTeX, with captions and alternative texts."""
-    from probekit.presentation.paper.look import Look, Page, kinds_of
-    from probekit.presentation.paper.make import make
-    from probekit.presentation.study_folder import open_study
-
-    opened, folder = open_study(study), output or study / "paper"
-    page = Page() if width is None else Page.of(width)
-    look = Look(kinds_of(formats or ()), font, usetex)
-    files = []
-    for path in make(opened, folder, only=only or (), page=page, look=look):
-        files.append(str(path))
+    written = []
+    for path in files(study, output, only, formats, font, width, usetex):
+        written.append(str(path))
         if not as_json:
             out.print(str(path), markup=False, soft_wrap=True)
     if as_json:
-        print_json({"schema": "probekit/figures/1", "folder": str(folder), "files": files})
+        folder = output or study / "paper"
+        print_json({"schema": "probekit/figures/1", "folder": str(folder), "files": written})
+
+
+def files(
+    study: Path,
+    output: Path | None,
+    only: list[str] | None,
+    formats: list[str] | None,
+    font: str | None,
+    width: str | None,
+    usetex: bool,
+    figures: Mapping[str, PaperFigure] | None = None,
+) -> Iterator[Path]:
+    """Draw and write what these options ask for; yields every file. figures: by default the package's own."""
+    from probekit.presentation.paper.figures import FIGURES
+    from probekit.presentation.paper.look import PAGE, Look, Page, kinds_of
+    from probekit.presentation.paper.make import make
+    from probekit.presentation.study_folder import open_study
+
+    page = PAGE if width is None else Page.of(width)
+    look = Look(kinds_of(formats or ()), font, usetex)
+    opened = open_study(study)
+    yield from make(
+        opened, output or study / "paper", only=only or (), page=page, look=look, figures=figures or FIGURES
+    )

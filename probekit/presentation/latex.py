@@ -149,4 +149,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     return shown(str(value)).replace("␣", " ") if value != "" else ""
-

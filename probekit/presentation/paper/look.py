@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ _OF_TEX = (
 )  # fmt: skip
 _UNITS = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27, "bp": 1 / 72.0}
 _GUTTER = 0.2
+_PANEL = 1.75  # the least width, in inches, at which the names of neighbouring axes do not touch
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Page:
     height: float = 9.0
 
     def __post_init__(self) -> None:
-        if not 2.0 <= self.text <= 40.0:
+        if not 3.0 <= self.text <= 40.0:
             raise InputError(
-                f"the width is {self.text:g} inches; expected 2 to 40.", "A width is written as 5.5in, 14cm or 397pt."
+                f"the width is {self.text:g} inches; expected 3 to 40.", "A width is written as 5.5in, 14cm or 397pt."
             )
+
+    def arranged(self, panels: int) -> tuple[int, int]:
+        """How many panels stand beside one another, three at most, and in how many rows."""
+        across = min(panels, 3, int(self.text / _PANEL))
+        return across, math.ceil(panels / across)
 
     @classmethod
     def of(cls, width: str) -> Page:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,9 +13,6 @@ from probekit.presentation import plots
 from probekit.presentation.paper.look import Page
 from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
-
-ACROSS = 3
-"""Panels beside one another in two columns of text."""
 
 Curve = Callable[..., Axes]
 """Draws a table on `ax`."""
@@ -41,7 +37,7 @@ def by_lens(layers: pd.DataFrame, curve: Curve, page: Page) -> Figure:
 def of_models(study: StudyFolder, page: Page, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
     """One panel, `height` inches high, for each model, with its label; labels of the y axis only at the left."""
     many = len(study.models)
-    across, down = min(many, ACROSS), math.ceil(many / ACROSS)
+    across, down = page.arranged(many)
     figure = canvas(page.column if many == 1 else page.text, min(page.height, height * down))
     axes = figure.subplots(down, across, squeeze=False, sharey=share_y)
     for ax in axes.flat[many:]:
@@ -60,10 +56,10 @@ def grids(
 ) -> Figure:
     """For each row a colour bar with its label, for each model a heat map over exit layer and draft length.
 
-    rows: (column of the cells, label, how it is drawn). below: a second line for the title of each model.
+    rows: (column of the cells, label, how it is drawn). below: further lines for the title of each model.
     """
     many = len(study.models)
-    across, down = min(many, ACROSS), math.ceil(many / ACROSS)
+    across, down = page.arranged(many)
     tallest = int(cells.groupby("model")["exit_layer"].nunique().max())
     height = min(3.6, max(1.5, 0.65 + 0.115 * tallest))
     figure = canvas(page.column if many == 1 else page.text, min(page.height, height * down * len(rows) + 0.1))
@@ -78,7 +74,8 @@ def grids(
             grid(cells[cells["model"] == study.label(model)], model, ax)
             label_of = plots.plain(study.label(model))
             title = f"({next(letters)}) {label_of}" if many * len(rows) > 1 else label_of
-            ax.set_title(f"{title}\n{plots.plain(below[model])}" if below else title, fontsize=7.5 if below else None)
+            lines = [title, *map(plots.plain, below[model].splitlines() if below else ())]
+            ax.set_title("\n".join(lines), fontsize=7.5 if below else None)
             if index % across:
                 ax.set_ylabel("")
             if place < len(rows) - 1 or index < many - across:

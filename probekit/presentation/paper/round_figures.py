@@ -14,6 +14,8 @@ from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import sweep_table
 
+_VERDICT = 2.1  # inches for a pair, its speedup and its interval in one line
+
 
 def acceptance(study: StudyFolder, page: Page) -> Figure:
     """Acceptance rate and tokens per round, predicted from one trace, over exit layer and draft length."""
@@ -39,14 +41,19 @@ def speedup(study: StudyFolder, page: Page) -> Figure:
         return plots.speedup_surface(own, study.chosen(model), ax=ax, low=low, high=high, numbers=False)
 
     rows = [("speedup", "predicted speedup (×)", surface)]
-    return grids(study, page, cells, rows, {model: _verdict(study, model) for model in study.models})
+    between = " " if page.text / page.arranged(len(study.models))[0] > _VERDICT else "\n"
+    return grids(study, page, cells, rows, {model: _verdict(study, model, between) for model in study.models})
 
 
 def predicted_and_measured(study: StudyFolder, page: Page) -> Figure:
     """The prediction against the running decoder: rounds, acceptance rate and speedup of every cell that was run."""
     validation = study.table("validation")
-    figure = canvas(page.text, min(2.5, 0.36 * page.text), layout="compressed")
-    axes = figure.subplots(1, len(plots.COMPARED))
+    across, down = page.arranged(len(plots.COMPARED))
+    figure = canvas(page.text, down * min(2.5, 1.09 * page.text / across), layout="compressed")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    axes = panels[: len(plots.COMPARED)]
+    for ax in panels[len(plots.COMPARED) :]:
+        ax.set_visible(False)
     for ax, quantity, letter in zip(axes, plots.COMPARED, "abc", strict=True):
         plots.predicted_against_measured(validation, quantity, ax=ax)
         ax.set_title(f"({letter}) {plots.COMPARED[quantity][2].split(' (')[0]}")
@@ -93,13 +100,13 @@ def sweep_of(study: StudyFolder, model: str) -> pd.DataFrame:
     return sweep_table(study.of("cells", model), study.of("validation", model), step, int(timings["tokens"]), trace_s)
 
 
-def _verdict(study: StudyFolder, model: str) -> str:
-    """The chosen pair and its speedup, with its interval."""
+def _verdict(study: StudyFolder, model: str, between: str) -> str:
+    """The chosen pair and its speedup, and, after a space or on its own line, its interval."""
     choice, pair = study.entry(model)["choice"], study.chosen(model)
     if pair is None:
         return "do not speculate"
     low, high = choice["interval"] or (None, None)
-    spread = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    spread = "" if low is None else f"{between}[{low:.2f}, {high:.2f}]"
     drafter = "drafter" if pair[0] is None else f"E {pair[0]}"
     return f"{drafter}, K {pair[1]}: {choice['speedup']:.2f}×{spread}"
 
