@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from figures.making import alone
-from probekit.presentation.paper.look import Page
 from probekit.presentation.paper.layer_figures import entropy_and_kl
+from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import StudyFolder
 
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -40,12 +39,20 @@ def figure_of(name: str, script: ModuleType) -> PaperFigure:
 
 def alone(file: str) -> None:
     """Run one script by itself: `python -m figures.<name> --study DIR`."""
-    name, script = Path(file).stem, sys.modules["__main__"]
+    name = Path(file).stem
+    script = import_module(f"figures.{name}")
     run({name: figure_of(name, script)}, script.__doc__, only=[name])
 
 
 def run(figures: Mapping[str, PaperFigure], what: str | None, only: list[str] | None = None) -> None:
-    """Read the arguments, draw, and print what was written; an error is one line, with the exit status of its kind."""
+    """Read the arguments and draw."""
+    typer.run(command_for(figures, what, only))
+
+
+def command_for(
+    figures: Mapping[str, PaperFigure], what: str | None, only: list[str] | None = None
+) -> Callable[..., None]:
+    """A command that draws these figures and prints what was written; an error is one line, with its exit status."""
 
     def command(
         study: StudyOption,
@@ -64,4 +71,4 @@ def run(figures: Mapping[str, PaperFigure], what: str | None, only: list[str] | 
             raise typer.Exit(error.exit_status) from None
 
     command.__doc__ = what
-    typer.run(command)
+    return command

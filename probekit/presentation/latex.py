@@ -3,6 +3,7 @@ r"""A table as LaTeX: booktabs, decimals aligned by siunitx, long ones over seve
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from probekit.presentation.tex_text import tex_text
-from probekit.presentation.tokens import shown
 
 _LONG = 40  # rows from which a LaTeX table may break over pages
-_COLUMN_OF_TEXT = 50  # letters in small type that a column of a two-column page holds
+_SIZES = {8: 0.5, 7: 0.535, 6: 0.575, 5: 0.64}  # points that all LaTeX fonts have: a letter's width in them, em
 _ENDS = (("_low", "_high"), ("_20", "_80"))
 MISSING = "--"
 
@@ -40,6 +40,8 @@ def to_latex(
     *,
     headings: Mapping[str, str] | None = None,
     decimals: Mapping[str, int] | None = None,
+    width: float = 6.9,
+    column: float = 3.35,
 ) -> str:
     r"""A booktabs table: text escaped, numbers aligned at their decimal marks, `x_low` and `x_high` beside `x`.
 
@@ -47,6 +49,7 @@ def to_latex(
 
     headings: {column: LaTeX of its heading}; by default the columns' names in words.
     decimals: {column: digits after the mark}; by default so many that the column's middle number has three digits.
+    width, column: inches of the text, and of one of its columns. The type is of 8 points, or as small as it must be.
     """
     ends = {name + end for name in frame.columns for pair in _ENDS for end in pair}
     columns = [
@@ -57,31 +60,39 @@ def to_latex(
     rows = [" & ".join(cells) + r" \\" for cells in zip(*(column.cells for column in columns), strict=True)]
     head = " & ".join(column.heading for column in columns) + r" \\"
     layout = "".join(column.specification for column in columns)
-    wide = sum(column.width + 2 for column in columns) > _COLUMN_OF_TEXT
-    make = _long if len(rows) > _LONG else _floating
-    return "\n".join(
-        make(layout, sum(column.columns for column in columns), wide, head, rows, tex_text(caption), label)
-    )
+    sizes = {points: _inches(columns, points) for points in _SIZES}
+    points = next((points for points, inches in sizes.items() if inches <= width), min(_SIZES))
+    small = rf"\fontsize{{{points}}}{{{1.2 * points:g}}}\selectfont\setlength{{\tabcolsep}}{{4pt}}"
+    if len(rows) > _LONG:
+        lines = _long(layout, sum(each.columns for each in columns), small, head, rows, tex_text(caption), label)
+    else:
+        environment = "table*" if sizes[points] > column else "table"
+        lines = _floating(layout, environment, small, head, rows, tex_text(caption), label)
+    return "\n".join(lines)
+
+
+def _inches(columns: Sequence[_Column], points: int) -> float:
+    """About how wide a table is in type of this size: its letters, and the gaps."""
+    return sum(_SIZES[points] * points * each.width + 8 for each in columns) / 72.27
 
 
 def _floating(
-    layout: str, count: int, wide: bool, head: str, rows: Sequence[str], caption: str, label: str
+    layout: str, environment: str, small: str, head: str, rows: Sequence[str], caption: str, label: str
 ) -> Iterator[str]:
-    """The lines of a table on one page; a wide one goes over both columns where there are two."""
-    table = "table*" if wide else "table"
-    yield rf"\begin{{{table}}}[t]"
-    yield r"\centering\footnotesize\setlength{\tabcolsep}{4pt}"
+    """The lines of a table on one page; `table*` goes over both columns where there are two."""
+    yield rf"\begin{{{environment}}}[t]"
+    yield rf"\centering{small}"
     yield r"\setlength{\abovecaptionskip}{0pt}\setlength{\belowcaptionskip}{6pt}"  # it stands above the table
     yield rf"\caption{{{caption}}}\label{{{label}}}"
     yield rf"\begin{{tabular}}{{{layout}}}"
-    yield from (r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", rf"\end{{{table}}}", "")
+    yield from (r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", rf"\end{{{environment}}}", "")
 
 
 def _long(
-    layout: str, count: int, wide: bool, head: str, rows: Sequence[str], caption: str, label: str
+    layout: str, count: int, small: str, head: str, rows: Sequence[str], caption: str, label: str
 ) -> Iterator[str]:
     """The lines of a table that breaks over pages; the small type ends with it."""
-    yield r"{\footnotesize\setlength{\tabcolsep}{4pt}"
+    yield rf"{{{small}"
     yield rf"\begin{{longtable}}{{{layout}}}"
     yield rf"\caption{{{caption}}}\label{{{label}}}\\"
     yield from (r"\toprule", head, r"\midrule", r"\endfirsthead")
@@ -92,10 +103,11 @@ def _long(
 
 def _column(frame: pd.DataFrame, name: str, heading: str, decimals: int | None) -> _Column:
     values = frame[name]
-    boolean = pd.api.types.is_bool_dtype(values)
+    boolean = all(isinstance(value, (bool, np.bool_)) for value in values.dropna())
     if boolean or not pd.api.types.is_numeric_dtype(values):
         cells = tuple(tex_text(_text(value)) for value in values)
-        return _Column("c" if boolean else "l", heading, cells, max((len(cell) for cell in cells), default=1))
+        width = max([_letters(heading), *(len(cell) for cell in cells)])
+        return _Column("c" if boolean else "l", heading, cells, width)
     places = _decimals(values) if decimals is None else decimals
     numbers = _formatted(values, places)
     aligned = tuple(number or f"{{{MISSING}}}" for number in numbers)
@@ -107,8 +119,14 @@ def _column(frame: pd.DataFrame, name: str, heading: str, decimals: int | None) 
             intervals = _intervals(low, high)
             cells = tuple(f"{number} & {interval}" for number, interval in zip(aligned, intervals, strict=True))
             width += 4 + sum(max(map(len, side), default=1) for side in (low, high))
-            return _Column(specification + r"@{\;}l", rf"\multicolumn{{2}}{{c}}{{{heading}}}", cells, width, 2)
-    return _Column(specification, f"{{{heading}}}", aligned, width)
+            both = rf"\multicolumn{{2}}{{c}}{{{heading}}}"
+            return _Column(specification + r"@{\;}l", both, cells, max(width, _letters(heading)), 2)
+    return _Column(specification, f"{{{heading}}}", aligned, max(width, _letters(heading)))
+
+
+def _letters(latex: str) -> int:
+    """How many letters wide a heading is, at most: those of its longest line."""
+    return max(len(re.sub(r"\\[a-z]+(\[.*?\])?|[{}$]", "", line)) for line in latex.split(r"\\"))
 
 
 def _intervals(low: Sequence[str], high: Sequence[str]) -> Iterator[str]:
@@ -148,4 +166,4 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    return shown(str(value)).replace("␣", " ") if value != "" else ""
+    return str(value)

@@ -57,7 +57,7 @@ _LIGATURES = {("-", "-"), ("'", "'"), ("`", "`"), (",", ","), ("?", "`"), ("!", 
 
 def tex_text(text: str) -> str:
     """`text` as LaTeX: visible, ASCII only, never read as a command."""
-    return escaped(shown(text, has_tex).replace("␣", " ")) if text else ""
+    return escaped(" ".join(shown(part, has_tex) if part else "" for part in text.split(" ")))
 
 
 def escaped(visible: str) -> str:

@@ -376,7 +376,11 @@ def bars(ax: Axes) -> int:
 @pytest.mark.parametrize("quantity", ["rounds", "acceptance_rate"])
 def test_an_exact_prediction_has_no_bars(ax, validation, quantity):
     here, there, _ = plots.COMPARED[quantity]
-    ends = {f"{side}_{end}": validation[side] * factor for side in (here, there) for end, factor in (("low", 0.9), ("high", 1.1))}
+    ends = {
+        f"{side}_{end}": validation[side] * factor
+        for side in (here, there)
+        for end, factor in (("low", 0.9), ("high", 1.1))
+    }
     plots.predicted_against_measured(validation.assign(**ends, rounds_equal=True), quantity, ax=ax)
     assert bars(ax) == 0
     sampled = Figure().subplots()

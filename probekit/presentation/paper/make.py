@@ -45,7 +45,7 @@ def make(
         yield from files
     if only:
         return
-    tables = list(make_tables(study, output))
+    tables = list(make_tables(study, output, page))
     yield from tables
     if any(kind in look.kinds for kind in _INCLUDED):
         yield _write(output / "figures.tex", _figures_tex(study, wanted, widths, page, look))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from probekit.presentation.latex import to_latex
+from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import TABLES, StudyFolder
 from probekit.traces.storage import atomic_text
 
@@ -95,7 +96,7 @@ PRINTED: dict[str, Printed] = {
 }  # fmt: skip
 
 
-def make_tables(study: StudyFolder, output: Path) -> Iterator[Path]:
+def make_tables(study: StudyFolder, output: Path, page: Page) -> Iterator[Path]:
     """Write each of the study's tables as LaTeX; yields every file."""
     (output / "tables").mkdir(parents=True, exist_ok=True)
     for name in TABLES:
@@ -103,7 +104,13 @@ def make_tables(study: StudyFolder, output: Path) -> Iterator[Path]:
         path = output / "tables" / f"{name}.tex"
         label = f"tab:{name.replace('_', '-')}"
         table = to_latex(
-            printed.of(study.table(name)), printed.caption, label, headings=printed.columns, decimals=printed.decimals
+            printed.of(study.table(name)),
+            printed.caption,
+            label,
+            headings=printed.columns,
+            decimals=printed.decimals,
+            width=page.text,
+            column=page.column,
         )
         atomic_text(path, table)
         yield path
