@@ -157,6 +157,17 @@ def test_a_paper_with_pgf_pictures_compiles(study, tmp_path):
     paper.rename(folder)
     said = compiled(tmp_path, folder, text_width="5in")
     assert "Overfull \\hbox" not in said
+    assert "intervals" not in (folder / "tables" / "cells.tex").read_text(), (
+        "no intervals on a narrow page, and no word of them"
+    )
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_tables_fit_a_conference_page(study, tmp_path):
+    result = run("--study", study, "-o", tmp_path / "paper", "--format", "pdf", "--width", "5.5in")
+    assert result.exit_code == 0, result.output
+    assert "Overfull \\hbox" not in compiled(tmp_path, tmp_path / "paper", text_width="5.5in")
+    assert "intervals" in (tmp_path / "paper" / "tables" / "layers.tex").read_text()
 
 
 @pytest.mark.skipif(shutil.which("latex") is None or shutil.which("dvipng") is None, reason="needs latex and dvipng")

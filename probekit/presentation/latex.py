@@ -14,7 +14,7 @@ import pandas as pd
 from probekit.presentation.tex_text import tex_text
 
 _LONG = 40  # rows from which a LaTeX table may break over pages
-_SIZES = {8: 0.5, 7: 0.535, 6: 0.575, 5: 0.64}  # points that all LaTeX fonts have: a letter's width in them, em
+_SIZES = {8: 0.52, 7: 0.555, 6: 0.6, 5: 0.66}  # points that all LaTeX fonts have: a letter's width in them, em
 _ENDS = (("_low", "_high"), ("_20", "_80"))
 MISSING = "--"
 
@@ -62,7 +62,7 @@ def to_latex(
     layout = "".join(column.specification for column in columns)
     sizes = {points: _inches(columns, points) for points in _SIZES}
     points = next((points for points, inches in sizes.items() if inches <= width), min(_SIZES))
-    small = rf"\fontsize{{{points}}}{{{1.2 * points:g}}}\selectfont\setlength{{\tabcolsep}}{{4pt}}"
+    small = rf"\fontsize{{{points}}}{{{1.2 * points:g}}}\selectfont\setlength{{\tabcolsep}}{{{points / 2:g}pt}}"
     if len(rows) > _LONG:
         lines = _long(layout, sum(each.columns for each in columns), small, head, rows, tex_text(caption), label)
     else:
@@ -73,7 +73,7 @@ def to_latex(
 
 def _inches(columns: Sequence[_Column], points: int) -> float:
     """About how wide a table is in type of this size: its letters, and the gaps."""
-    return sum(_SIZES[points] * points * each.width + 8 for each in columns) / 72.27
+    return sum(_SIZES[points] * points * each.width + points for each in columns) / 72.27
 
 
 def _floating(
@@ -106,7 +106,7 @@ def _column(frame: pd.DataFrame, name: str, heading: str, decimals: int | None) 
     boolean = all(isinstance(value, (bool, np.bool_)) for value in values.dropna())
     if boolean or not pd.api.types.is_numeric_dtype(values):
         cells = tuple(tex_text(_text(value)) for value in values)
-        width = max([_letters(heading), *(len(cell) for cell in cells)])
+        width = max([_letters(heading), *(round(0.85 * len(cell)) for cell in cells)])  # narrower than digits
         return _Column("c" if boolean else "l", heading, cells, width)
     places = _decimals(values) if decimals is None else decimals
     numbers = _formatted(values, places)
@@ -118,7 +118,7 @@ def _column(frame: pd.DataFrame, name: str, heading: str, decimals: int | None) 
             low, high = (_formatted(frame[name + end], places) for end in (below, above))
             intervals = _intervals(low, high)
             cells = tuple(f"{number} & {interval}" for number, interval in zip(aligned, intervals, strict=True))
-            width += 4 + sum(max(map(len, side), default=1) for side in (low, high))
+            width += 2 + sum(max(map(len, side), default=1) for side in (low, high))
             both = rf"\multicolumn{{2}}{{c}}{{{heading}}}"
             return _Column(specification + r"@{\;}l", both, cells, max(width, _letters(heading)), 2)
     return _Column(specification, f"{{{heading}}}", aligned, max(width, _letters(heading)))

@@ -51,7 +51,7 @@ def predicted_and_measured(study: StudyFolder, page: Page) -> Figure:
     across, down = page.arranged(len(plots.COMPARED))
     figure = canvas(page.text, down * min(2.5, 1.09 * page.text / across), layout="compressed")
     panels = figure.subplots(down, across, squeeze=False).ravel()
-    axes = panels[: len(plots.COMPARED)]
+    axes = list(panels[: len(plots.COMPARED)])
     for ax in panels[len(plots.COMPARED) :]:
         ax.set_visible(False)
     for ax, quantity, letter in zip(axes, plots.COMPARED, "abc", strict=True):
