@@ -445,7 +445,7 @@ def draw(folder: Path) -> None:
     frame[["speedup_measured_20", "speedup_measured_80"]] = [row["speedup_measured_quantiles"] for row in cells]
     with paper_figure(folder, "predicted_and_measured", 3.35, 3.2) as figure:
         axes = figure.subplots()
-        predicted_against_measured(axes, frame, "speedup")
+        predicted_against_measured(frame, "speedup", ax=axes)
         axes.get_legend().set_loc("lower right")  # where speculation was expected to gain more than it did
 
 

@@ -1,1 +1,1 @@
-"""A paper's figures from a study folder: `python -m figures --study DIR`."""
+"""A paper's figures, a script each: `probekit figures STUDY` draws the same, `python -m figures` these."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from figures.making import alone
-from figures.panels import by_lens
-from probekit.presentation import plots
+from probekit.presentation.paper.layer_figures import echo
+from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: StudyFolder) -> Figure:
-    return by_lens(study.table("layers"), plots.echo_by_layer)
+def draw(study: StudyFolder, page: Page) -> Figure:
+    return echo(study, page)
 
 
 if __name__ == "__main__":

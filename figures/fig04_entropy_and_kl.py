@@ -5,20 +5,13 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from figures.making import alone
-from figures.style import TWO_COLUMNS, canvas
-from probekit.presentation import plots
+from probekit.presentation.paper.layer_figures import entropy_and_kl
+from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import StudyFolder
 
 
-def draw(study: StudyFolder) -> Figure:
-    layers = study.table("layers").query("lens == 'final-norm'")
-    figure = canvas(TWO_COLUMNS, 2.4)
-    entropy, divergence = figure.subplots(1, 2)
-    plots.entropy_and_kl(entropy, divergence, layers)
-    entropy.set_title("(a) entropy")
-    divergence.set_title("(b) divergence from the model")
-    plots.one_legend(figure, [entropy, divergence])
-    return figure
+def draw(study: StudyFolder, page: Page) -> Figure:
+    return entropy_and_kl(study, page)
 
 
 if __name__ == "__main__":

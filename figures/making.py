@@ -1,70 +1,74 @@
-"""From a study to its figures: all of them, some, or one script's own."""
+"""From a study to the figures of this folder's scripts: all of them, some, or one script's own.
+
+`probekit figures STUDY` draws those of the package, which are the same until a script here is changed or added.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Protocol
+from types import ModuleType
+from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 
-from figures import style
-from probekit.errors import InputError, ProbekitError
-from probekit.presentation.study_folder import StudyFolder, open_study
+from probekit.cli import figures as options
+from probekit.errors import ProbekitError
+from probekit.presentation.paper.figures import FIGURES, PaperFigure
 
 StudyOption = Annotated[Path, typer.Option("--study", metavar="DIR", help="A folder that `probekit study` wrote.")]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="By default the study's paper/.")
-]
-
-
-class _Script(Protocol):
-    def draw(self, study: StudyFolder) -> Figure: ...
 
 
 def names() -> list[str]:
-    """The figures' names, in order: those of the scripts."""
+    """The scripts, in order."""
     return sorted(path.stem for path in Path(__file__).parent.glob("fig[0-9][0-9]_*.py"))
 
 
-def make(study: StudyFolder, wanted: Sequence[str], output: Path) -> Iterator[Path]:
-    """Draw and write each wanted figure; yields every file."""
-    for name in wanted:
-        script: _Script = import_module(f"figures.{name}")
-        with style.paper():
-            yield from style.save(script.draw(study), output, name)
+def scripts() -> dict[str, PaperFigure]:
+    """The figures of all scripts."""
+    return {name: figure_of(name, import_module(f"figures.{name}")) for name in names()}
 
 
-def chosen(only: Sequence[str]) -> list[str]:
-    """The names that begin with what was asked for; all without a wish. Raises InputError where nothing does."""
-    found = []
-    for wish in only:
-        matching = [name for name in names() if name.startswith(wish)]
-        if not matching:
-            raise InputError(f"there is no figure {wish!r}.", f"There are {', '.join(names())}.")
-        found += matching
-    return list(dict.fromkeys(found)) or names()
-
-
-def finish(work: Callable[[], Iterator[Path]]) -> None:
-    """Do the work and print what was written; an error is one line, with the exit status of its kind."""
-    try:
-        for path in work():
-            typer.echo(path)
-    except ProbekitError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(error.exit_status) from None
+def figure_of(name: str, script: ModuleType) -> PaperFigure:
+    """A script's `draw(study, page)`; its caption is the package's for that name, or what the script says of itself."""
+    line = " ".join((script.__doc__ or name).split())
+    known = FIGURES.get(name) or PaperFigure(script.draw, lambda _: line, lambda _: line)
+    return PaperFigure(script.draw, known.caption, known.alt)
 
 
 def alone(file: str) -> None:
     """Run one script by itself: `python -m figures.<name> --study DIR`."""
     name = Path(file).stem
+    script = import_module(f"figures.{name}")
+    run({name: figure_of(name, script)}, script.__doc__, only=[name])
 
-    def command(study: StudyOption, output: OutputOption = None) -> None:
-        finish(lambda: make(open_study(study), [name], output or study / "paper"))
 
-    command.__doc__ = sys.modules["__main__"].__doc__
-    typer.run(command)
+def run(figures: Mapping[str, PaperFigure], what: str | None, only: list[str] | None = None) -> None:
+    """Read the arguments and draw."""
+    typer.run(command_for(figures, what, only))
+
+
+def command_for(
+    figures: Mapping[str, PaperFigure], what: str | None, only: list[str] | None = None
+) -> Callable[..., None]:
+    """A command that draws these figures and prints what was written; an error is one line, with its exit status."""
+
+    def command(
+        study: StudyOption,
+        output: options.Output = None,
+        names: options.Only = only,
+        formats: options.Formats = None,
+        font: options.Font = None,
+        width: options.Width = None,
+        usetex: options.UseTeX = False,
+    ) -> None:
+        try:
+            for path in options.files(study, output, names, formats, font, width, usetex, figures):
+                typer.echo(path)
+        except ProbekitError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_status) from None
+
+    command.__doc__ = what
+    return command

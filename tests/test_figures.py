@@ -16,9 +16,12 @@ import typer
 from presentation.fabricate_study import fabricate_study
 from typer.testing import CliRunner
 
-from figures import making, style
-from figures.__main__ import command
-from figures.latex import PRINTED
+from figures import making
+from probekit.cli.app import run as probekit
+from probekit.errors import InputError
+from probekit.presentation.paper.figures import FIGURES
+from probekit.presentation.paper.look import PAGE, Look, Page, kinds_of
+from probekit.presentation.paper.printed_tables import PRINTED
 from probekit.presentation.study_folder import TABLES, open_study
 
 pytestmark = pytest.mark.second
@@ -27,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = making.names()
 
 app = typer.Typer()
-app.command()(command)
+app.command()(making.command_for(making.scripts(), "Every figure and table of a study."))
+HAS_TEX = shutil.which("pdflatex") is not None
 
 
 def run(*arguments: object):
@@ -82,8 +86,8 @@ def test_every_figure_comes_in_three_kinds(made, name):
 def test_figures_fit_a_column_or_two(made, name):
     svg = (made[0] / f"{name}.svg").read_text(encoding="utf-8")
     width, height = (float(number) / 72 for number in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
-    assert width == pytest.approx(style.ONE_COLUMN) or width == pytest.approx(style.TWO_COLUMNS)
-    assert height <= style.PAGE
+    assert width == pytest.approx(PAGE.column) or width == pytest.approx(PAGE.text)
+    assert height <= PAGE.height
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,29 +118,185 @@ def test_every_table_comes_as_latex(made, table):
     assert "tales-untied" in latex
     assert r"\textbackslash" not in latex
     rows = [line for line in latex.splitlines() if line.startswith("tales-")]
-    assert {row.count("&") for row in rows} == {len(PRINTED[table].columns) - 1}
+    intervals = latex.count(r"\multicolumn{2}{c}") // (2 if "longtable" in latex else 1)
+    assert {row.count("&") for row in rows} == {len(PRINTED[table].columns) - 1 + intervals}
+    assert "S[table-format=" in latex
 
 
-def test_latex_compiles(made, tmp_path):
-    compiler = shutil.which("pdflatex")
-    if compiler is None:
-        pytest.skip("needs pdflatex")
-    inputs = "".join(rf"\input{{{made[0] / 'tables' / name}.tex}}" for name in TABLES)
+def compiled(tmp_path: Path, paper: Path, options: str = "", text_width: str = "6.9in") -> str:
+    """What LaTeX says of a document that holds all figures and tables of a folder."""
     (tmp_path / "paper.tex").write_text(
-        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage[textwidth=6.9in]{geometry}"
-        rf"\usepackage{{booktabs,longtable}}\begin{{document}}{inputs}\end{{document}}"
+        rf"\documentclass[{options}]{{article}}\usepackage[textwidth={text_width},textheight=9.6in]{{geometry}}"
+        r"\usepackage{graphicx,pgf,booktabs,siunitx,longtable,import}\begin{document}"
+        r"Figures~\ref{fig:lens-table} to~\ref{fig:trace-and-sweep}, Tables~\ref{tab:layers} to~\ref{tab:costs}."
+        rf"\import{{{paper}/}}{{figures}}\import{{{paper}/}}{{tables}}\end{{document}}"
     )
-    command = [compiler, "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull" not in done.stdout, "a table is wider than a page"
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    for _ in range(2):  # labels are known to the second run
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+@pytest.mark.parametrize("options", ["", "twocolumn", "a4paper,11pt"])
+def test_a_paper_with_everything_compiles(made, tmp_path, options):
+    said = compiled(tmp_path, made[0], options)
+    assert "Overfull \\hbox" not in said, "a table or a figure is wider than a page"
+    assert "undefined" not in said
+    assert "multiply defined" not in said
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_a_paper_with_pgf_pictures_compiles(study, tmp_path):
+    paper = tmp_path / "paper of 5 in"
+    result = run("--study", study, "-o", paper, "--format", "pgf", "--width", "5in")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.suffix for path in paper.glob("fig0*")) == [".pgf"] * 9
+    folder = tmp_path / "paper"
+    paper.rename(folder)
+    said = compiled(tmp_path, folder, text_width="5in")
+    assert "Overfull \\hbox" not in said
+    assert "intervals" not in (folder / "tables" / "cells.tex").read_text(), (
+        "no intervals on a narrow page, and no word of them"
+    )
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_tables_fit_a_conference_page(study, tmp_path):
+    result = run("--study", study, "-o", tmp_path / "paper", "--format", "pdf", "--width", "5.5in")
+    assert result.exit_code == 0, result.output
+    assert "Overfull \\hbox" not in compiled(tmp_path, tmp_path / "paper", text_width="5.5in")
+    assert "intervals" in (tmp_path / "paper" / "tables" / "layers.tex").read_text()
+
+
+@pytest.mark.skipif(shutil.which("latex") is None or shutil.which("dvipng") is None, reason="needs latex and dvipng")
+def test_latex_sets_the_labels(study, tmp_path):
+    result = run(
+        "--study", study, "-o", tmp_path, "--only", "fig04", "--only", "fig06", "--usetex", "--format", "pdf,png"
+    )
+    assert result.exit_code == 0, result.output
+    assert (
+        b"CMR" in (tmp_path / "fig06_speedup.pdf").read_bytes().upper()
+        or b"SFRM" in (tmp_path / "fig06_speedup.pdf").read_bytes()
+    )
+
+
+def test_figures_have_captions_and_alternative_texts(made):
+    latex = (made[0] / "figures.tex").read_text(encoding="utf-8")
+    assert latex.isascii()
+    assert latex.count(r"\includegraphics[alt={") == latex.count(r"\caption{") == latex.count(r"\label{fig:") == 9
+    alts = re.findall(r"alt=\{(.*?)\}\]\{fig", latex)
+    assert all("tales-untied" in alt or "all on the diagonal" in alt for alt in alts)
+    cells = open_study(made[0].parent).of("cells", "tales-untied")
+    assert f"{cells['speedup'].max():.2f}" in alts[5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_and_alternative_texts_are_sentences(study, name):
+    opened = open_study(study)
+    for text in (FIGURES[name].caption(opened), FIGURES[name].alt(opened)):
+        assert text[0].isupper()
+        assert text.endswith(".")
+        assert "nan" not in text
+        assert 40 < len(text) < 900
+
+
+# -- the command
+def test_the_command_draws_the_same(study, made, tmp_path, capsys):
+    assert probekit(["figures", str(study), "-o", str(tmp_path), "--only", "fig02", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "probekit/figures/1"
+    assert found["folder"] == str(tmp_path)
+    assert [Path(file).name for file in found["files"]] == [f"fig02_agreement.{kind}" for kind in ("pdf", "svg", "png")]
+    for file in found["files"]:
+        assert Path(file).read_bytes() == (made[0] / Path(file).name).read_bytes()
+
+
+def test_scripts_and_package_have_the_same_figures():
+    assert list(FIGURES) == NAMES
+    for name, figure in making.scripts().items():
+        assert figure.caption is FIGURES[name].caption
+
+
+def test_formats_and_widths(study, tmp_path):
+    result = run(
+        "--study", study, "-o", tmp_path, "--only", "fig02", "--format", "svg,pdf", "--format", "svg", "--width", "14cm"
+    )
+    assert result.exit_code == 0, result.output
+    assert [Path(line).suffix for line in result.stdout.split()] == [".svg", ".pdf"]
+    svg = (tmp_path / "fig02_agreement.svg").read_text(encoding="utf-8")
+    assert float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1]) / 72 == pytest.approx(14 / 2.54, abs=1e-3)
+
+
+def test_a_font_is_embedded(study, tmp_path):
+    result = run("--study", study, "-o", tmp_path, "--only", "fig02", "--format", "pdf", "--font", "dejavu serif")
+    assert result.exit_code == 0, result.output
+    pdf = (tmp_path / "fig02_agreement.pdf").read_bytes()
+    assert b"DejaVuSerif" in pdf
+    assert b"DejaVuSans" not in pdf
+
+
+@pytest.mark.parametrize("width", ["3in", "5.5in", "397pt", "14cm", "40in"])
+def test_every_width_is_drawn_without_touching_labels(study, tmp_path, width):
+    opened, page = open_study(study), Page.of(width)
+    for name in ("fig05_acceptance", "fig06_speedup", "fig07_predicted_and_measured", "fig08_run_lengths"):
+        with Look().worn():
+            figure = FIGURES[name].draw(opened, page)
+            figure.draw_without_rendering()
+        assert figure.get_figwidth() in (page.text, page.column)
+        shown = [ax for ax in figure.axes if ax.get_visible() and ax.get_title(loc="left")]
+        boxes = [ax.xaxis.label.get_window_extent() for ax in shown if ax.get_xlabel()]
+        boxes += [ax._left_title.get_window_extent() for ax in shown]
+        for place, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:place]), (name, width)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--format", "tiff", "the format is tiff; expected some of pdf, svg, png, pgf"),
+        ("--width", "wide", "expected a width as 5.5in, 14cm or 397pt"),
+        ("--width", "1in", "the width is 1 inches; expected 3 to 40"),
+        ("--font", "Dejavu Sanz", "not installed. Near it: DejaVu Sans"),
+        ("--font", "qqqqqqqqq", "not installed"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(damaged, option, value, words):
+    refused(run("--study", damaged, option, value), words)
+    assert not (damaged / "paper").exists()
+
+
+def test_without_latex_it_is_said(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(InputError, match="--usetex needs latex and dvipng, not found"):
+        Look(usetex=True)
+    with pytest.raises(InputError, match="--format pgf needs pdflatex"):
+        Look(kinds_of(["pgf"]))
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_a_font_that_latex_has_not_is_refused():
+    with pytest.raises(InputError, match="a pgf picture has the document's letters"):
+        Look(("pgf",), font="DejaVu Sans")
+    with pytest.raises(InputError, match="with --usetex, expected serif"):
+        Look(font="DejaVu Sans", usetex=True)
+
+
+def test_a_study_of_sampled_text_has_its_figures(tmp_path):
+    folder = fabricate_study(
+        tmp_path / "sampled", ("tales-tied",), depth=3, prompts=4, tokens=8, draft_lengths=(2,), text="sampled"
+    )
+    for name in ("fig05", "fig06"):
+        result = run("--study", folder, "--only", name, "--format", "pdf")
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("name", ["fig05_acceptance", "fig06_speedup"])
 def test_every_heat_map_has_its_numbers(study, name):
     script = importlib.import_module(f"figures.{name}")
-    with style.paper():
-        figure = script.draw(open_study(study))
+    with Look().worn():
+        figure = script.draw(open_study(study), PAGE)
     many = {len(ax.texts) for ax in figure.axes if ax.get_ylabel() == "exit layer E" or ax.get_title(loc="left")}
     assert many == {(3 + 1) * 2}, "three exits and a draft model, two draft lengths, in each panel"
 
@@ -181,7 +341,7 @@ def test_a_study_of_one_model(tmp_path):
 
 def test_settings_of_matplotlib_come_back():
     before = matplotlib.rcParams["font.size"]
-    with style.paper():
+    with Look().worn():
         assert matplotlib.rcParams["font.size"] == 8.0
     assert matplotlib.rcParams["font.size"] == before
 

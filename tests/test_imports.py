@@ -51,10 +51,13 @@ ROWS = {
     "validation": ("differences", "results", "transformers", "run"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
-        "tokens", "plots", "latex", "tables", "previews", "study_folder", "next_steps", "report_data", "report_text",
-        "report", "model_card",
+        "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
+        "report_data", "report_text", "report", "model_card",
     ),
-    "presentation.plots": ("glyphs", "style", "lens", "layers", "grids", "rounds"),
+    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds"),
+    "presentation.paper": (
+        "look", "writing", "panels", "layer_figures", "round_figures", "captions", "figures", "printed_tables", "make",
+    ),
     "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles

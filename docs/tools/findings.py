@@ -89,7 +89,8 @@ def draw() -> None:
             (axes[1], "echo", "echo", plots.echo_by_layer),
         ):
             rows = tables[tables["quantity"] == quantity]
-            plot(ax, rows.rename(columns={"value": statistic, "low": f"{statistic}_low", "high": f"{statistic}_high"}))
+            columns = {"value": statistic, "low": f"{statistic}_low", "high": f"{statistic}_high"}
+            plot(rows.rename(columns=columns), ax=ax)
         plots.one_legend(canvas, axes)
         canvas.savefig(PICTURE, dpi=200, metadata={"Software": "probekit"})
 

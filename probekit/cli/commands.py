@@ -7,6 +7,7 @@ from collections.abc import Callable
 from probekit.cli.choose import choose
 from probekit.cli.compare import compare
 from probekit.cli.decode import decode
+from probekit.cli.figures import figures
 from probekit.cli.fit_heads import fit_heads
 from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
@@ -30,6 +31,7 @@ ALL: tuple[Callable[..., None], ...] = (
     compare,
     report,
     study,
+    figures,
 )
 
 

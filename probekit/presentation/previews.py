@@ -1,6 +1,6 @@
 """The pictures that a study draws of itself, so that there is something to look at when it ends.
 
-A paper's figures, with its widths and its type, are drawn by `python -m figures --study DIR`, with the same functions.
+A paper's figures, with its widths and its type, are drawn by `probekit figures STUDY`, with the same functions.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _lens_tables(traces: Mapping[str, Trace]) -> Figure:
     for ax, beside, (name, trace), step in zip(*axes.T, traces.items(), steps, strict=True):
         table = lens_table(trace, trace.prompts[0]).window(POSITIONS)
         ax.set_title(f"{plots.plain(name)}, {table.lens} lens", pad=11)
-        colours = plots.lens_table(ax, table.frame, every=step)
-        figure.colorbar(colours, cax=beside, label=plots.STATISTICS["probability"].label)
+        plots.lens_table(table.frame, ax=ax, every=step)
+        figure.colorbar(plots.colours_of(ax), cax=beside, label=plots.STATISTICS["probability"].label)
     return figure
 
 
@@ -71,7 +71,7 @@ def _agreement(layers: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(0.6 + 4.2 * len(lenses), 3.4), layout="constrained")
     axes = figure.subplots(1, len(lenses), squeeze=False, sharey=True)[0]
     for ax, lens in zip(axes, lenses, strict=True):
-        plots.agreement_by_layer(ax, layers[layers["lens"] == lens])
+        plots.agreement_by_layer(layers[layers["lens"] == lens], ax=ax)
         ax.set_title(f"{lens} lens")
         if ax is not axes[0]:
             ax.set_ylabel("")
@@ -84,19 +84,18 @@ def _grids(models: Sequence[str], cells: pd.DataFrame, column: str, label: str, 
     across = min(len(models), ACROSS)
     figure, panels = _panels(models, across, 3.6, 3.3)
     low, high = float(cells["speedup"].min()), float(cells["speedup"].max())
-    colours = []
     for place, (ax, model) in enumerate(panels):
         own = cells[cells["model"] == model]
         if column == "speedup":
-            colours.append(plots.speedup_surface(ax, own, chosen[model], low=low, high=high, numbers=False))
+            plots.speedup_surface(own, chosen[model], ax=ax, low=low, high=high, numbers=False)
             ax.set_title(f"{plots.plain(model)}: {_words(chosen[model])}")
         else:
-            colours.append(plots.acceptance_grid(ax, own, numbers=False))
+            plots.acceptance_grid(own, ax=ax, numbers=False)
             ax.set_title(plots.plain(model))
         if place % across:
             ax.set_ylabel("")
     axes = [ax for ax, _ in panels]
-    figure.colorbar(colours[0], ax=axes, label=label, pad=0.02)
+    plots.one_bar(figure, axes, label, pad=0.02)
     figure.draw_without_rendering()
     plots.write_numbers(axes, plots.NUMBERS[column])
     return figure
@@ -112,7 +111,7 @@ def _measured(validation: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9.6, 3.5), layout="compressed")
     axes = figure.subplots(1, len(plots.COMPARED))
     for ax, quantity in zip(axes, plots.COMPARED, strict=True):
-        plots.predicted_against_measured(ax, validation, quantity)
+        plots.predicted_against_measured(validation, quantity, ax=ax)
     plots.one_legend(figure, axes)
     return figure
 

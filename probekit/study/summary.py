@@ -110,7 +110,7 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
 
 
 def draw_figures(folder: Path, studies: Sequence[ModelStudy]) -> None:
-    """Previews; `python -m figures --study DIR` draws a paper's."""
+    """Previews; `probekit figures STUDY` draws a paper's."""
     read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
     traces = {study.name: study.trace for study in studies}
     chosen = {study.name: study.pair for study in studies}

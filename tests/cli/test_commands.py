@@ -171,6 +171,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "study": ["study", tiny_folder, "--prompts", prompts, "-o", study, "--max-new-tokens", 6,
                   "--draft-lengths", 2],
         "report": ["report", study],
+        "figures": ["figures", study, "--only", "fig02", "--format", "svg"],
     }  # fmt: skip
     assert set(lines) == set(map(name_of, ALL))
     for name, arguments in lines.items():

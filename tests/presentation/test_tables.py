@@ -216,16 +216,58 @@ def test_latex_is_booktabs_and_escaped():
     latex = to_latex(frame, "Rates of 50 % & more", "tab:rates")
     assert r"\toprule" in latex
     assert r"\caption{Rates of 50 \% \& more}" in latex
-    assert r"model & rate & equal & exit layer \\" in latex
-    assert r"a\_b \& \$5 & 0.123 [0.1, 0.2] & yes & 3 \\" in latex
-    assert r"100 \% \{x\} & -- & -- & -- \\" in latex
+    assert r"{lS[table-format=1.3]@{\;}lcS[table-format=1]}" in latex
+    assert r"model & \multicolumn{2}{c}{rate} & equal & {exit layer} \\" in latex
+    assert r"a\_b \& \$5 & 0.123 & $[0.100, 0.200]$ & yes & 3 \\" in latex
+    assert r"100 \% \{x\} & {--} &  & -- & {--} \\" in latex
     assert "longtable" not in latex
+
+
+def test_latex_aligns_decimal_marks():
+    frame = pd.DataFrame({"x": [0.5, 123.456, -7.0], "x_low": [0.4, 99.0, -8.25], "x_high": [0.6, 200.0, np.nan]})
+    latex = to_latex(frame, "Numbers", "tab:n", decimals={"x": 2})
+    assert "table-format=-3.2" in latex
+    assert r"0.50 & $[\phantom{0}0.40, \phantom{00}0.60]$ \\" in latex
+    assert r"123.46 & $[99.00, 200.00]$ \\" in latex
+    assert r"-7.00 &  \\" in latex
+    whole = to_latex(pd.DataFrame({"n": [3.0, 12.0, np.inf]}), "Whole", "tab:n")
+    assert "table-format=2]" in whole
+    assert "{--}" in whole
+
+
+@pytest.mark.parametrize(
+    ("values", "decimals"), [((0.2, 0.5, 1.0), 3), ((1.5, 30.0), 1), ((1234.5,), 0), ((0.0, 0.0012), 5)]
+)
+def test_latex_gives_the_middle_number_three_digits(values, decimals):
+    latex = to_latex(pd.DataFrame({"x": values}), "Numbers", "tab:x")
+    assert f"{values[-1]:.{decimals}f} \\" in latex
+
+
+def test_a_wide_table_takes_both_columns():
+    narrow, wide = pd.DataFrame({"a": [1]}), pd.DataFrame({f"column_{place}": ["some text"] for place in range(6)})
+    assert r"\begin{table}" in to_latex(narrow, "Narrow", "tab:a")
+    assert r"\begin{table*}" in to_latex(wide, "Wide", "tab:b")
+
+
+def test_a_table_too_wide_for_the_page_is_set_smaller():
+    frame = pd.DataFrame({f"column_{place}": ["some text of a cell"] for place in range(5)})
+    sizes = [
+        int(to_latex(frame, "Wide", "tab:w", width=width).partition(r"\fontsize{")[2][0]) for width in (9, 6.5, 5, 2)
+    ]
+    assert sizes[0] == 8
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 5
+
+
+def test_a_table_without_rows_is_a_table():
+    latex = to_latex(pd.DataFrame({"model": [], "x": pd.Series([], dtype=float)}), "None", "tab:none")
+    assert r"\midrule" in latex
 
 
 def test_latex_heads_may_be_latex():
     frame = pd.DataFrame({"draft_length": [2], "100 %": ["x"]})
     latex = to_latex(frame, "Heads", "tab:heads", headings={"draft_length": r"\shortstack[r]{a\\b}"})
-    assert r"\shortstack[r]{a\\b} & 100 \% \\" in latex
+    assert r"{\shortstack[r]{a\\b}} & 100 \% \\" in latex
 
 
 @pytest.mark.parametrize("sign", [*"_%&#${}\\~^"])
@@ -242,9 +284,9 @@ def test_latex_takes_any_sign_as_text(sign: str):
 
 def test_latex_is_set_small_and_the_size_ends_with_the_table():
     short = to_latex(pd.DataFrame({"n": [1]}), "One", "tab:n")
-    assert short.index(r"\begin{table}") < short.index(r"\footnotesize") < short.index(r"\begin{tabular}")
+    assert short.index(r"\begin{table}") < short.index(r"\fontsize{8}{9.6}") < short.index(r"\begin{tabular}")
     long = to_latex(pd.DataFrame({"n": range(41)}), "Many", "tab:n")
-    assert long.startswith(r"{\footnotesize")
+    assert long.startswith(r"{\fontsize{8}{9.6}")
     assert long.rstrip().endswith("}")
     for latex in (short, long):
         bare = latex.replace(r"\{", "").replace(r"\}", "")
@@ -254,6 +296,7 @@ def test_latex_is_set_small_and_the_size_ends_with_the_table():
 def test_latex_of_signs_needs_no_unicode_font():
     latex = to_latex(pd.DataFrame({"token": ["␣a⏎", "⟨200B⟩"]}), "Tokens", "tab:tokens")
     assert latex.isascii()
+    assert r"\textvisiblespace{}a$\hookleftarrow$" in latex
     assert r"$\langle$200B$\rangle$" in latex
 
 

@@ -98,9 +98,9 @@ export function speedupChart(place, labels, points) {
   place.append(legend(labels), root);
 }
 
-// `cell` is what stands in a cell, `show` what is said of it.
+// `cell` is what stands in a cell, `show` what is said of it. Speedups are as strong as their distance from 1.
 const MEASURES = {
-  speedup: { label: "predicted speedup", cell: (value) => fixed(value), show: times, shade: (value, most) => (value < 1 ? 1 - value : (value - 1) / Math.max(0.25, most - 1)) },
+  speedup: { label: "predicted speedup", cell: (value) => fixed(value), show: times, shade: (value, most, least) => Math.abs(value - 1) / Math.max(0.05, most - 1, 1 - least) },
   acceptance_rate: { label: "acceptance rate", cell: (value) => percent(value, 0).replace(" %", ""), show: percent, shade: (value) => value },
   tokens_per_round: { label: "tokens per round", cell: (value) => fixed(value, 1), show: (value) => fixed(value), shade: (value, most) => value / most },
 };
@@ -113,14 +113,15 @@ const MEASURES = {
 export function heatTables(place, select, models, pick) {
   const draw = () => {
     const name = select.value;
-    const most = Math.max(...models.flatMap((model) => model.cells.map((cell) => cell[name][0] ?? 0)));
-    place.replaceChildren(...models.map((model, i) => heatTable(model, name, most, (...pair) => pick(i, ...pair))));
+    const values = models.flatMap((model) => model.cells.map((cell) => cell[name][0])).filter((value) => value !== null);
+    const ends = [Math.max(...values), Math.min(...values)];
+    place.replaceChildren(...models.map((model, i) => heatTable(model, name, ends, (...pair) => pick(i, ...pair))));
   };
   select.addEventListener("change", draw);
   draw();
 }
 
-function heatTable(model, name, most, pick) {
+function heatTable(model, name, ends, pick) {
   const measure = MEASURES[name];
   const lengths = [...new Set(model.cells.map((cell) => cell.length))].sort((a, b) => a - b);
   const exits = [...new Set(model.cells.map((cell) => cell.exit))].sort((a, b) => (b ?? 0) - (a ?? 0));
@@ -141,7 +142,7 @@ function heatTable(model, name, most, pick) {
         go();
       },
     }, measure.cell(value));
-    shade(td, value === null ? 0 : measure.shade(value, most));
+    shade(td, value === null ? 0 : measure.shade(value, ...ends));
     return td;
   }));
   gridKeys(rows, model.chosen ? [exits.indexOf(model.chosen[0]), lengths.indexOf(model.chosen[1])] : [0, 0]);

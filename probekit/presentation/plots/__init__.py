@@ -1,11 +1,15 @@
-"""Pictures, drawn on the Axes that a caller hands in. No files, no figures made, no torch.
+"""Pictures of the study's tables, called as in seaborn: `agreement_by_layer(layers, ax=ax)` returns the Axes.
 
-Each function takes one of the study's tables (see `presentation.tables`), of one model or of several, and writes the
-units on its axes. One-signed figures are coloured by one sequential map that is monotonic in lightness, so that they
-read the same in grey; lines differ in colour, dash and marker. Intervals are 95 %, over prompts.
+Each function takes first one of the study's tables (see `presentation.tables`), of one model or of several, or what
+has `to_pandas`; then `ax=`, pyplot's current Axes by default. It writes the units on its axes, and no files. The look
+is that of matplotlib's settings (`rcParams`, a seaborn theme, a style sheet); `STYLE` is the project's own, for
+`matplotlib.rc_context`. Shares and counts are coloured by one sequential map that is monotonic in lightness, so that
+they read the same in grey; speedups by one diverging map whose middle is 1: red loses, blue gains. Lines differ in
+colour, dash and marker. Intervals are 95 %, over prompts. Nothing here imports torch.
 """
 
 from probekit.lens.statistics import Statistic
+from probekit.presentation.plots.calling import colours_of, one_bar
 from probekit.presentation.plots.glyphs import drawable, families, plain
 from probekit.presentation.plots.grids import (
     NUMBERS,
@@ -14,7 +18,14 @@ from probekit.presentation.plots.grids import (
     tokens_per_round_grid,
     write_numbers,
 )
-from probekit.presentation.plots.layers import agreement_by_layer, by_layer, echo_by_layer, entropy_and_kl
+from probekit.presentation.plots.layers import (
+    agreement_by_layer,
+    by_layer,
+    echo_by_layer,
+    entropy_and_kl,
+    entropy_by_layer,
+    kl_by_layer,
+)
 from probekit.presentation.plots.lens import STATISTICS, lens_table
 from probekit.presentation.plots.rounds import (
     COMPARED,
@@ -22,11 +33,12 @@ from probekit.presentation.plots.rounds import (
     run_lengths_against_geometric,
     trace_against_sweep,
 )
-from probekit.presentation.plots.style import FAINT, INK, PALETTE, SEQUENTIAL, STYLE, one_legend
+from probekit.presentation.plots.style import DIVERGING, FAINT, INK, PALETTE, SEQUENTIAL, STYLE, one_legend
 
 __all__ = [
-    "COMPARED", "FAINT", "INK", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE", "Statistic",
-    "acceptance_grid", "agreement_by_layer", "by_layer", "drawable", "echo_by_layer", "entropy_and_kl", "families",
-    "lens_table", "one_legend", "plain", "predicted_against_measured", "run_lengths_against_geometric",
-    "speedup_surface", "tokens_per_round_grid", "trace_against_sweep", "write_numbers",
+    "COMPARED", "DIVERGING", "FAINT", "INK", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE",
+    "Statistic", "acceptance_grid", "agreement_by_layer", "by_layer", "colours_of", "drawable", "echo_by_layer",
+    "entropy_and_kl", "entropy_by_layer", "families", "kl_by_layer", "lens_table", "one_bar", "one_legend",
+    "plain", "predicted_against_measured", "run_lengths_against_geometric", "speedup_surface",
+    "tokens_per_round_grid", "trace_against_sweep", "write_numbers",
 ]  # fmt: skip

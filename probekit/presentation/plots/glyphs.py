@@ -3,30 +3,77 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
 
+from probekit.presentation.tex_text import escaped, has_tex, tex_text
 from probekit.presentation.tokens import shown
 
 
 def drawable(character: str) -> bool:
     """Whether some installed font that matplotlib can draw with has a shape for this character."""
-    return _font_with(character, tuple(matplotlib.rcParams["font.family"])) is not None
+    if _by_pgf():
+        return has_tex(character)
+    return _font_with(character, _usual()) is not None
 
 
 def families(text: str) -> list[str]:
     """Font families for `text`: the usual ones, then those that have the shapes they lack."""
-    usual = tuple(matplotlib.rcParams["font.family"])
+    usual = _usual()
     found = (_font_with(character, usual) for character in dict.fromkeys(text))
     return [*usual, *dict.fromkeys(family for family in found if family is not None and family not in usual)]
+
+
+def plain(text: str) -> str:
+    """`text` as a label: visible, and never read as a formula or as TeX."""
+    if matplotlib.rcParams["text.usetex"] or _by_pgf():
+        return tex_text(text)
+    visible = shown(text, lambda character: character == " " or drawable(character)).replace("␣", " ")
+    return visible.replace("$", r"\$") if matplotlib.rcParams["text.parse_math"] else visible
+
+
+def token(visible: str) -> str:
+    """What a picture is given of a token all of which is `drawable`.
+
+    Tokens are drawn in matplotlib's fonts also where labels are set by TeX, which would need a run for each of them and
+    lacks most scripts; only a pgf picture has no other letters than TeX's.
+    """
+    return escaped(visible) if _by_pgf() else visible
+
+
+def _by_pgf() -> bool:
+    """Whether what is drawn becomes TeX's own input."""
+    return "pgf" in (matplotlib.rcParams["savefig.format"], matplotlib.get_backend(auto_select=False))
+
+
+def _usual() -> tuple[str, ...]:
+    """`font.family`, each generic name ("sans-serif") as the first font of its list that is installed."""
+    found = (_installed_as(family, tuple(_listed(family))) for family in matplotlib.rcParams["font.family"])
+    return tuple(dict.fromkeys(found))
+
+
+def _listed(family: str) -> list[str]:
+    generic = {"sans": "sans-serif", "sans serif": "sans-serif"}.get(family, family)
+    lists = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
+    settings: dict[Any, Any] = matplotlib.rcParams
+    return list(settings[f"font.{generic}"]) if generic in lists else [family]
+
+
+@cache
+def _installed_as(family: str, listed: tuple[str, ...]) -> str:
+    """The name of the font that a family stands for; matplotlib's own where none of them is installed."""
+    known = {name.lower(): name for name in font_manager.fontManager.get_font_names()}
+    return next((known[name.lower()] for name in listed if name.lower() in known), "DejaVu Sans")
 
 
 @cache
 def _font_with(character: str, usual: tuple[str, ...]) -> str | None:
     """The first of the usual families, else of all installed ones by name, that has a shape for the character."""
     for family in usual:
-        path = font_manager.findfont(font_manager.FontProperties(family=family))
+        # A list: matplotlib reads a lone name as a fontconfig pattern, where a dash or a colon means something.
+        path = font_manager.findfont(font_manager.FontProperties(family=[family]))
         if _covers(path, character):
             return family
     return next((family for family, path in _installed() if _covers(path, character)), None)
@@ -37,8 +84,8 @@ def _installed() -> tuple[tuple[str, str], ...]:
     """Upright regular faces of every family, sans first; fonts made of placeholders or for formulas left out."""
     faces: dict[str, str] = {}
     for face in sorted(font_manager.fontManager.ttflist, key=lambda face: (face.name, str(face.fname))):
-        plain = face.style == "normal" and face.weight in (400, "normal", "regular", "book")
-        if plain and not face.name.startswith((".", "Last Resort", "STIX", "cm", "DejaVu Sans Display")):
+        regular = face.style == "normal" and face.weight in (400, "normal", "regular", "book")
+        if regular and not face.name.startswith((".", "Last Resort", "STIX", "cm", "DejaVu Sans Display")):
             faces.setdefault(face.name, str(face.fname))
     return tuple(sorted(faces.items(), key=lambda item: ("Sans" not in item[0], item[0])))
 
@@ -49,8 +96,3 @@ def _covers(path: str, character: str) -> bool:
     except (OSError, RuntimeError):  # a broken file, or a bitmap font, which cannot be scaled
         return False
     return bool(font.scalable) and font.get_char_index(ord(character)) != 0
-
-
-def plain(text: str) -> str:
-    """`text` as a label: visible, and never read as a formula."""
-    return shown(text, lambda character: character == " " or drawable(character)).replace("␣", " ").replace("$", r"\$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,23 +11,33 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import colors
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 
+from probekit.errors import InputError
 from probekit.lens.statistics import COLOURED as STATISTICS
-from probekit.presentation.plots.glyphs import drawable, families
-from probekit.presentation.plots.style import FAINT, INK, SEQUENTIAL, ink_on, points, points_of
+from probekit.presentation.plots.calling import axes_or_current, plot
+from probekit.presentation.plots.glyphs import drawable, families, plain, token
+from probekit.presentation.plots.style import (
+    SEQUENTIAL,
+    faint,
+    ground_of,
+    ink_on,
+    nothing_to_show,
+    points,
+    points_of,
+)
 from probekit.presentation.tokens import clipped, shown
 
 
+@plot("position", "generated", "input", "layer", "token", "agrees")
 def lens_table(
-    ax: Axes,
     table: pd.DataFrame,
     *,
+    ax: Axes | None = None,
     statistic: str = "probability",
     every: int = 1,
-    font_size: float = 6.0,
+    font_size: float | None = None,
     high: float | None = None,
-) -> ScalarMappable:
+) -> Axes:
     """Layer by position, bottom to top: the top token in each cell, coloured by one statistic.
 
     Layer 0 is the embedding, the last row, set apart, the model itself. A dot marks the cells that have the model's
@@ -37,10 +48,20 @@ def lens_table(
     table: columns position, generated, input, layer, token, agrees, and the statistic; a row for each layer and
         position of one text and one lens.
     every: show each n-th layer, and always the model.
+    font_size: of the tokens, in points; three quarters of `font.size` by default.
     high: upper end of the colours, to share it between tables; of the data (or 1) by default.
 
-    Returns what a colour bar needs.
+    `plots.colours_of(ax)` is what a colour bar needs. Raises InputError for a statistic that the table has not.
     """
+    ax = axes_or_current(ax)
+    if statistic not in STATISTICS or statistic not in table:
+        offered = ", ".join(name for name in STATISTICS if name in table)
+        raise InputError(f"statistic is {statistic!r}; this table has {offered or 'none'}.")
+    if table.empty:
+        nothing_to_show(ax, "no text in this table")
+        return ax
+    font_size = font_size or 0.75 * matplotlib.rcParams["font.size"]
+    ink, pale, ground = matplotlib.rcParams["text.color"], faint(ax), ground_of(ax)
     described = STATISTICS[statistic]
     depth = int(table["layer"].max())
     layers = [layer for layer in range(0, depth, every) if depth - layer >= every or layer == 0] + [depth]
@@ -56,11 +77,13 @@ def lens_table(
     )
     norm = colors.Normalize(ends[0], ends[1] if ends[1] > ends[0] else ends[0] + 1.0)
     coloured, grey = _maps(described.reverse)
-    for place, colours in ((~prompt, coloured), (prompt, grey)):
-        if place.any():
-            hidden = np.broadcast_to(~place, values.shape)
-            # norm is what vmin and vmax would make of the values, and is needed for the letters as well
-            sns.heatmap(values, mask=hidden, cmap=colours, norm=norm, cbar=False, ax=ax, linewidths=0.4)
+    for place, colours in ((prompt, grey), (~prompt, coloured)):  # the colours that a bar explains come last
+        hidden = np.broadcast_to(~place, values.shape)
+        # norm is what vmin and vmax would make of the values, and is needed for the letters as well
+        sns.heatmap(
+            values, mask=hidden, cmap=colours, norm=norm, vmin=norm.vmin, vmax=norm.vmax, cbar=False, ax=ax,
+            linewidths=0.4, linecolor=ground,
+        )  # fmt: skip
 
     ax.invert_yaxis()
     ax.grid(False)
@@ -68,31 +91,32 @@ def lens_table(
     ax.set_yticklabels([_layer_name(layer, depth) for layer in layers], rotation=0)
     ax.set_ylabel("layer")
     ax.set_xlabel("token that is read")
+    ax.minorticks_off()
     inputs = [clipped(text, 9, drawable) for text in heads["input"]]
-    ax.set_xticks(np.arange(len(inputs)) + 0.5, inputs)
+    ax.set_xticks(np.arange(len(inputs)) + 0.5, [token(text) for text in inputs])
     ax.tick_params(length=0)
     for tick, text, is_prompt in zip(ax.get_xticklabels(), inputs, prompt, strict=True):
         tick.set(
-            parse_math=False, family=families(text), fontsize=font_size, rotation=40, ha="right", va="top",
-            rotation_mode="anchor", color=FAINT if is_prompt else INK,
+            parse_math=False, usetex=False, family=families(text), fontsize=font_size, rotation=40, ha="right",
+            va="top", rotation_mode="anchor", color=pale if is_prompt else ink,
         )  # fmt: skip
-    ax.axhline(len(layers) - 1, color="white", linewidth=3)
-    ax.axhline(len(layers) - 1, color=INK, linewidth=0.6)
-    _above(ax, len(prompt), "• the model's token ", "right", font_size, INK)
+    ax.axhline(len(layers) - 1, color=ground, linewidth=3)
+    ax.axhline(len(layers) - 1, color=ink, linewidth=0.6)
+    _above(ax, len(prompt), "• the model's token ", "right", font_size, ink)
     if prompt.any() and not prompt.all():
         first = int(np.argmin(prompt))
-        ax.axvline(first, color=INK, linewidth=0.8)
-        _above(ax, first, "prompt ", "right", font_size, FAINT)
-        _above(ax, first, " continuation", "left", font_size, INK)
+        ax.axvline(first, color=ink, linewidth=0.8)
+        _above(ax, first, "prompt ", "right", font_size, pale)
+        _above(ax, first, " continuation", "left", font_size, ink)
     _write_tokens(ax, frame, layers, values.columns.to_numpy(), prompt, norm, (coloured, grey), statistic, font_size)
-    return ScalarMappable(norm, coloured)
+    return ax
 
 
-def _above(ax: Axes, column: int, text: str, align: str, font_size: float, ink: str) -> None:
+def _above(ax: Axes, column: int, text: str, align: str, font_size: float, ink: Any) -> None:
     """A small note above the table, at the left edge of a column."""
     ax.annotate(
-        text, (column, 1), xycoords=("data", "axes fraction"), ha=align, va="bottom", fontsize=font_size, color=ink,
-        xytext=(0, 1.5), textcoords="offset points",
+        plain(text), (column, 1), xycoords=("data", "axes fraction"), ha=align, va="bottom", fontsize=font_size,
+        color=ink, xytext=(0, 1.5), textcoords="offset points",
     )  # fmt: skip
 
 
@@ -116,8 +140,8 @@ def _write_tokens(
         ink = ink_on(ground)
         text = _fitted(cell[2], width, font_size)
         ax.text(
-            place + 0.5, row + 0.5, text, ha="center", va="center_baseline", fontsize=font_size, color=ink,
-            parse_math=False, family=families(text), clip_on=True, in_layout=False,
+            place + 0.5, row + 0.5, token(text), ha="center", va="center_baseline", fontsize=font_size, color=ink,
+            parse_math=False, usetex=False, family=families(text), clip_on=True, in_layout=False,
         )  # fmt: skip
         if cell[3] and row < len(layers) - 1:
             ax.plot(place + 0.94, row + 0.86, marker="o", markersize=1.6, color=ink, markeredgewidth=0, clip_on=False)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+import seaborn as sns
+from cycler import cycler
 from matplotlib import colors, font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,12 +17,18 @@ from matplotlib.textpath import text_to_path
 from probekit.presentation.plots.glyphs import families, plain
 
 SEQUENTIAL = "mako_r"
+DIVERGING = "RdBu"
 PALETTE = "colorblind"
 INK = "#1a1a1a"
 FAINT = "#767676"
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters on every machine
     "font.size": 8.0,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": cycler(color=sns.color_palette(PALETTE).as_hex()),
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.labelsize": 8.0,
     "axes.titlesize": 8.0,
     "axes.titlelocation": "left",
@@ -54,14 +63,51 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "probekit",
 }
-"""The look of every picture, for `matplotlib.rc_context`."""
+"""The look of the project's own pictures, for `matplotlib.rc_context`; plots take any other look as well."""
+
+
+def palette(names: Sequence[Any]) -> dict[Any, Any]:
+    """A colour of the current cycle for each name."""
+    return dict(zip(names, sns.color_palette(n_colors=len(names)), strict=True))
+
+
+def diverging(low: float, high: float, cmap: str | colors.Colormap | None = None) -> tuple[Any, colors.Colormap]:
+    """Colours for a ratio: neutral at 1, red below, blue above, as strong as the distance from 1 on either side.
+
+    low, high: where the colours end, moved to include 1. Returns what norms the values, and the colours.
+    """
+    low, high = min(low, 1.0), max(high, 1.0)
+    reach = max(1.0 - low, high - 1.0) or 1.0
+    low, high = (low, high) if high > low else (0.0, 2.0)
+    shades = colormap(cmap or DIVERGING)
+    places = 0.5 + 0.44 * (np.linspace(low, high, 256) - 1.0) / reach  # without the ends, too dark for letters
+    return colors.Normalize(low, high), colors.ListedColormap(shades(places))
+
+
+def colormap(cmap: str | colors.Colormap) -> colors.Colormap:
+    return sns.color_palette(cmap, as_cmap=True) if isinstance(cmap, str) else cmap
+
+
+def faint(ax: Axes) -> tuple[float, ...]:
+    """The colour of what should not stand out: between the text's and the ground's."""
+    ink, ground = (np.array(colors.to_rgb(colour)) for colour in (matplotlib.rcParams["text.color"], ground_of(ax)))
+    return tuple(0.6 * ink + 0.4 * ground)
+
+
+def ground_of(ax: Axes) -> Any:
+    """The colour that the Axes are drawn on; where they and their figure are transparent, what text contrasts with."""
+    for colour in (ax.get_facecolor(), ax.get_figure(root=True).get_facecolor()):  # type: ignore[union-attr]
+        if colors.to_rgba(colour)[3] > 0.5:
+            return colour
+    return "white" if ink_on(matplotlib.rcParams["text.color"]) == "white" else "black"
 
 
 def ink_on(ground: Any) -> str:
+    """Dark letters or white ones, whichever can be read on this colour."""
     red, green, blue = (
         value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colors.to_rgb(ground)
     )
-    # Relative luminance; dark letters on what is lighter than the point of equal contrast (WCAG 2).
+    # Relative luminance, and the point of equal contrast (WCAG 2).
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.19 else "white"
 
 
@@ -88,12 +134,14 @@ def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def nothing_to_show(ax: Axes, why: str) -> None:
     """Say what is not there, in the place where it would be."""
-    ax.text(0.5, 0.5, plain(why), transform=ax.transAxes, ha="center", va="center", color=FAINT, wrap=True)
+    ax.text(0.5, 0.5, plain(why), transform=ax.transAxes, ha="center", va="center", color=faint(ax), wrap=True)
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.grid(False)
 
 
 def label_points() -> float:
+    """Size of the names of ticks; it may be set as a number or as a word."""
     return font_manager.FontProperties(size=matplotlib.rcParams["ytick.labelsize"]).get_size_in_points()
 
 
@@ -106,5 +154,6 @@ def points_of(ax: Axes) -> tuple[float, float]:
 
 
 def points(text: str, font_size: float) -> float:
+    """Width of `text` at this size."""
     properties = font_manager.FontProperties(family=families(text), size=font_size)
     return text_to_path.get_text_width_height_descent(text, properties, ismath=False)[0]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from figures.style import ONE_COLUMN, PAGE, TWO_COLUMNS, canvas
 from probekit.presentation import plots
+from probekit.presentation.paper.look import Page
+from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
 
-ACROSS = 3
-"""Panels beside one another in two columns of text."""
-
-Grid = Callable[[Axes, pd.DataFrame, str], ScalarMappable]
+Curve = Callable[..., Axes]
+"""Draws a table on `ax`."""
+Grid = Callable[[pd.DataFrame, str, Axes], Axes]
 """Draws the cells of a model, by its name, without numbers."""
 
 
-def by_lens(layers: pd.DataFrame, curve: Callable[[Axes, pd.DataFrame], None]) -> Figure:
+def by_lens(layers: pd.DataFrame, curve: Curve, page: Page) -> Figure:
     """One panel for each lens, the models in it."""
     lenses = sorted(set(layers["lens"]))  # final-norm before raw
-    figure = canvas(TWO_COLUMNS if len(lenses) > 1 else ONE_COLUMN, 2.4)
+    figure = canvas(page.text if len(lenses) > 1 else page.column, 2.4)
     axes = figure.subplots(1, len(lenses), squeeze=False, sharey=True)[0]
     for ax, lens, letter in zip(axes, lenses, "ab", strict=False):
-        curve(ax, layers[layers["lens"] == lens])
+        curve(layers[layers["lens"] == lens], ax=ax)
         ax.set_title(f"({letter}) {lens} lens")
     for ax in axes[1:]:
         ax.set_ylabel("")
@@ -36,11 +34,11 @@ def by_lens(layers: pd.DataFrame, curve: Callable[[Axes, pd.DataFrame], None]) -
     return figure
 
 
-def of_models(study: StudyFolder, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
+def of_models(study: StudyFolder, page: Page, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
     """One panel, `height` inches high, for each model, with its label; labels of the y axis only at the left."""
     many = len(study.models)
-    across, down = min(many, ACROSS), math.ceil(many / ACROSS)
-    figure = canvas(ONE_COLUMN if many == 1 else TWO_COLUMNS, min(PAGE, height * down))
+    across, down = page.arranged(many)
+    figure = canvas(page.column if many == 1 else page.text, min(page.height, height * down))
     axes = figure.subplots(down, across, squeeze=False, sharey=share_y)
     for ax in axes.flat[many:]:
         ax.set_visible(False)
@@ -51,19 +49,20 @@ def of_models(study: StudyFolder, height: float, share_y: bool = False) -> tuple
 
 def grids(
     study: StudyFolder,
+    page: Page,
     cells: pd.DataFrame,
     rows: Sequence[tuple[str, str, Grid]],
     below: Mapping[str, str] | None = None,
 ) -> Figure:
     """For each row a colour bar with its label, for each model a heat map over exit layer and draft length.
 
-    rows: (column of the cells, label, how it is drawn). below: a second line for the title of each model.
+    rows: (column of the cells, label, how it is drawn). below: further lines for the title of each model.
     """
     many = len(study.models)
-    across, down = min(many, ACROSS), math.ceil(many / ACROSS)
+    across, down = page.arranged(many)
     tallest = int(cells.groupby("model")["exit_layer"].nunique().max())
     height = min(3.6, max(1.5, 0.65 + 0.115 * tallest))
-    figure = canvas(ONE_COLUMN if many == 1 else TWO_COLUMNS, min(PAGE, height * down * len(rows) + 0.1))
+    figure = canvas(page.column if many == 1 else page.text, min(page.height, height * down * len(rows) + 0.1))
     axes = figure.subplots(down * len(rows), across, squeeze=False)
     letters = iter(_letters())
     blocks = []
@@ -72,15 +71,16 @@ def grids(
         for ax in block.flat[many:]:
             ax.set_visible(False)
         for index, (ax, model) in enumerate(zip(block.flat, study.models, strict=False)):
-            colours = grid(ax, cells[cells["model"] == study.label(model)], model)
+            grid(cells[cells["model"] == study.label(model)], model, ax)
             label_of = plots.plain(study.label(model))
             title = f"({next(letters)}) {label_of}" if many * len(rows) > 1 else label_of
-            ax.set_title(f"{title}\n{plots.plain(below[model])}" if below else title, fontsize=7.5 if below else None)
+            lines = [title, *map(plots.plain, below[model].splitlines() if below else ())]
+            ax.set_title("\n".join(lines), fontsize=7.5 if below else None)
             if index % across:
                 ax.set_ylabel("")
             if place < len(rows) - 1 or index < many - across:
                 ax.set_xlabel("")
-        figure.colorbar(colours, ax=block.ravel().tolist(), label=label, aspect=14 * down, pad=0.02)
+        plots.one_bar(figure, block.ravel().tolist(), label, aspect=14 * down, pad=0.02)
         blocks.append(block.ravel()[:many].tolist())
     figure.draw_without_rendering()  # numbers are as large as the cells that the layout leaves
     for (column, _, _), drawn in zip(rows, blocks, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from probekit.presentation.latex import to_latex
+from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import TABLES, StudyFolder
 from probekit.traces.storage import atomic_text
 
@@ -17,20 +18,22 @@ from probekit.traces.storage import atomic_text
 class Printed:
     """What is printed of one of the study's tables; the rest stays in its CSV file.
 
-    columns: {column: heading}, in this order. bare: columns that are printed without their interval. factors: what
-        columns are multiplied by, for a handier unit.
+    columns: {column: heading}, in this order. decimals: digits after the mark. bare: columns that are printed without
+        their interval. factors: what columns are multiplied by, for a handier unit. intervals: what they are.
     """
 
     caption: str
     columns: Mapping[str, str]
+    decimals: Mapping[str, int]
     bare: frozenset[str] = frozenset()
     factors: Mapping[str, float] = field(default_factory=dict)
+    intervals: str = "95 % intervals, bootstrap over prompts."
 
-    def of(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The printed columns, each followed by the ends of its interval where there are any."""
+    def of(self, table: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
+        """The printed columns, each followed by the ends of its interval where there are any and they are wanted."""
         kept = []
         for column in self.columns:
-            ends = () if column in self.bare else ("_low", "_high", "_20", "_80")
+            ends = () if column in self.bare or not intervals else ("_low", "_high", "_20", "_80")
             kept += [name for name in (column, *(column + end for end in ends)) if name in table.columns]
         return table[kept].assign(**{name: table[name] * factor for name, factor in self.factors.items()})
 
@@ -40,59 +43,70 @@ def _stacked(above: str, below: str) -> str:
     return rf"\shortstack[r]{{{above}\\{below}}}"
 
 
+_ROOM_FOR_INTERVALS = 5.4  # inches of text in which they can be read
+_SHARE, _RATIO, _MEAN = 3, 2, 2  # digits after the mark
 _CELL = {"model": "model", "exit_layer": "$E$", "draft_length": "$K$"}
 
 PRINTED: dict[str, Printed] = {
     "layers": Printed(
-        "What each layer says, pooled over the generated tokens: shares, and means in nats. "
-        "95 % intervals, bootstrap over prompts.",
+        "What each layer says, pooled over the generated tokens: shares, and means in nats.",
         {"model": "model", "lens": "lens", "layer": "layer", "agreement": "agreement", "echo": "echo",
          "entropy": "entropy (nats)", "kl": "KL (nats)"},
+        {"agreement": _SHARE, "echo": _SHARE, "entropy": _MEAN, "kl": _MEAN},
     ),
     "cells": Printed(
-        "Predicted rounds over exit layers E (--: the draft model) and draft lengths K, and the speedup that they give "
-        "with the study's costs. 95 % intervals, bootstrap over prompts.",
+        "Predicted rounds over exit layers E (–: the draft model) and draft lengths K, and the speedup that they give "
+        "with the study's costs.",
         {**_CELL, "rounds": "rounds", "drafted": "drafted", "accepted": "accepted",
          "acceptance_rate": "acceptance rate", "alpha": r"$\alpha$", "tokens_per_round": "tokens per round",
          "speedup": "speedup"},
+        {"acceptance_rate": _SHARE, "alpha": _SHARE, "tokens_per_round": _RATIO, "speedup": _RATIO},
     ),
     "validation": Printed(
-        "The prediction beside the running decoder, at exit layers E (--: the draft model) and draft lengths K. "
-        "Brackets: 95 % intervals over prompts; of the measured speedup, the 20 % and 80 % quantiles of repeated "
-        "timings.",
+        "The prediction beside the running decoder, at exit layers E (–: the draft model) and draft lengths K.",
         {**_CELL, "predicted_rounds": _stacked("rounds,", "predicted"), "measured_rounds": "measured",
          "predicted_acceptance_rate": _stacked("acceptance,", "predicted"), "measured_acceptance_rate": "measured",
          "rounds_equal": _stacked("rounds", "equal"), "ties": _stacked("near-", "ties"),
          "speedup_predicted": _stacked("speedup,", "predicted"), "speedup_measured": "measured"},
+        {"predicted_acceptance_rate": _SHARE, "measured_acceptance_rate": _SHARE, "speedup_predicted": _RATIO,
+         "speedup_measured": _RATIO},
         frozenset({"predicted_rounds", "predicted_acceptance_rate", "measured_rounds"}),
+        intervals="Brackets: 95 % intervals over prompts; of the measured speedup, the 20 % and 80 % quantiles of "
+        "repeated timings.",
     ),
     "rounds": Printed(
-        "Every round of every cell that was run: exit layer E (--: the draft model), draft length K.",
+        "Every round of every cell that was run: exit layer E (–: the draft model), draft length K.",
         {"model": "model", "prompt": "prompt", "exit_layer": "$E$", "draft_length": "$K$", "round": "round",
          "drafted": "drafted", "accepted_predicted": _stacked("accepted,", "predicted"),
          "accepted_measured": "measured"},
+        {},
     ),
     "run_lengths": Printed(
-        "Runs of r agreements at exit layer E, beside the geometric law of independent agreements. "
-        "95 % intervals, bootstrap over prompts.",
+        "Runs of r agreements at exit layer E, beside the geometric law of independent agreements.",
         {"model": "model", "exit_layer": "$E$", "run": "$r$", "count": "runs of $r$", "geometric": "law",
          "at_least": r"runs of $r$ or more", "geometric_at_least": "law"},
+        {"count": 0, "geometric": 1, "at_least": 0, "geometric_at_least": 1},
     ),
     "costs": Printed(
         "Time of each step on the machine of the study, at exit layer E and over so many rows.",
         {"model": "model", "step": "step", "exit_layer": "$E$", "rows": "rows", "seconds": "time (ms)"},
+        {"seconds": 3},
         factors={"seconds": 1000.0},
     ),
 }  # fmt: skip
 
 
-def make_tables(study: StudyFolder, output: Path) -> Iterator[Path]:
-    """Write each of the study's tables as LaTeX; yields every file."""
+def make_tables(study: StudyFolder, output: Path, page: Page) -> Iterator[Path]:
+    """Write each of the study's tables as LaTeX, on a narrow page without intervals; yields every file."""
     (output / "tables").mkdir(parents=True, exist_ok=True)
     for name in TABLES:
-        printed = PRINTED[name]
-        path = output / "tables" / f"{name}.tex"
-        label = f"tab:{name.replace('_', '-')}"
-        table = to_latex(printed.of(study.table(name)), printed.caption, label, headings=printed.columns)
+        printed, path = PRINTED[name], output / "tables" / f"{name}.tex"
+        frame = printed.of(study.table(name), intervals=page.text >= _ROOM_FOR_INTERVALS)
+        shown = any(str(column).endswith(("_low", "_20")) for column in frame)
+        table = to_latex(
+            frame, f"{printed.caption} {printed.intervals}" if shown else printed.caption,
+            f"tab:{name.replace('_', '-')}", headings=printed.columns, decimals=printed.decimals, width=page.text,
+            column=page.column,
+        )  # fmt: skip
         atomic_text(path, table)
         yield path

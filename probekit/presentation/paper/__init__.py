@@ -1,0 +1,1 @@
+"""A paper's figures and tables from a study folder: `probekit figures STUDY`. Never imports torch."""

@@ -1,0 +1,213 @@
+"""Plots are called as in seaborn, and take any look that matplotlib's settings ask for."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+import warnings
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from presentation.fabricate_study import fabricate_costs, fabricate_trace
+
+from probekit.choice.choose import choose
+from probekit.prediction.predict import predict
+from probekit.presentation import plots, tables
+from probekit.presentation.plots import style
+
+VALIDATION = pd.DataFrame(
+    {"model": ["a_$1$", "b & c"], "predicted_rounds": [10.0, 20.0], "measured_rounds": [10.0, 20.0],
+     "rounds_equal": [True, True], "predicted_acceptance_rate": [0.5, 0.6], "measured_acceptance_rate": [0.5, 0.6],
+     "speedup_predicted": [0.8, 1.2], "speedup_measured": [0.9, 1.1], "speedup_measured_20": [0.85, 1.0],
+     "speedup_measured_80": [0.95, 1.2]}
+)  # fmt: skip
+SWEEP = pd.DataFrame(
+    {"cells": [1, 2, 3, 1, 2, 3], "seconds": [1.0, 2.0, 3.0, 0.5, 0.5, 0.5],
+     "source": ["measured", "measured", "extrapolated", "trace", "trace", "trace"]}
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """{function: the table that it draws}, every public plot of one table."""
+    trace = fabricate_trace("tales-tied", depth=3, prompts=3, tokens=10, seed=3)
+    layers = tables.layers_table(trace, "cost_$a$ & 50 % #1")
+    prediction = predict(trace, draft_lengths=(1, 2))
+    cells = tables.cells_table(prediction, choose(prediction, fabricate_costs(3, 2)), "tied")
+    return {
+        plots.lens_table: tables.lens_table(trace, 0),
+        plots.agreement_by_layer: layers,
+        plots.echo_by_layer: layers,
+        plots.entropy_by_layer: layers,
+        plots.kl_by_layer: layers,
+        plots.by_layer: layers,
+        plots.acceptance_grid: prediction,
+        plots.tokens_per_round_grid: cells,
+        plots.speedup_surface: cells,
+        plots.predicted_against_measured: VALIDATION,
+        plots.run_lengths_against_geometric: tables.run_lengths_table(trace, [1, 2]),
+        plots.trace_against_sweep: SWEEP,
+    }
+
+
+def draw(plot, table, **options) -> Axes:
+    return plot(table, "agreement", **options) if plot is plots.by_layer else plot(table, **options)
+
+
+def defaults():
+    return matplotlib.rcdefaults()
+
+
+def themed():
+    sns.set_theme(context="talk", style="darkgrid", palette="Set2")
+
+
+def named_font():
+    matplotlib.rcParams.update({"font.family": "sans-serif", "font.sans-serif": ["No Such Font", "DejaVu Sans"]})
+
+
+def several_fonts():
+    matplotlib.rcParams.update({"font.family": ["DejaVu Serif", "DejaVu Sans:bold", "monospace"], "font.size": 13})
+
+
+def sizes_as_words():
+    words = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "axes.labelsize", "legend.fontsize"), "x-small")
+    matplotlib.rcParams.update(words | {"axes.titlesize": "xx-large", "text.parse_math": False})
+
+
+def dark():
+    plt.style.use("dark_background")
+
+
+def transparent():
+    matplotlib.rcParams.update({"axes.facecolor": "none", "figure.facecolor": "none", "text.color": "white"})
+
+
+def grey_cycle():
+    matplotlib.rcParams.update({"axes.prop_cycle": matplotlib.cycler(linestyle=["-", "--"], color=["0.2", "0.6"])})
+    matplotlib.rcParams.update({"lines.marker": "x", "axes.grid": True, "xtick.minor.visible": True})
+
+
+def sketched():
+    plt.xkcd()
+
+
+SETTINGS = [
+    *(defaults, themed, named_font, sizes_as_words, dark),
+    *(pytest.param(each, marks=pytest.mark.second) for each in (several_fonts, transparent, grey_cycle, sketched)),
+]
+
+
+@pytest.fixture(params=SETTINGS)
+def look(request, caplog):
+    caplog.set_level(logging.ERROR, "matplotlib.font_manager")  # a font that is not there is the setting's fault
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        request.param()
+        yield request.param
+    plt.close("all")
+
+
+def public() -> set:
+    """The public functions that take `ax`."""
+    functions = (getattr(plots, name) for name in plots.__all__)
+    return {each for each in functions if callable(each) and "ax" in inspect.signature(each).parameters}
+
+
+def test_every_plot_is_tried(drawn):
+    assert public() - {plots.colours_of} == set(drawn)
+
+
+def test_every_plot_takes_any_settings(look, drawn):
+    for plot, table in drawn.items():
+        ax = Figure(figsize=(5, 3)).subplots()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert draw(plot, table, ax=ax) is ax
+            ax.figure.draw_without_rendering()
+        assert ax.has_data()
+
+
+def test_the_pair_takes_any_settings(look, drawn):
+    pair = plots.entropy_and_kl(drawn[plots.by_layer])
+    assert [ax.get_ylabel()[:2] for ax in pair] == ["en", "KL"]
+    pair[0].figure.draw_without_rendering()
+
+
+def test_current_axes_are_the_default(drawn):
+    for plot, table in drawn.items():
+        plt.figure()
+        assert draw(plot, table) is plt.gca()
+        plt.close("all")
+
+
+def test_the_cycle_gives_the_colours(drawn):
+    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=["#123456"])}):
+        ax = plots.agreement_by_layer(drawn[plots.agreement_by_layer].query("lens == 'raw'"), ax=Figure().subplots())
+    assert {to_rgb(line.get_color()) for line in ax.lines if len(line.get_xdata())} == {to_rgb("#123456")}
+
+
+def test_nothing_is_drawn_dark_on_a_dark_ground(drawn):
+    with matplotlib.rc_context():
+        plt.style.use("dark_background")
+        ax = plots.lens_table(drawn[plots.lens_table], ax=Figure(figsize=(6, 3)).subplots())
+        notes = [text for text in ax.texts if "model's token" in text.get_text()]
+        rules = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        assert to_rgb(notes[0].get_color()) == (1, 1, 1)
+        assert {to_rgb(line.get_color()) for line in rules} == {(1, 1, 1), (0, 0, 0)}
+        assert min(style.faint(ax)) > 0.5
+
+
+def test_ground_without_a_colour_is_what_text_contrasts_with():
+    for ink, ground in (("white", "black"), ("black", "white")):
+        with matplotlib.rc_context({"axes.facecolor": "none", "figure.facecolor": "none", "text.color": ink}):
+            assert style.ground_of(Figure().subplots()) == ground
+
+
+def test_the_old_order_still_works_and_warns(drawn):
+    heat_maps = {plots.lens_table, plots.acceptance_grid, plots.tokens_per_round_grid, plots.speedup_surface}
+    for plot, table in drawn.items():
+        ax = Figure(figsize=(5, 3)).subplots()
+        with pytest.warns(DeprecationWarning, match=rf"{plot.__name__}\(table, ax=ax\)"):
+            found = plot(ax, table, "agreement") if plot is plots.by_layer else plot(ax, table)
+        assert isinstance(found, ScalarMappable) if plot in heat_maps else found is None
+        assert ax.has_data()
+    one, other = Figure().subplots(1, 2)
+    assert plots.entropy_and_kl(one, other, drawn[plots.by_layer]) == (one, other)
+
+
+def test_a_table_may_be_named(drawn):
+    for plot, table in drawn.items():
+        name = next(iter(inspect.signature(plot).parameters))
+        options = {"statistic": "echo"} if plot is plots.by_layer else {}
+        assert plot(**{name: table}, **options, ax=Figure().subplots()).has_data()
+
+
+def test_labels_follow_what_reads_them():
+    with matplotlib.rc_context({"text.parse_math": True}):
+        assert plots.plain("a_$b$") == r"a_\$b\$"
+    with matplotlib.rc_context({"text.parse_math": False}):
+        assert plots.plain("a_$b$") == "a_$b$"
+    with matplotlib.rc_context({"text.usetex": True}):
+        assert plots.plain("50 % of a_$b$ (×)") == r"50 \% of a\_\$b\$ ($\times$)"
+    with matplotlib.rc_context({"savefig.format": "pgf"}):
+        assert plots.plain("a_b") == r"a\_b"
+
+
+@pytest.mark.second
+@pytest.mark.skipif(shutil.which("latex") is None or shutil.which("dvipng") is None, reason="needs LaTeX")
+def test_every_plot_is_set_by_latex(drawn, tmp_path):
+    with matplotlib.rc_context({"text.usetex": True}):
+        for plot, table in drawn.items():
+            figure = Figure(figsize=(5, 3))
+            draw(plot, table, ax=figure.subplots())
+            figure.savefig(tmp_path / f"{plot.__name__}.pdf")
+            assert (tmp_path / f"{plot.__name__}.pdf").read_bytes().startswith(b"%PDF")
