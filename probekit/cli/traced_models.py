@@ -40,12 +40,18 @@ def _only_adapter(record, loaded):
 
 
 def pretrained_of(trace):
-    """Where transformers finds the models of a run, as arguments of `from_pretrained`."""
+    """Where transformers finds the models of a run, as arguments of `from_pretrained`, and their adapters."""
     from probekit.choice.export import Pretrained
 
     manifest = trace.manifest
-    drafter = None if manifest.drafter is None else manifest.drafter.reference
-    return Pretrained(*(_arguments(each) for each in (manifest.model.reference, drafter) if each is not None))
+    found = {"model": _arguments(manifest.model.reference), "adapter": _adapter(manifest.model)}
+    if manifest.drafter is not None:
+        found |= {"drafter": _arguments(manifest.drafter.reference), "drafter_adapter": _adapter(manifest.drafter)}
+    return Pretrained(**found)
+
+
+def _adapter(record):
+    return None if record.adapter is None else repr(record.adapter.reference)
 
 
 def _arguments(reference: str) -> str:

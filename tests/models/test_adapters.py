@@ -143,6 +143,9 @@ def test_later_commands_load_it_again_and_refuse_a_changed_one(own, tmp_path, ru
     assert record.adapter.reference == str(own) and record.adapter.kind == "LORA"
     assert record.reference == "tales-draft"
     assert run("validate", folder, "--draft-lengths", "2")[0] == 0
+    assert run("choose", folder, "--costs", "roofline", "--device", "h100", "--export", tmp_path / "choice")[0] == 0
+    readme = (tmp_path / "choice" / "README.md").read_text()
+    assert f"model.load_adapter({str(own)!r})" in readme or "without an assistant" in readme
     edited(own, lora_alpha=64)
     for command in (["validate", folder], ["choose", folder], ["fit-heads", folder, "-o", tmp_path / "heads"]):
         status, _, said = run(*command)
@@ -256,3 +259,15 @@ def test_a_wrapped_model_with_an_adapter_is_the_loaded_one(made):
     plain = load("tales-draft")
     model = peft.PeftModel.from_pretrained(plain.model, made).eval()
     assert tokens_of(probekit.wrap(model, plain.tokenizer, name="mine")) == tokens_of(load("tales-draft", adapter=made))
+
+
+def test_an_exported_choice_says_how_to_load_it(made):
+    from types import SimpleNamespace
+
+    from probekit.cli.traced_models import pretrained_of
+
+    record = SimpleNamespace(reference="tales-draft", adapter=SimpleNamespace(reference=str(made)))
+    plain = SimpleNamespace(reference="tales-draft", adapter=None)
+    found = pretrained_of(SimpleNamespace(manifest=SimpleNamespace(model=record, drafter=plain)))
+    assert (found.adapter, found.drafter_adapter) == (repr(str(made)), None)
+    assert found.model == found.drafter == repr(str(BUNDLED / "tales-draft"))
