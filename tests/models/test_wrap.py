@@ -295,6 +295,24 @@ def test_autocast_is_refused():
                 work()
 
 
+def test_a_model_over_several_devices_is_traced_and_not_decoded(monkeypatch):
+    """Its layers are asked where they compute; here one of them says: on a GPU."""
+    model = fresh()
+    loaded = probekit.wrap(model, name="mine")
+    places = {torch.device("cpu"), torch.device("cuda", 1)}
+    monkeypatch.setattr("probekit.decoding.self_check.devices_of", lambda model: places)
+    with pytest.raises(SelfCheckError, match="spread over cpu, cuda:1"):
+        Autoregressive(loaded).decode(PROMPTS, max_new_tokens=2)
+    run = trace(loaded, PROMPTS, max_new_tokens=8)
+    assert [run.outputs(prompt).tolist() for prompt in run.prompts] == [generated(model, ids, 8) for ids in PROMPTS]
+
+
+def test_nnsight_says_that_it_reads_no_offloaded_model():
+    loaded = probekit.wrap(STATES["offloaded to the CPU"](), name="mine")
+    with pytest.raises(InputError, match="whose weights are offloaded"):
+        trace(loaded, PROMPTS, backend="nnsight")
+
+
 def with_dropout_in_training():
     model = adapted(lora_dropout=0.5)
     unwrapped(model).model.layers[0].self_attn.q_proj.lora_dropout.train()
