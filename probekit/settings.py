@@ -107,7 +107,7 @@ class StudySettings:
     batch_size: most prompts in a batch of the trace; None: from the memory at hand.
     draft_model: a model that drafts, too. draft_rows: rows of the head that exit layers draft with; None: all.
     fit_heads: exit layers draft through fitted heads. chat: put prompts through the chat template.
-    device, dtype: of the models; None: by `load`'s own rule.
+    device, dtype: of the models; None: by `load`'s own rule. adapter: the folder of one, for a study of one model.
     """
 
     models: tuple[str, ...]
@@ -124,6 +124,7 @@ class StudySettings:
     exit_layers: tuple[int, ...] | None = None
     context: int = 128
     batch_size: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         whole_number("the context must be", self.context)
@@ -136,6 +137,11 @@ class StudySettings:
             )
         if self.exit_layers is not None and (not self.exit_layers or min(self.exit_layers) < 1):
             raise InputError(f"exit layers are {list(self.exit_layers)}; expected one or more, each 1 or more.")
+        if self.adapter is not None and len(self.models) != 1:
+            raise InputError(
+                f"an adapter belongs to one model, and this study has {len(self.models)}.",
+                "Name the one model; or name folders that hold only an adapter among the models.",
+            )
         if not self.draft_lengths or min(self.draft_lengths) < 1:
             raise InputError(f"draft lengths are {list(self.draft_lengths)}; expected one or more, each 1 or more.")
         if self.max_new_tokens < 1:

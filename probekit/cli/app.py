@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -89,6 +90,8 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line."""
     line = CommandLine(list(arguments))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("torchao", "torch.utils._pytree"):  # torchao warns of other devices' kernels when it is imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
         sys.stdout.flush()

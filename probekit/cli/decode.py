@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import notice, out, print_json
+from probekit.cli.terminal import notice, out, print_json, warnings_as_notices
 from probekit.errors import InputError
 from probekit.presentation.tokens import shown
 
@@ -37,6 +37,7 @@ def decode(
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; may be repeated.")] = None,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -52,25 +53,26 @@ def decode(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if (draft_vocabulary is None) != (draft_rows is None):
         raise InputError("--draft-vocabulary and --draft-rows belong together: an order of tokens, and how many.")
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    decoded = decode_prompt(
-        loaded,
-        prompt,
-        method=method,
-        exit_layer=exit_layer,
-        draft_length=draft_length,
-        draft_model=drafter,
-        draft_vocabulary=None
-        if draft_rows is None or draft_vocabulary is None
-        else _kept(draft_vocabulary, draft_rows, loaded),
-        exit_heads=exit_heads,
-        policy=None if policy == "fixed" else policy_named(policy),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=tuple(stop or ()),
-        on_accept=None if as_json else _stream,
-    )
+    with warnings_as_notices(quiet or as_json):
+        decoded = decode_prompt(
+            loaded,
+            prompt,
+            method=method,
+            exit_layer=exit_layer,
+            draft_length=draft_length,
+            draft_model=drafter,
+            draft_vocabulary=None
+            if draft_rows is None or draft_vocabulary is None
+            else _kept(draft_vocabulary, draft_rows, loaded),
+            exit_heads=exit_heads,
+            policy=None if policy == "fixed" else policy_named(policy),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=tuple(stop or ()),
+            on_accept=None if as_json else _stream,
+        )
     if as_json:
         print_json({"schema": "probekit/decode/1", **decoded.to_json()})
         return

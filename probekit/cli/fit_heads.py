@@ -10,6 +10,7 @@ import typer
 
 from probekit.cli import options
 from probekit.cli.terminal import notice, print_json, progress_bars
+from probekit.cli.traced_models import model_of
 from probekit.errors import InputError
 
 
@@ -27,7 +28,6 @@ def fit_heads(
     import torch
 
     from probekit.lens.exit_heads import fingerprint, fit_heads, save_heads
-    from probekit.models.loaded import load
     from probekit.traces.trace import Trace
 
     traces = [Trace.open(run) for run in runs]
@@ -40,11 +40,7 @@ def fit_heads(
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"{output} is no file that can be written: expected a file name in a folder that exists.")
     layers = options.integers(exit_layers, "--exit-layers")
-    loaded = load(
-        record.reference,
-        device=device or traces[0].manifest.settings.device,
-        dtype=dtype or traces[0].manifest.settings.dtype,
-    )
+    loaded = model_of(record, traces[0].manifest.settings, device, dtype)
     texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]
     with progress_bars(quiet or as_json) as bars:
         batches = _counted((torch.tensor([text]) for text in texts), len(texts), "reading texts", bars)

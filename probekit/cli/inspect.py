@@ -8,6 +8,7 @@ from probekit.cli.terminal import print_json, print_table, show
 
 def inspect(
     model: options.Model,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -16,7 +17,7 @@ def inspect(
     """The anatomy of a model: layers, widths, tied or not, parameters, bytes, sites."""
     from probekit.models.loaded import describe, load
 
-    description = describe(load(model, device=device, dtype=dtype))
+    description = describe(load(model, adapter=adapter, device=device, dtype=dtype))
     if as_json:
         print_json(description)
         return

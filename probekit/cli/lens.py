@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.terminal import notice, out, print_json, progress_bars
+from probekit.cli.terminal import notice, out, print_json, progress_bars, say_remarks
 from probekit.presentation.tokens import clipped, columns, shown
 
 
@@ -21,6 +21,7 @@ def lens(
     ] = 12,
     raw: Annotated[bool, typer.Option("--raw", help="head(h), without the final norm.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -35,11 +36,12 @@ def lens(
     options.at_least(0, max_new_tokens, "--max-new-tokens")
     if html is not None:
         options.check_file(html, "--html")
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     with progress_bars(quiet or as_json) as bars:
         # The row of a prompt's last token says the first new one: a budget of 1 reads the prompt alone.
         budget = max(1, max_new_tokens)
         trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, progress=bars)
+    say_remarks(trace.manifest, quiet)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
     if html is not None:
         from probekit.presentation.report import write_lens_page

@@ -13,6 +13,10 @@ from probekit.errors import InputError
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A bundled name, a Hugging Face id, a local folder or a GGUF file.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FOLDER", help="An adapter of MODEL, as peft saves it (LoRA and the like)."),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` wrote.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]

@@ -55,6 +55,7 @@ def study(
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Say what it will take (time, memory, disk), and do nothing.")
     ] = False,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -107,6 +108,7 @@ def study(
             draft_rows=draft_rows,
             fit_heads=fit_heads,
             chat=chat,
+            adapter=adapter,
             device=device,
             dtype=dtype,
             progress=bars,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +42,30 @@ def notice(message: str, *, quiet: bool = False) -> None:
     """A line for the person at the terminal; escaped, since it may quote prompts and tokens."""
     if not quiet:
         err.print(escape(message))
+
+
+def say_remarks(manifest: Any, quiet: bool) -> None:
+    """The remarks of a run."""
+    for remark in manifest.provenance.remarks:
+        notice(f"remark: {remark}", quiet=quiet)
+
+
+@contextmanager
+def warnings_as_notices(quiet: bool) -> Iterator[None]:
+    """What the library warns of, as lines for the person at the terminal; others' warnings go their own way."""
+    others = warnings.showwarning
+
+    def say(
+        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if category is UserWarning:
+            notice(f"remark: {message}", quiet=quiet)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        yield
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footnote: str = "") -> None:

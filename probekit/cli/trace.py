@@ -9,7 +9,7 @@ import typer
 
 from probekit.cli import options
 from probekit.cli.signals import keeping
-from probekit.cli.terminal import notice, print_json, progress_bars
+from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
 from probekit.errors import InputError
 
 
@@ -37,6 +37,7 @@ def trace(
         bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
     ] = False,
     batch_size: options.BatchSize = None,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -58,7 +59,7 @@ def trace(
         )
     layers = options.integers(keep_residuals, "--keep-residuals") or ()
     given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
     with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
         result = trace_prompts(
@@ -92,6 +93,7 @@ def trace(
             }
         )
         return
+    say_remarks(manifest, quiet)
     asked = len(given_prompts) if given_prompts is not None else manifest.prompt_count
     if asked > manifest.prompt_count:
         notice(f"left out {asked - manifest.prompt_count} of {asked} prompts, which are too long.", quiet=quiet)

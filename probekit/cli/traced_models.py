@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+from probekit.errors import InputError
+
 
 def models_of(trace, device, dtype):
     """The model of a run and its draft model, loaded from the references in its manifest."""
+    manifest = trace.manifest
+    loaded = model_of(manifest.model, manifest.settings, device, dtype)
+    return loaded, None if manifest.drafter is None else model_of(manifest.drafter, manifest.settings, device, dtype)
+
+
+def model_of(record, settings, device, dtype):
+    """One model of a run, its adapter with it. Raises InputError where it is another one by now."""
     from probekit.models.loaded import load
 
-    manifest = trace.manifest
-    device = device or manifest.settings.device
-    loaded = load(manifest.model.reference, device=device, dtype=dtype or manifest.settings.dtype)
-    if manifest.drafter is None:
-        return loaded, None
-    return loaded, load(manifest.drafter.reference, device=device, dtype=dtype or manifest.settings.dtype)
+    if record.reference.startswith("memory:"):
+        raise InputError(
+            f"the run is of {record.name}, a model that was in memory: a command cannot load it.",
+            "Go on in Python: probekit.wrap it again, and call probekit.validate or measure_costs with it.",
+        )
+    added = record.adapter
+    loaded = load(
+        record.reference,
+        adapter=None if added is None else added.reference,
+        device=device or settings.device,
+        dtype=dtype or settings.dtype,
+    )
+    if record.weights_hash not in (None, loaded.weights_hash):
+        what = f"the adapter {added.reference}" if _only_adapter(record, loaded) else f"the model {record.reference}"
+        raise InputError(f"{what} holds other weights than when this run was traced.", "Trace again.")
+    return loaded
+
+
+def _only_adapter(record, loaded):
+    """Whether the model is the same, and its adapter another."""
+    return record.adapter is not None and record.weights_hash.split("+")[0] == loaded.weights_hash.split("+")[0]
 
 
 def pretrained_of(trace):
-    """Where transformers finds the models of a run, as arguments of `from_pretrained`."""
+    """Where transformers finds the models of a run, as arguments of `from_pretrained`, and their adapters."""
     from probekit.choice.export import Pretrained
 
     manifest = trace.manifest
-    drafter = None if manifest.drafter is None else manifest.drafter.reference
-    return Pretrained(*(_arguments(each) for each in (manifest.model.reference, drafter) if each is not None))
+    found = {"model": _arguments(manifest.model.reference), "adapter": _adapter(manifest.model)}
+    if manifest.drafter is not None:
+        found |= {"drafter": _arguments(manifest.drafter.reference), "drafter_adapter": _adapter(manifest.drafter)}
+    return Pretrained(**found)
+
+
+def _adapter(record):
+    return None if record.adapter is None else repr(record.adapter.reference)
 
 
 def _arguments(reference: str) -> str:

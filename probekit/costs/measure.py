@@ -80,7 +80,7 @@ def measure_costs(
     from probekit.lens.exit_heads import check_heads, fingerprint
     from probekit.models.loaded import as_loaded
 
-    loaded = as_loaded(loaded)
+    loaded, drafter = as_loaded(loaded), None if drafter is None else as_loaded(drafter)
     heads = check_heads(exit_heads, loaded.anatomy) if exit_heads else {}
     head = DraftHeadKey(
         None if draft_vocabulary is None else len(draft_vocabulary), fingerprint(heads) if heads else None

@@ -35,6 +35,7 @@ class Dimensions:
     layer_parameters, head_parameters: weights of one layer (its norms with it), and of the head.
     vocabulary: rows of the head.
     key_value_width: numbers of one key (or value) of one token in one layer; None where nobody said.
+    layer_bytes, head_bytes: of weights that are not stored as numbers of the dtype (quantised ones); else None.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Dimensions:
     head_parameters: int
     vocabulary: int
     key_value_width: int | None = None
+    layer_bytes: int | None = None
+    head_bytes: int | None = None
 
     @property
     def width(self) -> int:
@@ -64,21 +67,24 @@ class Dimensions:
             layer = 2 * shape.width * (queries + keys) + 3 * shape.width * shape.inner + 2 * shape.width
             return cls(source, shape.layers, layer, shape.vocabulary * shape.width, shape.vocabulary, keys)
         if hasattr(source, "anatomy"):
+            from probekit.models.states import count_numbers
+
             parts = source.anatomy
-            layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
-            head = parts.head.weight.numel()
-            return cls(source.name, parts.depth, layer, head, parts.vocabulary, parts.key_value_width)
+            layer = count_numbers(parts.layers) // parts.depth
+            stored = parts.stored_bytes or (None, None)
+            head, keys = parts.vocabulary * parts.width, parts.key_value_width
+            return cls(source.name, parts.depth, layer, head, parts.vocabulary, keys, *stored)
         record = source.manifest.model if hasattr(source, "manifest") else source
+        if not hasattr(record, "vocabulary"):
+            from probekit.models.loaded import as_loaded
+
+            as_loaded(source)
         table = record.vocabulary * record.width
         layers = record.parameters - table * (1 if record.tied else 2) - record.width
         return cls(
-            record.name,
-            record.depth,
-            layers // record.depth,
-            table,
-            record.vocabulary,
-            getattr(record, "key_value_width", None),
-        )
+            record.name, record.depth, layers // record.depth, table, record.vocabulary,
+            *(getattr(record, name, None) for name in ("key_value_width", "layer_bytes", "head_bytes")),
+        )  # fmt: skip
 
 
 def roofline_costs(
@@ -131,7 +137,10 @@ def roofline_costs(
     def seconds(of: Dimensions, layers: int, heads: float, rows: int) -> float:
         weights = layers * of.layer_parameters + heads * of.head_parameters
         cached = layers * 2 * (of.key_value_width or 0) * context
-        return max((weights + cached) * _BYTES[dtype] / bandwidth, 2 * weights * rows / flops)
+        layer_bytes = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
+        head_bytes = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
+        moved = layers * layer_bytes + heads * head_bytes + cached * _BYTES[dtype]
+        return max(moved / bandwidth, 2 * weights * rows / flops)
 
     L = model.depth
     exits, widths = range(1, L), range(1, longest_draft + 2)

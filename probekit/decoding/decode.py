@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.drafting.drafters import Drafter, equipped
 from probekit.drafting.policies import Policy
 from probekit.errors import InputError
+from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.settings import Sampling
@@ -89,6 +91,8 @@ def decode(
     ------
     InputError, ResourceError: before any work.
 
+    Warns (UserWarning) of a text that begins with two begin-of-sequence tokens.
+
     Examples
     --------
     >>> import probekit
@@ -99,6 +103,8 @@ def decode(
     (True, True)
     """
     loaded = as_loaded(loaded)
+    if draft_model is not None:
+        draft_model = as_loaded(draft_model)
     given = {
         "exit_layer": exit_layer, "draft_length": draft_length, "draft_model": draft_model,
         "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,
@@ -111,6 +117,8 @@ def decode(
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
         prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+        if begins_twice(prompt_ids, loaded.tokenizer):
+            warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
     else:
         prompt_ids = prompt
 

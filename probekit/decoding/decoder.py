@@ -14,7 +14,7 @@ from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.self_check import check_engine
 from probekit.errors import InputError, ResourceError
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.models.memory import free_bytes
 from probekit.settings import Sampling
 
@@ -33,7 +33,7 @@ class Decoder:
     draft_length: int = 0
 
     def __init__(self, loaded: Loaded) -> None:
-        self.loaded = loaded
+        self.loaded = as_loaded(loaded)
 
     def decode(
         self,
@@ -62,7 +62,7 @@ class Decoder:
         """
         plan = self._plan(prompts, max_new_tokens, sampling, stop, on_accept, indices)
         for loaded in self._models():
-            check_engine(loaded)
+            check_engine(as_loaded(loaded))
         with torch.inference_mode():
             batch = DecodeBatch(plan, self.loaded, self._setting())
             self._run(batch)

@@ -25,7 +25,7 @@ from torch import Tensor
 from probekit.decoding.caches import PassPositions, PositionCache
 from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
-from probekit.hooks.sites import is_hooked
+from probekit.hooks.sites import is_hooked, is_intercepted
 from probekit.hooks.stop_resume import Resume, Stop
 from probekit.models.anatomy import Anatomy
 from probekit.models.family import LayerKind
@@ -48,9 +48,9 @@ class Engine:
         self._positions = torch.arange(length, device=parts.device)[None]
         self._changes_logits = parts.family.changes_logits(parts.model.config)
         self._kinds = tuple(parts.family.kinds(parts.model.config))
+        like = torch.empty(0, dtype=parts.dtype, device=parts.device)
         self._rotary = {
-            kind: parts.family.rotary(parts.rotary, parts.embedding.weight, self._positions, kind)
-            for kind in dict.fromkeys(self._kinds)
+            kind: parts.family.rotary(parts.rotary, like, self._positions, kind) for kind in dict.fromkeys(self._kinds)
         }
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
@@ -125,7 +125,7 @@ class Engine:
 def _check_runnable(parts: Anatomy) -> None:
     """Raise InputError for a model whose layers cannot be called one by one with the same result."""
     for name, module in (("model", parts.model), ("model.model", parts.decoder), ("rotary_emb", parts.rotary)):
-        if is_hooked(module):
+        if is_intercepted(module):
             raise InputError(
                 f"there is a hook, or a replaced forward, on `{name}` ({type(module).__name__}): decoding calls the "
                 "layers one by one, so it would never fire.",

@@ -10,6 +10,7 @@ from probekit.decoding.engine import Engine
 from probekit.errors import InputError, SelfCheckError
 from probekit.hooks.sites import open_hooks
 from probekit.models.loaded import Loaded
+from probekit.models.states import devices_of, signature
 
 # Of the row's largest logit: a deep model in 16 bits may be off by more than one product is.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -29,9 +30,16 @@ def check_engine(loaded: Loaded) -> None:
     Raises SelfCheckError where they differ by more than arithmetic does, and InputError for weights that give NaN.
     """
     parts = loaded.anatomy
-    state = f"{parts.family.model_type} {parts.dtype} {parts.device} {parts.model.config._attn_implementation}"
+    around = f"{parts.dtype} {parts.device} {parts.model.config._attn_implementation}"
+    state = f"{parts.family.model_type} {around} {signature(loaded.model)}"
     if _checked.get(loaded.model) == state or open_hooks(loaded.model) or loaded.model.training:
         return
+    if len(places := devices_of(loaded.model)) > 1:
+        raise SelfCheckError(
+            f"the layers of {loaded.name} are spread over {', '.join(sorted(map(str, places)))}; the engine keeps its "
+            "cache on one device.",
+            "Trace it, or read its lens; to decode it, load it on one device.",
+        )
     windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
     length = min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])
     if length > STEPS + ROUND:

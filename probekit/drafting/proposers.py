@@ -11,7 +11,7 @@ from copy import copy
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from probekit.drafting.keys import DrafterKey, check_draft_model
@@ -21,6 +21,7 @@ from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
 from probekit.models.linear_kernels import product
 from probekit.models.loaded import Loaded
+from probekit.models.states import has_plain_weight
 
 
 class Proposer(Protocol):
@@ -126,10 +127,16 @@ class DraftHead:
         # by id, so that equal logits fall to the lowest one, as with the whole head
         self.ids = None if ids is None else check_draft_vocabulary(ids, parts.vocabulary).sort().values.to(parts.device)
         if self.ids is not None:
-            rows = parts.head.weight[self.ids]  # copied once: gathered rows would cost as much as the whole head
-            bias = None if parts.head.bias is None else parts.head.bias[self.ids]
-            products = product(rows, bias)
-            self._head = lambda normed: parts.family.logits(parts, products(normed))
+            self._head = self._some_rows(parts, self.ids)
+
+    @staticmethod
+    def _some_rows(parts: Anatomy, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """The logits of these tokens. A head of any other kind than a linear map is computed whole."""
+        if type(parts.head) is not nn.Linear or not has_plain_weight(parts.head):
+            return lambda normed: parts.family.logits(parts, parts.head(normed))[..., ids]
+        rows = parts.head.weight[ids]  # copied once: gathered rows would cost as much as the whole head
+        products = product(rows, None if parts.head.bias is None else parts.head.bias[ids])
+        return lambda normed: parts.family.logits(parts, products(normed))
 
     def with_exit_head(self, exit_head: Callable[[Tensor], Tensor] | None) -> DraftHead:
         """The same with another exit head."""

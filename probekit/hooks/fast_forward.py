@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from probekit.hooks.sites import is_hooked
 from probekit.models.anatomy import Anatomy
 from probekit.models.linear_kernels import product
+from probekit.models.states import has_plain_weight
 
 
 def fast_forward(parts: Anatomy) -> Anatomy:
@@ -51,8 +52,8 @@ def _fast(module: nn.Module) -> Callable[..., Any]:
     if is_hooked(module) or not _is_known(module):
         return module
     if type(module) is nn.Linear:
-        return product(module.weight, module.bias)
-    if type(module) is LlamaRMSNorm and module.weight.dtype == torch.float32:
+        return product(module.weight, module.bias) if has_plain_weight(module) else module
+    if type(module) is LlamaRMSNorm and has_plain_weight(module) and module.weight.dtype == torch.float32:
         scale, epsilon, shape = module.weight, module.variance_epsilon, tuple(module.weight.shape)
         return lambda inputs: torch.rms_norm(inputs, shape, scale, epsilon)
     if type(module) is LlamaAttention and module.config._attn_implementation == "sdpa":
@@ -67,13 +68,16 @@ def _fast(module: nn.Module) -> Callable[..., Any]:
 def _is_known(module: nn.Module) -> bool:
     """Whether a module's forward calls its children and reads its weights, and does nothing else with them.
 
-    True for linear maps and for what transformers' own models are made of; adapters, quantised or parametrised maps and
-    whatever a user put in keep their own call, with everything in them.
+    True for linear maps and for what transformers' own models are made of, with the forward that they came with;
+    adapters, quantised or parametrised maps, a class whose forward was patched and whatever a user put in keep their
+    own call, with everything in them.
     """
-    ours = type(module) in (nn.Linear, nn.SiLU) or type(module).__module__.startswith(
+    kind = type(module)
+    ours = kind in (nn.Linear, nn.SiLU) or kind.__module__.startswith(
         ("transformers.models.", "transformers.activations")
     )
-    return ours and not hasattr(module, "parametrizations")
+    home = getattr(kind.forward, "__module__", "")
+    return ours and home in {each.__module__ for each in kind.__mro__} and not hasattr(module, "parametrizations")
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy, anatomy
+from probekit.models.states import only_placed
 
 _ABSENT = object()
 
@@ -26,8 +27,8 @@ class HookContext:
     replays = False  # whether its hooks do device work only, which a recorded graph replays
 
     def __init__(self, model: Any) -> None:
-        refuse_compiled(model.model if isinstance(model, Anatomy) else model)
-        self.anatomy: Anatomy = model if isinstance(model, Anatomy) else anatomy(model)
+        refuse_compiled(model if isinstance(model, nn.Module) else getattr(model, "model", None))
+        self.anatomy: Anatomy = anatomy(model)
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -81,16 +82,28 @@ class HookContext:
 def refuse_compiled(model: Any) -> None:
     """Raise InputError for a model whose compiled code would not see a hook: that must not be silent."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in modules):
+    if hasattr(model, "_orig_mod") or any(map(_hides_layers, modules)):
         raise InputError(
             "this model is compiled, and compiled code does not see hooks that come later.",
             "Open them on the model that was compiled (`compiled._orig_mod`), or compile afterwards.",
         )
 
 
+def _hides_layers(module: nn.Module) -> bool:
+    """Whether a module is compiled with the layers in it. A layer compiled alone still shows what it returns."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return "_orig_mod" in module._modules and any(isinstance(part, nn.ModuleList) for part in module.modules())
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module carries hooks or an instance-level forward, beside what transformers leaves on its layers."""
     return bool(_foreign_hooks(module) or "forward" in module.__dict__)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether hooks, or an instance-level forward, do anything but bring a module's inputs and weights together."""
+    return bool(_foreign_hooks(module) or ("forward" in module.__dict__ and not only_placed(module)))
 
 
 def run_layers(layers: Iterable[Callable], residual: Tensor, inputs: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -131,9 +144,10 @@ def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable) -> No
 def open_hooks(model: torch.nn.Module) -> list[str]:
     """Names of the modules of `model` that carry hooks or an instance-level forward: empty for a clean model.
 
-    The hooks that transformers leaves on its own layers after `output_hidden_states=True` are not counted.
+    The hooks that transformers leaves on its own layers after `output_hidden_states=True` are not counted, nor
+    accelerate's, which only move inputs and weights.
     """
-    return [name for name, module in model.named_modules() if _foreign_hooks(module) or "forward" in module.__dict__]
+    return [name for name, module in model.named_modules() if is_intercepted(module)]
 
 
 def unreplayable_hooks(model: torch.nn.Module) -> list[str]:

@@ -51,8 +51,8 @@ class DraftRows:
             raise InputError(f"the order of a draft head names each token of 0..{parts.vocabulary - 1} once.")
         if parts.changes_logits:
             raise InputError(
-                f"draft heads with fewer rows are not known for {parts.family.model_type} models, whose logits are "
-                "scaled or capped.",
+                f"draft heads with fewer rows are not known for this {parts.family.model_type} model, whose logits are "
+                f"not products with the rows of its head alone ({type(parts.head).__name__}).",
                 "Leave the draft vocabulary out.",
             )
         self.parts = parts

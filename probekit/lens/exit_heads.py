@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
-from probekit.models.anatomy import Anatomy
+from probekit.models.anatomy import Anatomy, anatomy
 
 SCHEMA = "probekit/exit-heads/1"
 
@@ -69,7 +69,7 @@ class HeadFit:
     """
 
     def __init__(self, parts: Anatomy, exits: Iterable[int] | None = None) -> None:
-        self.parts = parts
+        self.parts = parts = anatomy(parts)
         self.exits = tuple(parts.exits if exits is None else map(parts.check_exit, exits))
         if not self.exits:
             raise InputError("there is no exit to fit a head for.")
@@ -121,6 +121,7 @@ def fit_heads(
     batches: token ids, (texts, positions), int64, without padding; every position counts.
     """
     fit = HeadFit(parts, exits)
+    parts = fit.parts
     for ids in batches:
         with torch.no_grad(), Capture(parts, sorted({*fit.exits, parts.depth})) as capture:
             parts.decoder(input_ids=ids.to(parts.device), use_cache=False)
@@ -130,6 +131,7 @@ def fit_heads(
 
 def check_heads(heads: Mapping[int, ExitHead], parts: Anatomy) -> dict[int, ExitHead]:
     """Return heads, {exit: head}, in ascending order and on the model's device, or raise InputError."""
+    parts = anatomy(parts)
     for layer, head in heads.items():
         parts.check_exit(layer)
         if not isinstance(head, ExitHead):

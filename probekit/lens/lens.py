@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError, SelfCheckError
-from probekit.models.anatomy import Anatomy
+from probekit.models.anatomy import Anatomy, anatomy
 from probekit.models.linear_kernels import many_rows
 
 Kind = Literal["final-norm", "raw"]
@@ -27,7 +27,7 @@ class Lens:
 
     Parameters
     ----------
-    parts: the model's anatomy.
+    parts: the model's anatomy, or the model, loaded or wrapped or as it is.
     kind: "final-norm" or "raw".
     heads: {exit layer: map}; a map takes a residual (..., width) and returns one, put before norm and head
         (see `probekit.lens.exit_heads`). Only for the final-norm lens.
@@ -53,7 +53,7 @@ class Lens:
             raise InputError(f"there is no {kind!r} lens; there are {', '.join(KINDS)}.")
         if heads and kind == "raw":
             raise InputError("exit heads belong before the final norm: the raw lens has none.", "Use final-norm.")
-        self.anatomy = parts
+        self.anatomy = parts = anatomy(parts)
         self.kind: Kind = kind
         self.heads = {parts.check_exit(layer): head for layer, head in (heads or {}).items()}
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from probekit.errors import InputError
 from probekit.models import families
 from probekit.models.families import FAMILIES
 from probekit.models.family import Family
+from probekit.models.states import count_bytes, count_numbers, device_of, has_plain_weight, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,11 @@ class Anatomy:
 
     @property
     def width(self) -> int:
-        return self.embedding.embedding_dim
+        return int(getattr(self.embedding, "embedding_dim", None) or self.config.hidden_size)
 
     @property
     def vocabulary(self) -> int:
-        return self.head.out_features
+        return int(getattr(self.head, "out_features", None) or self.config.vocab_size)
 
     @property
     def context(self) -> int:
@@ -68,9 +69,18 @@ class Anatomy:
 
     @property
     def plain_head(self) -> bool:
-        """Whether the head is a linear map without a bias, whose products can be taken apart."""
-        plain = type(self.head) is nn.Linear and not hasattr(self.head, "parametrizations")
-        return plain and self.head.bias is None
+        """Whether the head is a linear map without a bias, of ordinary weights, whose products can be taken apart."""
+        return type(self.head) is nn.Linear and has_plain_weight(self.head) and self.head.bias is None
+
+    @property
+    def head_rows(self) -> Tensor:
+        """The head's weights, (vocabulary, width). InputError where they are no ordinary numbers, or not all of it."""
+        if type(self.head) is not nn.Linear or not has_plain_weight(self.head):
+            raise InputError(
+                f"the head of this model ({type(self.head).__name__}) is no plain linear map: it has no rows to read.",
+                "Take the model without adapters on its head, and not quantised.",
+            )
+        return self.head.weight
 
     @property
     def sites(self) -> range:
@@ -82,20 +92,31 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        """Where the model takes tokens."""
+        return device_of(self.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        """Of the residual stream: the norms' where the embedding is not stored in numbers of that kind."""
+        weight = self.embedding.weight
+        return weight.dtype if weight.is_floating_point() else next(self.norm.parameters()).dtype
 
     @property
     def parameters(self) -> int:
         """Number of distinct weights: a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_numbers(self.model)
 
     @property
     def bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """As the weights are stored, scales and zero points of quantised ones with them."""
+        return count_bytes(self.model)
+
+    @property
+    def stored_bytes(self) -> tuple[int, int] | None:
+        """Bytes of one layer's weights (on average), and of the head's; None where all are numbers of the dtype."""
+        if self.bytes == self.parameters * torch.empty((), dtype=self.dtype).element_size():
+            return None
+        return count_bytes(self.layers) // self.depth, count_bytes(self.head)
 
     def check_site(self, site: int) -> int:
         """Return `site`, or raise InputError with the sites that exist."""
@@ -112,12 +133,17 @@ class Anatomy:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """Find the parts of a causal language model of a known family.
+    """Find the parts of a causal language model of a known family, also inside what peft or torch.compile made of it.
 
-    Raises InputError for another family, which is named.
+    What has been found already (an Anatomy, a Loaded) is given back. Raises InputError for another family, which is
+    named.
     """
+    known = model if isinstance(model, Anatomy) else getattr(model, "anatomy", None)
+    if isinstance(known, Anatomy):
+        return known
+    model = unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    decoder = getattr(model, "model", None)
+    decoder = unwrapped(getattr(model, "model", None))
     family = FAMILIES.get(model_type)
     if family is None or decoder is None or not hasattr(model, "lm_head"):
         raise InputError(
@@ -133,6 +159,6 @@ def anatomy(model: Any) -> Anatomy:
         norm=decoder.norm,
         head=model.lm_head,
         rotary=decoder.rotary_emb,
-        tied=model.lm_head.weight is decoder.embed_tokens.weight,
+        tied=getattr(model.lm_head, "weight", None) is decoder.embed_tokens.weight,
         family=family,
     )

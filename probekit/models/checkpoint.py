@@ -18,6 +18,7 @@ from probekit.errors import InputError
 from probekit.foreign.json import read_json
 from probekit.models import families
 from probekit.models.families import FAMILIES
+from probekit.models.quantised import check_dtypes, check_runs, quantised_by
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -91,11 +92,15 @@ def check_folder(source: Source) -> Source:
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         if ggufs:
             raise InputError(f"{folder} holds GGUF files: {', '.join(ggufs)}.", "Give the path of one of them.")
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder} holds an adapter, not a model.", "Merge it into its base model first.")
         raise InputError(f"{folder} holds no model: it has no config.json.")
+    if (folder / "adapter_config.json").is_file():  # transformers would load both
+        raise InputError(
+            f"{folder} holds a model and an adapter; which of them is meant is not said.",
+            "Put adapter_config.json and its weights into a folder of their own, and give that with --adapter.",
+        )
     config = config_of(folder)
     check_family(config, source.name)
+    check_runs(config, source.name)
     weights = weight_files(folder)
     if missing := [path.name for path in weights if not path.is_file()]:
         raise InputError(f"{folder} lacks weight files that its index names: {', '.join(missing)}.")
@@ -124,12 +129,6 @@ def check_family(config: dict[str, Any], name: str) -> None:
         raise InputError(
             f"{name} is a {family!r} model{written}; probekit reads {families.names()}.",
             "Other families are not supported yet.",
-        )
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise InputError(
-            f"{name} is quantised ({method}); probekit reads floating-point safetensors, or GGUF.",
-            "Take the model that it was made from.",
         )
 
 
@@ -165,12 +164,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_folder(source: Source, device: torch.device, asked: torch.dtype | None) -> tuple[Any, Any, list[Path]]:
-    files = weight_files(source.folder)
+    files, config = weight_files(source.folder), config_of(source.folder)
+    check_runs(config, source.name, device)
     with safe_open(files[0], framework="pt") as weights:
         stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    dtype = asked or default_dtype(device, stored)
+    dtype = asked or _own_dtype(config) or default_dtype(device, stored)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    return read_weights(source, device, dtype), tokenizer, files
+    model = read_weights(source, device, dtype)
+    check_dtypes(model, source.name, dtype)
+    return model, tokenizer, files
+
+
+def _own_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """What a quantised model computes in, whatever the device: the scales of its weights are of that kind."""
+    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype"))) if quantised_by(config) else None
 
 
 def default_dtype(device: torch.device, stored: str) -> torch.dtype:

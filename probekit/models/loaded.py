@@ -5,7 +5,6 @@ What can be checked without the weights (family, tokenizer, files, device, dtype
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from probekit.errors import InputError, ResourceError
 from probekit.html_tables import facts_html
+from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy
-from probekit.models.checkpoint import check_device, check_dtype, first_line, hash_files, read_folder
+from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, hash_files, read_folder
 from probekit.models.gguf import read_gguf
 from probekit.models.reference import find_checkpoint
+from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
 
 # Settings of a generation_config that change the logits, with the values that change nothing.
 _PROCESSORS: dict[str, tuple] = {
@@ -63,6 +64,9 @@ class Loaded:
     revision: the hub's commit; None for anything local.
     weights_hash: `scheme:hex`. `sha256` is the digest of the weight files, one after the other in the order of
         their names; `sha256-sampled` (more than 4 GB of weights) of each one's name, size and 64 evenly spaced MiB.
+        `memory-sampled`, of a wrapped model, reads some numbers of each tensor.
+    adapter: what was put into it from a folder of its own; its hash is then a part of `weights_hash`, after a `+`.
+    signature: of a wrapped model's modules and adapters, to see whether they are still the same; else None.
     """
 
     model: Any
@@ -73,6 +77,8 @@ class Loaded:
     path: Path | None
     revision: str | None
     weights_hash: str
+    signature: str | None = None
+    adapter: Adapter | None = None
 
     def __repr__(self) -> str:
         shape = f"{self.anatomy.family.model_type}, {self.depth} layers x {self.anatomy.width}"
@@ -111,14 +117,20 @@ class Loaded:
 
 
 def load(
-    reference: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    reference: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Loaded:
-    """Load a Llama-architecture causal language model with its tokenizer.
+    """Load a causal language model of a known family with its tokenizer.
 
     Parameters
     ----------
     reference: the name of a bundled model, a local folder, a GGUF file, or a Hugging Face id `owner/name` (or
-        `owner/name@revision`). Only an id that is neither of the others reaches for the network.
+        `owner/name@revision`). Only an id that is neither of the others reaches for the network. A folder that holds
+        only an adapter stands for the model that it names, with the adapter.
+    adapter: a folder that holds an adapter of this model, as peft saves it.
     device: "cpu", "cuda" or "cuda:N"; by default the GPU where there is one.
     dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and on a GPU the checkpoint's own
         (bfloat16 for quantised GGUF, whose weights are always read as floating-point numbers).
@@ -134,16 +146,21 @@ def load(
     >>> probekit.load("tales-tied", device="cpu")
     Loaded(tales-tied: llama, 12 layers x 128, float32 on cpu)
     """
+    if not isinstance(reference, (str, Path)):
+        raise _no_model(reference)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(reference, (str, Path)):
         raise _no_model(reference)
     place = check_device(device)
     asked = None if dtype is None else check_dtype(dtype)
-    source = find_checkpoint(reference)
+    added, base = _adapter_of(reference, adapter)
+    source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
         with _quiet():
             model, tokenizer, files = (read_gguf if source.gguf else read_folder)(source, place, asked)
+            if added is not None:
+                model = put_in(model, added)
     except InputError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -157,12 +174,37 @@ def load(
         model=model,
         tokenizer=tokenizer,
         anatomy=anatomy(model),
-        name=source.name,
+        name=source.name if added is None else f"{source.name}+{added.name}",
         reference=source.reference,
         path=source.path,
         revision=source.revision,
-        weights_hash=hash_files(files),
+        weights_hash="+".join([hash_files(files), *([] if added is None else [added.weights_hash])]),
+        adapter=added,
     )
+
+
+def _base_of(adapter: Adapter, base: str | Path) -> Source:
+    """The model that an adapter names."""
+    try:
+        return find_checkpoint(base)
+    except InputError as error:
+        raise InputError(
+            f"the adapter {adapter.folder} names its model {str(base)!r}, which cannot be read: {error}",
+            "Name the model, and this folder with --adapter.",
+        ) from error
+
+
+def _adapter_of(reference: str | Path, adapter: str | Path | None) -> tuple[Adapter | None, str | Path]:
+    """The adapter to load, if any, and the model to put it into."""
+    alone = holds_adapter(Path(reference).expanduser())
+    if adapter is None and not alone:
+        return None, reference
+    if adapter is None:
+        found = find_adapter(reference)
+        return found, base_reference(found)
+    if alone:
+        raise InputError(f"{reference} holds an adapter, and another one was given with it.", "Merge one of them.")
+    return find_adapter(adapter), reference
 
 
 def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
@@ -190,35 +232,56 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
     """
     if not name or "/" in name or "\\" in name:
         raise InputError(f"the name of a wrapped model is {name!r}; expected a word that can be a folder's name.")
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    if hasattr(inner, "get_base_model"):  # of peft: the model that the adapters were put into
-        inner = inner.get_base_model()
-    if not isinstance(inner, torch.nn.Module):
+    if isinstance(model, Loaded):
+        raise InputError(f"{model.name} is loaded already.", "Use it as it is.")
+    if not isinstance(model, torch.nn.Module):
         raise InputError(f"{name} is a {type(model).__name__}, not a model.", "Give a transformers model.")
-    if inner.training:
-        raise InputError(f"{name} is in training mode, in which it is another model.", "Call model.eval() first.")
+    if kind := prompt_learning(model):
+        raise InputError(
+            f"{name} has an adapter ({kind}) that puts states of its own before the text: its layers read more than "
+            "the tokens of a text, which no trace can show.",
+            "Wrap the model without it, or with an adapter in its layers (LoRA and the like).",
+        )
+    inner = unwrapped(model)
+    parts = anatomy(inner)
+    if training := in_training(inner):
+        raise InputError(
+            f"{name} is in training mode ({training}), in which it is another model.", "Call model.eval() first."
+        )
     return Loaded(
         model=inner,
         tokenizer=tokenizer,
-        anatomy=anatomy(inner),
+        anatomy=parts,
         name=name,
         reference=f"memory:{name}",
         path=None,
         revision=None,
         weights_hash=hash_in_memory(inner),
+        signature=signature(inner),
     )
 
 
 def as_loaded(given: Loaded | str | Path) -> Loaded:
     """What every public function does with the model that it is given: a loaded one as it is, a reference is loaded.
 
-    Raises InputError for anything else, and says how it becomes one.
+    Raises InputError for anything else, and says how it becomes one; and for a wrapped model whose modules or adapters
+    are others since: it is another model, which nothing here knows yet; and under autocast.
     """
-    if isinstance(given, Loaded):
-        return given
     if isinstance(given, (str, Path)):
         return load(given)
-    raise _no_model(given)
+    if not isinstance(given, Loaded):
+        raise _no_model(given)
+    if torch.is_autocast_enabled(given.device.type):
+        raise InputError(
+            f"torch.autocast is on, under which {given.name} computes in another dtype than it is in.",
+            "Leave its context, and load the model in that dtype.",
+        )
+    if given.signature is not None and given.signature != signature(given.model):
+        raise InputError(
+            f"{given.name} has changed since it was wrapped: its modules, or the state of its adapters, are others.",
+            "Wrap it again.",
+        )
+    return given
 
 
 def _no_model(given: Any) -> InputError:
@@ -231,20 +294,16 @@ def _no_model(given: Any) -> InputError:
     return InputError(f"a {kind} is no model.", "Give a reference, or what probekit.load or probekit.wrap returns.")
 
 
-def hash_in_memory(model: torch.nn.Module) -> str:
-    """`memory-sampled:hex`: of every tensor its name, shape, dtype, and some 4,096 evenly spaced numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor!r}\n".encode())
-            continue
-        numbers = tensor.detach()
-        if numbers.is_quantized:
-            numbers = numbers.dequantize()
-        flat = numbers.reshape(-1)
-        some = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + some.numpy().tobytes())
-    return f"memory-sampled:{digest.hexdigest()}"
+def unchanged(loaded: Loaded) -> Loaded:
+    """Return a model, or raise InputError where the weights of a wrapped one are others since it was wrapped."""
+    known = loaded.weights_hash
+    if known.startswith(MEMORY) and "+" not in known and hash_in_memory(loaded.model) != known:
+        raise InputError(f"the weights of {loaded.name} have changed since it was wrapped.", "Wrap it again.")
+    return loaded
+
+
+def _adapter_json(adapter: Adapter) -> dict[str, str]:
+    return {"reference": adapter.reference, "kind": adapter.kind, "weights_hash": adapter.weights_hash}
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:
@@ -260,6 +319,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "path": None if loaded.path is None else str(loaded.path),
         "revision": loaded.revision,
         "weights_hash": loaded.weights_hash,
+        "adapter": None if loaded.adapter is None else _adapter_json(loaded.adapter),
         "family": config.model_type,
         "layers": parts.depth,
         "width": parts.width,

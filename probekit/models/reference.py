@@ -22,6 +22,7 @@ from probekit.errors import InputError
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import PICKLES, Source, check_family, check_folder, config_of, first_line, weight_files
 from probekit.models.gguf import check_gguf
+from probekit.models.quantised import check_runs
 
 TALES = ("tales-untied", "tales-tied", "tales-layerskip")
 DRAFT = "tales-draft"
@@ -89,6 +90,7 @@ def _from_hub(reference: str, repository: str, revision: str | None) -> Source:
         if not (folder / "config.json").is_file():
             raise InputError(f"{repository} on Hugging Face holds no model: it has no config.json.")
         check_family(config_of(folder), repository)
+        check_runs(config_of(folder), repository)
         indexed = (folder / "model.safetensors.index.json").is_file()
         wanted = [path.name for path in weight_files(folder)] if indexed else ["model.safetensors"]
         snapshot_download(repository, revision=folder.name, allow_patterns=wanted)

@@ -234,6 +234,7 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "repeated text": f"{looped:.1%} of the generated tokens lie in a repeated run of 8".replace("%", " %"),
         "noise of a logit": "not measured" if measured.noise is None else f"{measured.noise:.2g}",
         "processors not applied": ", ".join(read.ignored_processors) or "none",
+        **({"remarks": " ".join(read.remarks)} if read.remarks else {}),
         "back-offs for memory": str(len(measured.backoffs)),
         "time": _took(timings),
         "traced with": ", ".join(f"{name} {value}" for name, value in read.versions.items()) or "unknown versions",

@@ -66,7 +66,7 @@ def load_model(settings: StudySettings, reference: str, progress: Progress) -> M
     from probekit.models.loaded import load
 
     progress("load", 0, 1)
-    loaded = load(reference, device=settings.device, dtype=settings.dtype)
+    loaded = load(reference, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
     _check_reach(loaded, settings)
     drafter = None
     if settings.draft_model:

@@ -35,6 +35,7 @@ def run_study(
     draft_rows: int | None = None,
     fit_heads: bool = False,
     chat: bool = False,
+    adapter: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -53,6 +54,7 @@ def run_study(
     draft_rows: exit layers draft with so many rows of the head only, those of the most frequent tokens.
     fit_heads: fit exit heads, and draft through them. They, and the frequent tokens, are learned from text that the
         model writes after every fourth prompt and its beginnings; these prompts then have no part in the rest.
+    adapter: a folder that holds an adapter, where one model is studied.
     progress: called as `progress(phase, done, total, **figures)`.
 
     Raises
@@ -79,6 +81,7 @@ def run_study(
         draft_lengths=tuple(sorted(set(draft_lengths))), draft_model=draft_model, draft_rows=draft_rows,
         fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling, context=context,
         exit_layers=None if exit_layers is None else tuple(sorted(set(exit_layers))), batch_size=batch_size,
+        adapter=None if adapter is None else str(adapter),
     )  # fmt: skip
     plan = plan_study(settings, folder)
     open_folder(plan)

@@ -26,10 +26,21 @@ Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """Which adapter was in a model: its folder, peft's name of its kind, and its hash."""
+
+    reference: str
+    kind: str
+    weights_hash: str
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """Which model it was: name, where it came from, and the shape that readers need. `depth` is L.
 
     key_value_width: numbers of one key (or value) of one token in one layer; None where an earlier version traced.
+    layer_bytes, head_bytes: of one layer's weights on average, and of the head's, where they are stored otherwise than
+    in the run's dtype (quantised, or with an adapter); else None. adapter: what was put into the model, if anything.
     """
 
     name: str
@@ -44,6 +55,9 @@ class ModelRecord:
     context: Count
     eos_ids: tuple[Count, ...]
     key_value_width: Count | None = None
+    layer_bytes: Count | None = None
+    head_bytes: Count | None = None
+    adapter: AdapterRecord | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -98,7 +112,8 @@ class Provenance:
     """What was read, and with what.
 
     prompts_hash: of the prompts; prompts_source: where they came from. ignored_processors: settings of the
-    checkpoint's generation_config that change logits and are not applied. versions: of libraries, and the threads.
+    checkpoint's generation_config that change logits and are not applied. remarks: what a reader of the run should know
+    of the prompts, a line each. versions: of libraries, and the threads.
     """
 
     model: ModelRecord
@@ -106,6 +121,7 @@ class Provenance:
     prompts_source: str
     drafter: ModelRecord | None = None
     ignored_processors: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -156,8 +172,8 @@ _PART_OF = {each.name: part for part, kind in _PARTS.items() for each in fields(
 _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
     "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals", "top_prompts",
-    "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "backoffs", "savings", "versions",
-    "timings",
+    "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings",
+    "versions", "timings",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (

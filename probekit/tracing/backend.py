@@ -65,7 +65,8 @@ class HooksBackend:
         residuals = self._place[: math.prod(shape)].view(shape)
 
         def keep(site: int, residual: Tensor) -> None:
-            torch.index_select(residual.flatten(0, 1), 0, wanted, out=residuals[site])
+            here = residual.to(residuals.device)  # of a model that is spread over devices
+            torch.index_select(here.flatten(0, 1), 0, wanted, out=residuals[site])
 
         with Capture(parts, reduce=keep):
             logits = parts.model(**inputs, logits_to_keep=1, return_dict=True).logits

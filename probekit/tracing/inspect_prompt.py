@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.errors import InputError
+from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.hooks.capture import Capture
 from probekit.lens.lens import Kind, Lens
 from probekit.models.loaded import Loaded, as_loaded
@@ -94,7 +96,11 @@ def inspect_prompt(
     True
     """
     loaded = as_loaded(loaded)
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Wrap it with its tokenizer.")
     prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+    if begins_twice(prompt_ids, loaded.tokenizer):
+        warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
     with Capture(loaded.model) as capture:
         decoded = Autoregressive(loaded).decode([prompt_ids], max_new_tokens=max_new_tokens)[0]
     states = [[step[site] for site in loaded.anatomy.sites] for step in capture.passes]

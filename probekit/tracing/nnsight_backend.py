@@ -25,6 +25,10 @@ class NnsightBackend:
     """
 
     def __init__(self, loaded: Loaded) -> None:
+        if any(weight.device.type == "meta" for weight in loaded.model.parameters()):
+            raise InputError(
+                f"nnsight does not read {loaded.name}, whose weights are offloaded.", "Use --backend hooks."
+            )
         self._loaded = loaded
         self._undo = ExitStack()
         self._wrapped: Any = None

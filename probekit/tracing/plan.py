@@ -16,13 +16,14 @@ import probekit
 from probekit.decoding.sampling import warp
 from probekit.drafting.keys import check_draft_model
 from probekit.errors import InputError
+from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_heads, unpack_heads
 from probekit.lens.lens import KINDS
-from probekit.models.loaded import Loaded, load
+from probekit.models.loaded import Loaded, as_loaded, load, unchanged
 from probekit.models.memory import free_bytes
 from probekit.settings import Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
-from probekit.traces.manifest import ExitHeadsRecord, Manifest, ModelRecord
+from probekit.traces.manifest import AdapterRecord, ExitHeadsRecord, Manifest, ModelRecord
 from probekit.traces.trace import Trace
 from probekit.tracing.backends import check_backend
 from probekit.tracing.prompts import (
@@ -73,6 +74,7 @@ def plan_trace(
     exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
 ) -> TracePlan:
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
+    unchanged(loaded)
     check_backend(settings.backend)
     given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
     if draft_vocabulary is not None and settings.text != "greedy":
@@ -118,6 +120,7 @@ def plan_trace(
         top_prompts=max(0, settings.top_prompts) if settings.statistics == "all" else 0,
         backend=settings.backend,
         segment_rows=row_budget,
+        remarks=_remarks(encoded, loaded.tokenizer),
         ignored_processors=loaded.ignored_processors,
         versions={"probekit": probekit.__version__, "threads": str(torch.get_num_threads())}
         | {name: version(name) for name in libraries},
@@ -154,6 +157,7 @@ def _exit_heads(
 
 def traced_heads(trace: Trace, loaded: Loaded) -> dict[int, ExitHead]:
     """{exit: head} that a trace was read through, for the model that was traced; empty where there were none."""
+    loaded = as_loaded(loaded)
     record, packed = trace.manifest.settings.exit_heads, trace.exit_heads
     if record is None or packed is None:
         return {}
@@ -235,8 +239,15 @@ def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple
     return tuple(map(tuple, batches))
 
 
+def _remarks(encoded: Mapping[int, Encoded], tokenizer: Any) -> tuple[str, ...]:
+    """What a reader should know of prompts: those whose text begins twice. Token ids are taken as they are."""
+    twice = [index for index, one in encoded.items() if one.prompt.ids is None and begins_twice(one.ids, tokenizer)]
+    return (remark_on_bos(twice, tokenizer),) if twice else ()
+
+
 def _record(loaded: Loaded) -> ModelRecord:
-    parts = loaded.anatomy
+    parts, added = loaded.anatomy, loaded.adapter
+    layer_bytes, head_bytes = parts.stored_bytes or (None, None)
     return ModelRecord(
         name=loaded.name,
         reference=str(loaded.reference),
@@ -250,4 +261,7 @@ def _record(loaded: Loaded) -> ModelRecord:
         context=parts.context,
         eos_ids=tuple(sorted(loaded.eos_ids)),
         key_value_width=parts.key_value_width,
+        layer_bytes=layer_bytes,
+        head_bytes=head_bytes,
+        adapter=None if added is None else AdapterRecord(added.reference, added.kind, added.weights_hash),
     )

@@ -132,7 +132,7 @@ class LayerReader:
             top=top,
             heads=self.plan.heads,
         )
-        if plan.mode == "agreement" and self.search is None:
+        if plan.mode == "agreement" and self.search is None and not self.parts.changes_logits:
             before = manifest.measured.savings
             self.search = AgreementSearch(self.parts, None if before is None else WorkSkipped.from_json(before))
         input_ids, text_ids = (tensor_of(keys[name], self.loaded) for name in ("input_id", "text_id"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress
 from probekit.tracing.prompts import Prompt, encode
 
@@ -54,6 +54,7 @@ def as_batches(texts: Iterable[tuple[list[int], list[int]]]) -> Iterator[Tensor]
 
 def beginnings(loaded: Loaded, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """The ids of each prompt, then of what is left when a quarter is cut off, a half, three quarters; each once."""
+    loaded = as_loaded(loaded)
     found: set[tuple[int, ...]] = set()
     for kept in range(QUARTERS, 0, -1):
         for prompt in prompts:

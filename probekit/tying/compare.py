@@ -356,7 +356,7 @@ def _layer_rows(run: str, trace: Trace) -> list[dict[str, Any]]:
 def recipe_of(trace: Trace) -> Recipe:
     """What is known of how a trace's model was made: the record of its training where it has one beside its weights."""
     model = trace.manifest.model
-    known = _training_record(model.name, model.reference)
+    known = {} if model.adapter is not None else _training_record(model.name, model.reference)
     return Recipe(
         name=model.name, tied=model.tied, layers=model.depth, width=model.width, vocabulary=model.vocabulary,
         parameters=model.parameters, **known,

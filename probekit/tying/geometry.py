@@ -30,7 +30,7 @@ _BLOCK = 512
 @torch.no_grad()
 def reading_rows(parts: Anatomy) -> Tensor:
     """(vocabulary, width) float32: the head's rows times the final norm's gain: what each token reads of h / rms(h)."""
-    return parts.head.weight.float() * parts.family.gain(parts.norm)
+    return parts.head_rows.float() * parts.family.gain(parts.norm)
 
 
 def row_cosines(one: Tensor, other: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def rotated_head(parts: Anatomy, seed: int = 0) -> Tensor:
     square = torch.randn(parts.width, parts.width, generator=generator, dtype=torch.float64)
     rotation, triangle = torch.linalg.qr(square)
     rotation = rotation * triangle.diagonal().sign()  # uniform over the orthogonal matrices
-    return (parts.head.weight.double().cpu() @ rotation).to(parts.head.weight)
+    return (parts.head_rows.double().cpu() @ rotation).to(parts.head_rows)
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def swapped_head(parts: Anatomy, seed: int = 0) -> Tensor:
     order = torch.randperm(parts.vocabulary, generator=torch.Generator().manual_seed(seed))
     target = torch.empty_like(order)
     target[order] = order.roll(1)
-    return parts.head.weight[target.to(parts.device)].clone()
+    return parts.head_rows[target.to(parts.device)].clone()
 
 
 @torch.no_grad()
 def embedding_head(parts: Anatomy) -> Tensor:
     """(vocabulary, width): the embedding, scaled so that its rows are as long as the head's (root mean square)."""
-    embedding, head = parts.embedding.weight, parts.head.weight
+    embedding, head = parts.embedding.weight, parts.head_rows
     return embedding * (head.float().square().mean() / embedding.float().square().mean()).sqrt().to(embedding)
 
 
@@ -80,14 +80,14 @@ def changed_head(loaded: Loaded, weight: Tensor, name: str) -> Iterator[Loaded]:
     after an exception.
     """
     parts = loaded.anatomy
-    if weight.shape != parts.head.weight.shape:
+    if weight.shape != parts.head_rows.shape:
         raise InputError(
-            f"a head of shape {tuple(weight.shape)} does not fit: expected {tuple(parts.head.weight.shape)}."
+            f"a head of shape {tuple(weight.shape)} does not fit: expected {tuple(parts.head_rows.shape)}."
         )
     if parts.head.bias is not None:
         raise InputError("this model's head has a bias; a changed head has none.")
     head = nn.Linear(parts.width, parts.vocabulary, bias=False, device="meta")
-    head.weight = nn.Parameter(weight.to(parts.head.weight), requires_grad=False)
+    head.weight = nn.Parameter(weight.to(parts.head_rows), requires_grad=False)
     own = loaded.model.lm_head
     loaded.model.lm_head = head
     try:
@@ -144,7 +144,7 @@ def read_with(loaded: Loaded, trace: Trace, weight: Tensor) -> HeadReading:
         own = torch.empty(states.shape[1], dtype=torch.int64)
         for start in range(0, states.shape[1], block):
             rows = slice(start, start + block)
-            model = (states[-1, rows] @ parts.head.weight.float().T).log_softmax(-1)
+            model = (states[-1, rows] @ parts.head_rows.float().T).log_softmax(-1)
             own[rows] = model.argmax(-1).cpu()
             for site in parts.sites:
                 lens = (states[site, rows] @ weight.T).log_softmax(-1)

@@ -26,7 +26,7 @@ from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
-from probekit.models.loaded import Loaded, as_loaded
+from probekit.models.loaded import Loaded, as_loaded, unchanged
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -86,6 +86,7 @@ def validate(
     Validation(tales-layerskip: 1 cells, greedy text, holds)
     """
     loaded, trace = as_loaded(loaded), as_trace(trace)
+    drafter = None if drafter is None else as_loaded(drafter)
     _check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")
@@ -144,6 +145,7 @@ def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
     for role, model, record in (("model", loaded, manifest.model), ("draft model", drafter, manifest.drafter)):
         if model is None:
             continue
+        unchanged(model)
         if record is None:
             raise InputError("this run was traced without a draft model.", "Trace again with --draft-model.")
         if record.weights_hash != model.weights_hash:

@@ -415,7 +415,7 @@ def test_folders_that_hold_no_model(tmp_path, folder):
         load(tmp_path / "..")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"holds an adapter, not a model"):
+    with pytest.raises(InputError, match=r"holds no weights of an adapter"):
         load(tmp_path / "adapter")
     (tmp_path / "ggufs").mkdir()
     (tmp_path / "ggufs" / "b.gguf").write_bytes(b"GGUF")
