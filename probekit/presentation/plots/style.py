@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import seaborn as sns
-from cycler import cycler
 from matplotlib import colors, font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 8.0,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": cycler(color=sns.color_palette(PALETTE).as_hex()),
+    "axes.prop_cycle": matplotlib.cycler(color=sns.color_palette(PALETTE).as_hex()),
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.labelsize": 8.0,
