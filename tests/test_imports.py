@@ -26,12 +26,12 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "family", "families", "anatomy", "checkpoint", "gguf", "reference", "loaded",
+        "linear_kernels", "memory", "family", "families", "discovery", "anatomy", "checkpoint", "gguf", "reference", "loaded",
         "synthetic",
     ),
-    "hooks": ("sites", "capture", "stop_resume", "edit", "fast_forward"),
+    "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
-        "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel", "statistics",
+        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel", "statistics",
         "chunked",
     ),
     "training": ("layerskip",),

@@ -27,7 +27,8 @@ from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
 from probekit.hooks.sites import is_hooked
 from probekit.hooks.stop_resume import Resume, Stop
-from probekit.models.anatomy import Anatomy
+from probekit.models import families
+from probekit.models.anatomy import Anatomy, check_unchanged
 from probekit.models.family import LayerKind
 from probekit.moved import look_up
 
@@ -124,6 +125,8 @@ class Engine:
 
 def _check_runnable(parts: Anatomy) -> None:
     """Raise InputError for a model whose layers cannot be called one by one with the same result."""
+    check_unchanged(parts)
+    families.check_decodes(parts.family, "this")
     for name, module in (("model", parts.model), ("model.model", parts.decoder), ("rotary_emb", parts.rotary)):
         if is_hooked(module):
             raise InputError(

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from probekit.errors import InputError
 from probekit.models import families
+from probekit.models.discovery import family_of, locate, text_config
 from probekit.models.families import FAMILIES
 from probekit.models.family import Family
+
+NO_LIMIT = 2**31 - 1  # tokens: the context of a model whose positions have no end
+
+
+class Sizes(NamedTuple):
+    """What a model measured when it was read: the number of layers, and the shapes of embedding and head."""
+
+    layers: int
+    embedding: tuple[int, ...]
+    head: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +31,9 @@ class Anatomy:
 
     `depth` is L, the number of decoder layers. Residual sites are 0..L: site 0 is the embedding output,
     site l the residual stream after l layers, site L the last, before the final norm. Exits are 1..L-1.
+
+    `rotary` is None where the family is not known. `tied` says that head and embedding are one tensor. `sizes` is of
+    the moment of reading; None for an anatomy that is not to be held against its model.
     """
 
     model: Any
@@ -28,14 +42,15 @@ class Anatomy:
     layers: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
-    rotary: nn.Module
+    rotary: Any
     tied: bool
     family: Family
+    sizes: Sizes | None = None
 
     @property
     def config(self) -> Any:
-        """The model's configuration; None for an anatomy without a model, which only the lens can use."""
-        return getattr(self.model, "config", None)
+        """The configuration of the model's text decoder; None for an anatomy without a model: only a lens uses it."""
+        return text_config(self.model)
 
     @property
     def depth(self) -> int:
@@ -52,7 +67,9 @@ class Anatomy:
     @property
     def context(self) -> int:
         """Longest sequence, in tokens, that the positions of this model reach."""
-        return int(self.model.config.max_position_embeddings)
+        config = self.config
+        named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
+        return next((int(most) for most in named if most), NO_LIMIT)
 
     @property
     def key_value_width(self) -> int | None:
@@ -71,6 +88,15 @@ class Anatomy:
         """Whether the head is a linear map without a bias, whose products can be taken apart."""
         plain = type(self.head) is nn.Linear and not hasattr(self.head, "parametrizations")
         return plain and self.head.bias is None
+
+    @property
+    def embeddings(self) -> str:
+        """How embedding and head stand to each other: "tied", "untied", or "untied, but equal in value"."""
+        if self.tied:
+            return "tied"
+        one, other = self.embedding.weight, self.head.weight
+        equal = isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one, other)
+        return "untied, but equal in value" if equal else "untied"
 
     @property
     def sites(self) -> range:
@@ -112,27 +138,90 @@ class Anatomy:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """Find the parts of a causal language model of a known family.
+    """Find the parts of a causal language model; of an adapted one (peft), of the model inside.
 
-    Raises InputError for another family, which is named.
+    A family that is not known has a `family` that does not decode: its parts were found by transformers' accessors.
+
+    Raises InputError, which names the family, where the model has no such parts.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    decoder = getattr(model, "model", None)
-    family = FAMILIES.get(model_type)
-    if family is None or decoder is None or not hasattr(model, "lm_head"):
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if family is None:
+        found = locate(model)
+        if isinstance(found, str):
+            raise _unread(model, found)
+        decoder, embedding, layers, norm, head = found
+        family, rotary = family_of(model), None
+    else:
+        names = family.names
+        decoder, head = getattr(model, names.decoder, None), getattr(model, names.head, None)
+        inner = (names.embedding, names.layers, names.norm, names.rotary)
+        embedding, layers, norm, rotary = (getattr(decoder, name, None) for name in inner)
+        if any(part is None for part in (embedding, layers, norm, rotary, head)):
+            raise _unread(model, f"its parts are not those of its family ({', '.join(names)})")
+    depth = getattr(text_config(model), "num_hidden_layers", len(layers))
+    if not 1 <= len(layers) <= depth:
         raise InputError(
-            f"this is a {model_type!r} model ({type(model).__name__}); probekit reads causal language models of "
-            f"{families.names()}.",
-            "Other families are not supported yet.",
+            f"this {family.model_type!r} model holds {len(layers)} layers, of which its configuration runs {depth}.",
+            "Set config.num_hidden_layers to the layers that are there.",
         )
     return Anatomy(
-        model=model,
-        decoder=decoder,
-        embedding=decoder.embed_tokens,
-        layers=decoder.layers,
-        norm=decoder.norm,
-        head=model.lm_head,
-        rotary=decoder.rotary_emb,
-        tied=model.lm_head.weight is decoder.embed_tokens.weight,
-        family=family,
+        model=model, decoder=decoder, embedding=embedding, layers=layers, norm=norm, head=head, rotary=rotary,
+        tied=_one_tensor(embedding.weight, getattr(head, "weight", None)), family=family,
+        sizes=_sizes(layers, embedding, head),
+    )  # fmt: skip
+
+
+def check_unchanged(parts: Anatomy) -> Anatomy:
+    """Return `parts`, or raise InputError where its model is no longer the one that was read.
+
+    Layers, embedding, norm and head are compared with the model's own, their sizes and the tying with those of then.
+    """
+    if parts.sizes is None:
+        return parts
+    now = anatomy(parts.model)
+    for name in ("decoder", "embedding", "layers", "norm", "head", "rotary"):
+        if getattr(now, name) is not getattr(parts, name):
+            raise _changed(parts, f"its {name} is another module")
+    for name, was, size in zip(Sizes._fields, parts.sizes, now.sizes or (), strict=True):
+        if was != size:
+            raise _changed(parts, f"its {name} measured {_size(was)} and now {_size(size)}")
+    if now.tied != parts.tied:
+        raise _changed(parts, f"its embeddings were {'' if parts.tied else 'un'}tied and are {now.embeddings} now")
+    return parts
+
+
+def _sizes(layers: nn.ModuleList, embedding: nn.Module, head: Any) -> Sizes:
+    weight = getattr(head, "weight", None)  # of a quantised head a function
+    shape = weight.shape if isinstance(weight, torch.Tensor) else (head.out_features, head.in_features)
+    return Sizes(len(layers), tuple(embedding.weight.shape), tuple(shape))
+
+
+def _size(size: Any) -> str:
+    return " x ".join(map(str, size)) if isinstance(size, tuple) else str(size)
+
+
+def _one_tensor(one: Any, other: Any) -> bool:
+    """Whether two weights are the same numbers in memory, by one parameter or by two on one storage."""
+    if one is other:
+        return True
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.shape != other.shape:
+        return False
+    return one.device.type != "meta" and one.stride() == other.stride() and one.data_ptr() == other.data_ptr()
+
+
+def _changed(parts: Anatomy, how: str) -> InputError:
+    return InputError(
+        f"this {parts.family.model_type!r} model has changed since it was read: {how}.",
+        "Load it again, or wrap it as it is now (probekit.wrap).",
+    )
+
+
+def _unread(model: Any, why: str) -> InputError:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return InputError(
+        f"this is a {model_type!r} model ({type(model).__name__}): {why}.",
+        f"probekit decodes causal language models of {families.names()}; it traces, and reads the lens of, other "
+        "decoders whose layers write on one residual stream.",
     )

@@ -5,11 +5,10 @@ Adding one is one entry here; `tests/models/test_families.py` then holds it to t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from probekit.errors import InputError
 from probekit.models.family import Family, one_plus_weight, one_window, rotary_by_kind
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama"),
@@ -35,6 +34,31 @@ FAMILIES: Mapping[str, Family] = {
         Family("cohere2", logit_factor=lambda config: config.logit_scale),
     )
 }
+
+
+def register(family: Family) -> Family:
+    """Add a family of one's own, from now on; models of it that were read before keep theirs.
+
+    Raises InputError for a name that is taken.
+    """
+    if FAMILIES.setdefault(family.model_type, family) is not family:
+        raise InputError(f"there is a family {family.model_type!r} already.", "Give it another model_type.")
+    return family
+
+
+def unregister(model_type: str) -> None:
+    """Take a family away again."""
+    FAMILIES.pop(model_type, None)
+
+
+def check_decodes(family: Family, name: str) -> None:
+    """Raise InputError for a model whose layers the engine does not know how to run."""
+    if not family.decodes:
+        raise InputError(
+            f"{name} is a {family.model_type!r} model: probekit traces it and reads its lens, but does not decode it. "
+            f"It decodes {names()}.",
+            "Describe the family: docs/how-to/extend.md.",
+        )
 
 
 def names() -> str:

@@ -16,6 +16,17 @@ from torch import Tensor
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+class Names(NamedTuple):
+    """What a model calls its parts: `decoder` and `head` are its own attributes, the others the decoder's."""
+
+    decoder: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
+    head: str = "lm_head"
+
+
 class LayerKind(NamedTuple):
     """What a layer is called with. Layers of one kind share masks and rotary embeddings.
 
@@ -60,6 +71,11 @@ def one_plus_weight(norm: Any) -> Tensor:
     return 1.0 + norm.weight.float()
 
 
+def no_weight(norm: Any) -> Tensor:
+    """The gain of a norm without parameters (OLMo)."""
+    return torch.ones(norm.normalized_shape)
+
+
 def _no_number(config: Any) -> float | None:
     return None
 
@@ -71,6 +87,7 @@ class Family:
     Parameters
     ----------
     model_type: as in `config.json`.
+    names: what its models call their parts.
     kinds: config -> the kind of each layer.
     rotary: (module, like, positions, kind) -> (cos, sin), each (rows, tokens, head width), of a kind of layer.
     embedding_factor: config -> what the model multiplies embeddings with outside its embedding module; None: nothing.
@@ -78,9 +95,11 @@ class Family:
         None: nothing.
     logit_cap: config -> c of c tanh(logit / c), after those; None: none.
     gain: final norm -> (width,) float32, what it multiplies h / rms(h) with.
+    decodes: whether the engine may run its layers; if not, its models are traced and read through their own forward.
     """
 
     model_type: str
+    names: Names = Names()
     kinds: Callable[[Any], Sequence[LayerKind]] = layer_kinds
     rotary: Callable[[Any, Tensor, Tensor, LayerKind], tuple[Tensor, Tensor]] = shared_rotary
     embedding_factor: Callable[[Any], float | None] = _no_number
@@ -88,6 +107,7 @@ class Family:
     logit_divisor: Callable[[Any], float | None] = _no_number
     logit_cap: Callable[[Any], float | None] = _no_number
     gain: Callable[[Any], Tensor] = norm_weight
+    decodes: bool = True
 
     def changes_logits(self, config: Any) -> bool:
         """Whether logits are anything but the head's products."""

@@ -18,6 +18,7 @@ from probekit.drafting.keys import check_draft_model
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_heads, unpack_heads
 from probekit.lens.lens import KINDS
+from probekit.models.anatomy import check_unchanged
 from probekit.models.loaded import Loaded, load
 from probekit.models.memory import free_bytes
 from probekit.settings import Sampling, TraceSettings
@@ -74,6 +75,9 @@ def plan_trace(
 ) -> TracePlan:
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
     check_backend(settings.backend)
+    for reader in (loaded, draft_model):
+        if isinstance(reader, Loaded):
+            check_unchanged(reader.anatomy)
     given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
     if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(
@@ -105,7 +109,7 @@ def plan_trace(
         exit_heads=heads_record,
         prompts_hash=prompts_hash(chosen),
         prompts_source=prompts_source(chosen),
-        batches=_batches(rows, row_budget, settings.batch_size or MOST_PROMPTS[loaded.device.type]),
+        batches=_batches(rows, row_budget, _most_prompts(loaded, drafter, settings)),
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
         text=settings.text,
@@ -221,6 +225,13 @@ def _row_budget(loaded: Loaded) -> int:
         most = min(most, free // 4)
     row = (parts.depth + 1) * parts.width * torch.empty((), dtype=parts.dtype).element_size()
     return max(1, min(MOST_ROWS, most // row))
+
+
+def _most_prompts(loaded: Loaded, drafter: Loaded | None, settings: TraceSettings) -> int:
+    """Most prompts of a batch; one where it is not known what padding does to a model."""
+    if not all(reader.anatomy.family.decodes for reader in (loaded, drafter) if reader is not None):
+        return 1
+    return settings.batch_size or MOST_PROMPTS[loaded.device.type]
 
 
 def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple[int, ...], ...]:
