@@ -64,7 +64,9 @@ class Dimensions:
             layer = 2 * shape.width * (queries + keys) + 3 * shape.width * shape.inner + 2 * shape.width
             return cls(source, shape.layers, layer, shape.vocabulary * shape.width, shape.vocabulary, keys)
         if hasattr(source, "anatomy"):
-            parts = source.anatomy
+            from probekit.models.anatomy import check_unchanged
+
+            parts = check_unchanged(source.anatomy)
             layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
             head = parts.head.weight.numel()
             return cls(source.name, parts.depth, layer, head, parts.vocabulary, parts.key_value_width)

@@ -72,7 +72,11 @@ def generated(loaded: Loaded, prompt_ids: Sequence[int], max_new_tokens: int) ->
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos or None, pad_token_id=eos[0] if eos else -1
     )
     ids = torch.tensor([list(prompt_ids)], device=loaded.device)
-    whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    own, model.generation_config = model.generation_config, config  # what it leaves out is taken from the model's own
+    try:
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = own
     return whole[0, len(prompt_ids) :].tolist()
 
 

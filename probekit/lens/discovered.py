@@ -34,7 +34,13 @@ def check_discovered(parts: Anatomy) -> None:
     state = f"{places} {parts.sizes} {parts.dtype} {parts.device} {parts.config.to_dict()}"
     if _checked.get(parts.model) == state:
         return
-    for what in _faults(parts):
+    try:
+        what = next(_faults(parts), "")
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:  # of transformers' forward
+        what = f"its own forward fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    if what:
         raise SelfCheckError(
             f"this {parts.family.model_type!r} model cannot be read layer by layer: {what}.",
             "Its family is not known to probekit: docs/how-to/extend.md says how to describe one.",

@@ -72,11 +72,20 @@ class Anatomy:
         return next((int(most) for most in named if most), NO_LIMIT)
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads that keys and values have: those of the queries, where the configuration says nothing else."""
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
     def key_value_width(self) -> int | None:
-        """Numbers of one key (or value) of one token in one layer; None where the configuration does not say."""
-        config = self.model.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width
+        """Numbers of one key (or value) of one token in one layer; None for a family that is not known."""
+        return self.key_value_heads * self.head_dim if self.family.decodes else None
 
     @property
     def changes_logits(self) -> bool:

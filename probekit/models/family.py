@@ -73,7 +73,7 @@ def one_plus_weight(norm: Any) -> Tensor:
 
 def no_weight(norm: Any) -> Tensor:
     """The gain of a norm without parameters (OLMo)."""
-    return torch.ones(norm.normalized_shape)
+    return torch.ones(())  # without dimensions it is at home on every device
 
 
 def _no_number(config: Any) -> float | None:
@@ -94,7 +94,7 @@ class Family:
     logit_factor, logit_divisor: config -> what it multiplies the head's products with, or divides them by; above 0;
         None: nothing.
     logit_cap: config -> c of c tanh(logit / c), after those; None: none.
-    gain: final norm -> (width,) float32, what it multiplies h / rms(h) with.
+    gain: final norm -> (width,) float32, or one number, what it multiplies h / rms(h) with.
     decodes: whether the engine may run its layers; if not, its models are traced and read through their own forward.
     """
 
