@@ -40,6 +40,8 @@ def lens(
         # The row of a prompt's last token says the first new one: a budget of 1 reads the prompt alone.
         budget = max(1, max_new_tokens)
         trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, progress=bars)
+    if loaded.remark:
+        notice(loaded.remark, quiet=quiet)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
     if html is not None:
         from probekit.presentation.report import write_lens_page

@@ -84,7 +84,7 @@ class Engine:
                 "attention_mask": family.mask(kind, positions, visible, self.parts.dtype) if masked else None,
                 "position_ids": positions,
                 "position_embeddings": embeddings,
-                "past_key_values": self.cache,
+                family.names.cache: self.cache,
                 "use_cache": True,
             }
         return PassPositions(self.cache.slots(positions), visible, kinds, self._kinds)

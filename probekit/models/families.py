@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
         Family("phi", names=Names(norm="final_layernorm")),
         Family("phi3", kinds=one_window),
         Family("phimoe", kinds=one_window),
-        Family("gpt_neox", names=Names("gpt_neox", "embed_in", norm="final_layer_norm")),
+        Family("gpt_neox", names=Names("gpt_neox", "embed_in", norm="final_layer_norm", cache="layer_past")),
         Family("olmo", gain=no_weight),
         Family("olmo2"),
         Family("olmo3", rotary=rotary_by_kind),

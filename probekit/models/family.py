@@ -17,7 +17,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Names(NamedTuple):
-    """What a model calls its parts: `decoder` and `head` are its own attributes, the others the decoder's."""
+    """What a model calls its parts: `decoder` and `head` are its own attributes, the others the decoder's.
+
+    cache: the keyword that its layers take their cache by.
+    """
 
     decoder: str = "model"
     embedding: str = "embed_tokens"
@@ -25,6 +28,7 @@ class Names(NamedTuple):
     norm: str = "norm"
     rotary: str = "rotary_emb"
     head: str = "lm_head"
+    cache: str = "past_key_values"
 
 
 class LayerKind(NamedTuple):

@@ -94,6 +94,17 @@ class Loaded:
         return self.anatomy.dtype
 
     @property
+    def remark(self) -> str:
+        """What a user should know of how this model is read; empty for a family that is known."""
+        family = self.anatomy.family
+        if family.decodes:
+            return ""
+        return (
+            f"{self.name} is a {family.model_type!r} model, a family that probekit does not know: its parts were found "
+            "by transformers' accessors and held against its own logits. It is traced and read, not decoded."
+        )
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text: generation_config's, else config's; possibly none, possibly several."""
         for config in (getattr(self.model, "generation_config", None), self.model.config):
