@@ -30,6 +30,7 @@ class ModelRecord:
     """Which model it was: name, where it came from, and the shape that readers need. `depth` is L.
 
     key_value_width: numbers of one key (or value) of one token in one layer; None where an earlier version traced.
+    embeddings: as `Anatomy.embeddings` has it; None in runs that did not note it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelRecord:
     context: Count
     eos_ids: tuple[Count, ...]
     key_value_width: Count | None = None
+    embeddings: str | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:

@@ -261,4 +261,5 @@ def _record(loaded: Loaded) -> ModelRecord:
         context=parts.context,
         eos_ids=tuple(sorted(loaded.eos_ids)),
         key_value_width=parts.key_value_width,
+        embeddings=parts.embeddings,
     )

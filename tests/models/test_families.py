@@ -5,6 +5,9 @@ What is printed at the end is families x properties passed.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,8 +18,8 @@ from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError, SelfCheckError
 from probekit.lens.lens import Lens
 from probekit.models.anatomy import anatomy
-from probekit.models.families import FAMILIES
-from probekit.models.family import SLIDING
+from probekit.models.families import FAMILIES, register, unregister
+from probekit.models.family import SLIDING, Family
 from probekit.models.loaded import Loaded
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -27,6 +30,7 @@ from probekit.validation.run import validate
 from probekit.validation.transformers import transformers_accepted
 
 WINDOW = 7
+ADDED = "nanochat"
 VOCABULARY = 61
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
@@ -96,15 +100,22 @@ ODD = {
     "jais2": {"attention_bias": True},
     "bitnet": {},
     "diffllama": {"attention_bias": True},
+    ADDED: {"final_logit_softcapping": 6.0, "attention_bias": True},
 }  # fmt: skip
 # transformers 5.23 runs all layers of these in its early exit, with the cache of a few
 WITHOUT_EARLY_EXIT = {"cohere2", "cohere2_moe", "nemotron", "exaone4", "stablelm", "gpt_oss", "gpt_neox"}
 FAST = {
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo", "olmo2", "smollm3", "gemma2",
+    ADDED, "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo", "olmo2", "smollm3", "gemma2",
     "gemma3_text", "granite", "cohere", "cohere2",
 }  # fmt: skip
 PROMPTS = [[5, 9, 17, 3, 44, 12, 30, 8, 21, 2], [7, 7, 1], [50, 11, 23, 42, 6, 19, 33, 28, 14, 4, 39, 10]]
 NEW = 24  # so that every text ends well past the window
+
+
+def page_blocks() -> list[str]:
+    """The code of the page that adds a family."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "extend.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page.partition("\n## A family\n")[2], re.MULTILINE | re.DOTALL)
 
 
 def small(name: str) -> Loaded:
@@ -116,10 +127,18 @@ def small(name: str) -> Loaded:
 
 @pytest.fixture(
     scope="module",
-    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.second) for name in sorted(FAMILIES)],
+    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.second) for name in (*sorted(FAMILIES), ADDED)],
 )
 def loaded(request):
-    return small(request.param)
+    """Each family in turn, and the one that the documentation adds, as it adds it."""
+    if request.param != ADDED:
+        yield small(request.param)
+        return
+    exec(page_blocks()[0], {})
+    try:
+        yield small(ADDED)
+    finally:
+        unregister(ADDED)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +152,25 @@ def alone(loaded: Loaded, ids: list[int]) -> list[int]:
 
 
 def test_every_family_has_its_odd_settings():
-    assert set(ODD) == set(FAMILIES)
+    assert set(ODD) == {*FAMILIES, ADDED}
+
+
+def test_a_family_is_added_in_under_forty_lines():
+    blocks = page_blocks()
+    assert "register(" in blocks[0]
+    assert len("".join(blocks).splitlines()) < 40
+
+
+def test_a_family_is_added_once_and_can_go_again():
+    assert ADDED not in FAMILIES
+    with pytest.raises(InputError, match="there is a family 'llama' already"):
+        register(Family("llama"))
+    added = register(Family("llama_of_mine"))
+    try:
+        assert FAMILIES["llama_of_mine"] is added
+    finally:
+        unregister("llama_of_mine")
+    assert "llama_of_mine" not in FAMILIES
 
 
 def test_tokens_are_generates_alone_and_in_a_batch(loaded):
