@@ -26,13 +26,13 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "family", "families", "discovery", "anatomy", "checkpoint", "gguf", "reference", "loaded",
-        "synthetic",
+        "linear_kernels", "memory", "family", "families", "discovery", "anatomy", "checkpoint", "gguf", "reference",
+        "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
-        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel", "statistics",
-        "chunked",
+        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
+        "statistics", "chunked",
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),

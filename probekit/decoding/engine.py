@@ -49,8 +49,10 @@ class Engine:
         self._positions = torch.arange(length, device=parts.device)[None]
         self._changes_logits = parts.family.changes_logits(parts.model.config)
         self._kinds = tuple(parts.family.kinds(parts.model.config))
+        # Rows that draft beyond the context are never counted; and there, rotary embeddings may be others for all.
+        within = self._positions.clamp(max=parts.context - 1)
         self._rotary = {
-            kind: parts.family.rotary(parts.rotary, parts.embedding.weight, self._positions, kind)
+            kind: parts.family.rotary(parts.rotary, parts.embedding.weight, within, kind)
             for kind in dict.fromkeys(self._kinds)
         }
         self._stops: dict[int, Stop] = {}
@@ -140,9 +142,6 @@ def _check_runnable(parts: Anatomy) -> None:
             f"attention {implementation!r} cannot be used for decoding; expected 'sdpa' or 'eager'.",
             "Load the model with attn_implementation='sdpa'.",
         )
-    rope = getattr(parts.rotary, "rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise InputError(f"rotary embeddings of type {rope!r} change with the length of the text: not supported.")
 
 
 def __getattr__(name: str) -> Any:

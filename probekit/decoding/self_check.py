@@ -40,7 +40,15 @@ def check_engine(loaded: Loaded) -> None:
     windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
     length = min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])
     if length > STEPS + ROUND:
-        _compare(loaded, length)
+        try:
+            _compare(loaded, length)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:  # layers that take or keep other things
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SelfCheckError(
+                f"the engine cannot run {loaded.name} layer by layer ({what}).", "Trace it, or read its lens."
+            ) from error
     _checked[loaded.model] = state
 
 

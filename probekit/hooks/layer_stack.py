@@ -1,9 +1,9 @@
 """One stack a module: what acts on a layer, in one order, however it was opened and closed.
 
 On the way in: the residual of a Resume takes the input's place; Captures of site 0 read it; a Stop at site 0 ends the
-pass. Then the layer runs, unless a Resume or an Edit skips it. On the way out: Edits rewrite what it wrote, in the order
-in which they were opened; Captures read what they left; a Stop ends the pass. So a Capture sees an Edit of the same
-layer also where it was opened first. A layer that a Resume skips hands its input on, whatever is edited there.
+pass. Then the layer runs, unless a Resume or an Edit skips it. On the way out: Edits rewrite what it wrote, in the
+order in which they were opened; Captures read what they left; a Stop ends the pass. So a Capture sees an Edit of the
+same layer also where it was opened first. A layer that a Resume skips hands its input on, whatever is edited there.
 """
 
 from __future__ import annotations

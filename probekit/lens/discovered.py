@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,10 +53,12 @@ def check_discovered(parts: Anatomy) -> None:
 def _faults(parts: Anatomy) -> Iterator[str]:
     """What does not hold; each is asked only where those before it hold."""
     model, count = parts.model, min(TOKENS, parts.context)
-    ids = (torch.arange(count, device=parts.device)[None] * 7919 + 13) % min(parts.vocabulary, len(parts.embedding.weight))
+    ids = (torch.arange(count, device=parts.device)[None] * 7919 + 13) % min(
+        parts.vocabulary, len(parts.embedding.weight)
+    )
     seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def note(layer: int):
+    def note(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
         def keep(before: Tensor, after: Tensor) -> Tensor:
             seen.append((layer, before, after))
             return after
@@ -70,7 +73,7 @@ def _faults(parts: Anatomy) -> Iterator[str]:
     if any(tuple(after.shape) != (1, count, parts.width) for _, _, after in seen):
         yield f"its layers do not write (batch, positions, {parts.width})"
         return
-    for (layer, _, written), (_, read, _) in zip(seen, seen[1:], strict=False):
+    for (layer, _, written), (_, read, _) in pairwise(seen):
         if not torch.equal(written, read):
             yield f"layer {layer + 1} does not read what layer {layer} wrote"
             return

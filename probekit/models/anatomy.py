@@ -66,10 +66,15 @@ class Anatomy:
 
     @property
     def context(self) -> int:
-        """Longest sequence, in tokens, that the positions of this model reach."""
+        """Longest sequence, in tokens, that the positions of this model reach.
+
+        Where rotary embeddings change with the length of the text (longrope), the longest at which they are those of
+        every shorter one: beyond it, a token read again is not the token that was read.
+        """
         config = self.config
         named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
-        return next((int(most) for most in named if most), NO_LIMIT)
+        longest = next((int(most) for most in named if most), NO_LIMIT)
+        return min([longest, *(at for kind, at in _rotary_kinds(config) if kind == "longrope" and at)])
 
     @property
     def key_value_heads(self) -> int:
@@ -156,6 +161,10 @@ def anatomy(model: Any) -> Anatomy:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    decoder: Any
+    embedding: Any
+    layers: Any
+    norm: Any
     if family is None:
         found = locate(model)
         if isinstance(found, str):
@@ -201,7 +210,14 @@ def check_unchanged(parts: Anatomy) -> Anatomy:
     return parts
 
 
-def _sizes(layers: nn.ModuleList, embedding: nn.Module, head: Any) -> Sizes:
+def _rotary_kinds(config: Any) -> list[tuple[str, int | None]]:
+    """(type, original_max_position_embeddings) of each rotary embedding that a configuration describes."""
+    given = getattr(config, "rope_parameters", None) or {}
+    each = [given] if "rope_type" in given else [one for one in given.values() if isinstance(one, dict)]
+    return [(one.get("rope_type", "default"), one.get("original_max_position_embeddings")) for one in each]
+
+
+def _sizes(layers: nn.ModuleList, embedding: nn.Embedding, head: Any) -> Sizes:
     weight = getattr(head, "weight", None)  # of a quantised head a function
     shape = weight.shape if isinstance(weight, torch.Tensor) else (head.out_features, head.in_features)
     return Sizes(len(layers), tuple(embedding.weight.shape), tuple(shape))

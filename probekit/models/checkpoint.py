@@ -139,7 +139,7 @@ def check_family(config: dict[str, Any], name: str, *, decoded: bool = True) -> 
 
 def _not_traced(config: dict[str, Any]) -> str:
     """Why a model of an unknown family cannot even be traced; empty where it may."""
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         return "an encoder-decoder"
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

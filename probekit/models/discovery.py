@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from probekit.models.family import Family
 
@@ -27,14 +28,14 @@ class Located(NamedTuple):
 
 def text_config(model: Any) -> Any:
     """The configuration of a model's text decoder; None where there is none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def locate(model: Any) -> Located | str:
     """The parts of `model`, or why it has none that the lens could read, as the end of a sentence."""
     config = text_config(model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings") or config is None:
+    if not isinstance(model, PreTrainedModel) or config is None:
         return "it is no language model of transformers"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, not a causal decoder"
@@ -45,14 +46,12 @@ def locate(model: Any) -> Located | str:
         return "it has no language model's head"
     if not isinstance(embedding, nn.Embedding):
         return "its input embedding is no table"
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder: Any = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
     depth = getattr(config, "num_hidden_layers", None)
     lists = [
-        (name, part)
-        for name, part in decoder.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == depth
+        (name, part) for name, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth
     ]
     if not lists:
         return f"it holds no list of {depth} decoder layers"
@@ -72,7 +71,9 @@ def _final_norm(decoder: nn.Module, layers: str, width: int) -> nn.Module:
     if behind:
         return behind[0]
     outside = [
-        part for name, part in decoder.named_modules() if not f"{name}.".startswith(f"{layers}.") and _is_norm(part, width)
+        part
+        for name, part in decoder.named_modules()
+        if not f"{name}.".startswith(f"{layers}.") and _is_norm(part, width)
     ]
     return outside[-1] if outside else NO_NORM
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probekit.errors import InputError
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -44,15 +46,29 @@ class LayerKind(NamedTuple):
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     """By `config.layer_types` and `config.sliding_window`, as most of transformers' models do."""
     names = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    return tuple(LayerKind(name, window if name == SLIDING else None) for name in names)
+    if strange := sorted(set(names) - {FULL, SLIDING}):
+        raise InputError(
+            f"this model has layers of the kind {strange[0]!r}; expected {FULL!r} and {SLIDING!r} only.",
+            "Its family knows no others.",
+        )
+    return tuple(LayerKind(name, _window(config) if name == SLIDING else None) for name in names)
 
 
 def one_window(config: Any) -> tuple[LayerKind, ...]:
     """One window for every layer, where the configuration has one (Mistral, Phi-3)."""
-    window = getattr(config, "sliding_window", None)
+    window = _window(config)
     kind = LayerKind(FULL) if window is None else LayerKind(SLIDING, window)
     return (kind,) * config.num_hidden_layers
+
+
+def _window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 2:
+        raise InputError(
+            f"the sliding window of this model is {window}; expected 2 tokens or more, or none.",
+            "transformers' own cache does not keep to it: the model says something else with a cache than without.",
+        )
+    return window
 
 
 def shared_rotary(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind) -> tuple[Tensor, Tensor]:
@@ -103,7 +119,7 @@ class Family:
     """
 
     model_type: str
-    names: Names = Names()
+    names: Names = Names()  # noqa: RUF009 - a tuple
     kinds: Callable[[Any], Sequence[LayerKind]] = layer_kinds
     rotary: Callable[[Any, Tensor, Tensor, LayerKind], tuple[Tensor, Tensor]] = shared_rotary
     embedding_factor: Callable[[Any], float | None] = _no_number

@@ -76,8 +76,8 @@ def plan_trace(
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
     check_backend(settings.backend)
     for reader in (loaded, draft_model):
-        if isinstance(reader, Loaded):
-            check_unchanged(reader.anatomy)
+        if isinstance(reader, Loaded) and check_unchanged(reader.anatomy).family.decodes:
+            reader.anatomy.family.kinds(reader.anatomy.config)  # raises for a window that no cache keeps to
     given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
     if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(

@@ -501,6 +501,13 @@ def adder():
     return model.eval()
 
 
+def passed(model, resume):
+    """The last residual of a pass: of the whole model, or through a Resume from 100."""
+    if resume is None:
+        return model.model(torch.tensor([[1, 2]]), use_cache=False).last_hidden_state
+    return resume(torch.full((1, 2, 36), 100.0), use_cache=False)
+
+
 def opened(model, kind, setting):
     if kind == "edit":
         layer, factor = setting
@@ -512,11 +519,13 @@ def opened(model, kind, setting):
 
 
 @given(
-    settings=st.lists(SETTINGS, min_size=1, max_size=6), order=st.randoms(use_true_random=False), interrupt=st.booleans()
+    settings=st.lists(SETTINGS, min_size=1, max_size=6),
+    order=st.randoms(use_true_random=False),
+    interrupt=st.booleans(),
 )
 def test_contexts_in_any_order_keep_the_one_order(adder, settings, order, interrupt):
     """Whatever is opened, however it is closed, also in the middle of a KeyboardInterrupt."""
-    ids, layers = torch.tensor([[1, 2]]), adder.model.layers
+    layers = adder.model.layers
     alive = []  # (kind, setting, context) in the order of opening
     try:
         for kind, setting in settings:
@@ -526,24 +535,21 @@ def test_contexts_in_any_order_keep_the_one_order(adder, settings, order, interr
             chain = Chain([(kind, setting) for kind, setting, _ in alive])
             for resumed in [None, *(number for number, each in enumerate(alive) if each[0] == "resume")]:
                 read, end = chain.run(None if resumed is None else alive[resumed][1])
-                if resumed is None:
-                    call = lambda: adder.model(ids, use_cache=False).last_hidden_state  # noqa: E731
-                else:
-                    call = lambda: alive[resumed][2](torch.full((1, 2, 36), 100.0), use_cache=False)  # noqa: E731
+                resume = None if resumed is None else alive[resumed][2]
                 if interrupt:
                     for layer in layers:
                         layer.interrupted = True
                     with suppress(KeyboardInterrupt, InputError):
-                        call()
+                        passed(adder, resume)
                     for layer in layers:
                         layer.interrupted = False
                 for _, _, context in alive:
                     getattr(context, "passes", []).clear()
                 if end is None:
                     with pytest.raises(InputError, match="ended the pass"):
-                        call()
+                        passed(adder, resume)
                 else:
-                    assert (call() == end).all()
+                    assert (passed(adder, resume) == end).all()
                 for index, found in read.items():
                     passes = alive[index][2].passes
                     assert ({at: float(each[0, 0, 0]) for at, each in passes[-1].items()} if passes else {}) == found
@@ -554,7 +560,7 @@ def test_contexts_in_any_order_keep_the_one_order(adder, settings, order, interr
         for _, _, context in alive:
             context.__exit__(None, None, None)
     assert open_hooks(adder) == []
-    assert (adder.model(ids, use_cache=False).last_hidden_state == 1 + 1 + 2 + 3 + 4).all()
+    assert (passed(adder, None) == 1 + 1 + 2 + 3 + 4).all()
 
 
 def test_two_edits_closed_out_of_order_leave_nothing(loaded):

@@ -1,4 +1,4 @@
-"""Families that probekit does not know: found by transformers' accessors, held against the model, traced, not decoded."""
+"""Families that probekit does not know: found by accessors, held against the model, traced, not decoded."""
 
 from __future__ import annotations
 

@@ -39,7 +39,12 @@ SMALL = {
 }  # fmt: skip
 MIXED = [SLIDING, "full_attention", SLIDING, SLIDING, "full_attention"]
 WINDOWS = {"sliding_window": WINDOW, "layer_types": MIXED}
-MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.6, "attention_multiplier": 0.4}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.5,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
@@ -74,7 +79,8 @@ ODD = {
     "olmoe": {"clip_qkv": 0.7} | EXPERTS,
     "flex_olmo": EXPERTS,
     "gemma": {"attention_bias": True},
-    "vaultgemma": {"final_logit_softcapping": 6.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 12} | WINDOWS,
+    "vaultgemma": WINDOWS | {"final_logit_softcapping": 6.0, "attn_logit_softcapping": 5.0,
+                             "query_pre_attn_scalar": 12},
     "granite_swa": MULTIPLIERS | WINDOWS,
     "granitemoe": MULTIPLIERS | LOCAL_EXPERTS,
     "hyperclovax": MULTIPLIERS,
@@ -118,16 +124,18 @@ def page_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.partition("\n## A family\n")[2], re.MULTILINE | re.DOTALL)
 
 
-def small(name: str) -> Loaded:
+def small(name: str, **settings) -> Loaded:
     torch.manual_seed(3)
-    config = AutoConfig.for_model(name, **SMALL | ODD[name])
+    config = AutoConfig.for_model(name, **SMALL | ODD[name] | settings)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return Loaded(model, None, anatomy(model), f"small-{name}", f"small-{name}", None, None, f"random:{name}")
 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.second) for name in (*sorted(FAMILIES), ADDED)],
+    params=[
+        name if name in FAST else pytest.param(name, marks=pytest.mark.second) for name in (*sorted(FAMILIES), ADDED)
+    ],
 )
 def loaded(request):
     """Each family in turn, and the one that the documentation adds, as it adds it."""
@@ -260,6 +268,30 @@ def test_agreement_only_has_the_same_bits(loaded, run):
 def test_a_model_comes_back_as_it_was(loaded, unchanged):
     unchanged(loaded.model)
     SelfSpeculative(loaded, 2, 2).decode(PROMPTS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "odd", "message"),
+    [
+        ("mistral", {"sliding_window": 1}, "the sliding window of this model is 1; expected 2 tokens or more"),
+        ("gemma2", {"sliding_window": 0, "layer_types": MIXED}, "the sliding window of this model is 0"),
+        ("llama", {"layer_types": ["chunked_attention"] * 5}, "layers of the kind 'chunked_attention'"),
+    ],
+)
+def test_what_transformers_cache_takes_otherwise_than_its_layers_is_refused(family, odd, message):
+    loaded = small(family, **odd)
+    for door in (lambda: trace(loaded, PROMPTS), lambda: Autoregressive(loaded).decode(PROMPTS, max_new_tokens=2)):
+        with pytest.raises(InputError, match=message):
+            door()
+
+
+def test_layers_that_the_engine_cannot_run_are_traced_through_their_own_forward():
+    """A GPT-NeoX has as many key/value heads as heads, whatever its configuration says."""
+    loaded = small("gpt_neox", num_key_value_heads=2)
+    with pytest.raises(SelfCheckError, match="the engine cannot run small-gpt_neox layer by layer"):
+        Autoregressive(loaded).decode(PROMPTS, max_new_tokens=2)
+    found = trace(loaded, PROMPTS[:1], max_new_tokens=6)
+    assert found.outputs(0).tolist() == alone(loaded, PROMPTS[0])[:6]
 
 
 def test_an_engine_that_is_wrong_does_not_believe_itself(monkeypatch):

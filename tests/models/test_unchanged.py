@@ -50,10 +50,16 @@ def tied_since(model):
 
 
 CHANGES = {
-    "resized": (lambda model: model.resize_token_embeddings(105), r"embedding.* 97 x 36 and now 105 x 36|another module"),
+    "resized": (
+        lambda model: model.resize_token_embeddings(105),
+        r"embedding.* 97 x 36 and now 105 x 36|another module",
+    ),
     "fewer layers": (fewer_layers, "its layers is another module|its layers measured 5 and now 3"),
     "a layer cut": (one_layer_less_in_place, "its layers measured 5 and now 4"),
-    "fewer by its configuration": (lambda model: setattr(model.config, "num_hidden_layers", 3), "holds 5 layers, of which"),
+    "fewer by its configuration": (
+        lambda model: setattr(model.config, "num_hidden_layers", 3),
+        "holds 5 layers, of which",
+    ),
     "another head": (another_head, "its head is another module"),
     "another norm": (another_norm, "its norm is another module"),
     "tied": (tied_since, "its embeddings were untied and are tied now"),
