@@ -22,6 +22,7 @@ import pytest
 
 import probekit
 from probekit.lens.statistics import registered, unregister
+from probekit.models.families import unregister as unregister_family
 
 pytestmark = pytest.mark.second
 
@@ -49,7 +50,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
                     continue
                 for line in block.replace("\\\n", " ").strip().splitlines():
                     assert status_of(shlex.split(line, comments=True), monkeypatch) == 0, capsys.readouterr().err
-    finally:  # a page that registers a statistic is not to change the other tests
+    finally:  # a page that registers a statistic or a family is not to change the other tests
+        unregister_family("nanochat")
         for statistic in registered():
             unregister(statistic.name)
         plt.close("all")

@@ -26,13 +26,13 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "states", "family", "families", "anatomy", "quantised", "checkpoint", "gguf",
-        "reference", "adapters", "loaded", "synthetic",
+        "linear_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
+        "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
-    "hooks": ("sites", "capture", "stop_resume", "edit", "fast_forward"),
+    "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
-        "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel", "statistics",
-        "chunked",
+        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
+        "statistics", "chunked",
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, print_table, show
+from probekit.cli.terminal import notice, print_json, print_table, show
 
 
 def inspect(
@@ -15,9 +15,14 @@ def inspect(
     quiet: options.Quiet = False,
 ) -> None:
     """The anatomy of a model: layers, widths, tied or not, parameters, bytes, sites."""
+    from probekit.lens.discovered import check_discovered
     from probekit.models.loaded import describe, load
 
-    description = describe(load(model, adapter=adapter, device=device, dtype=dtype))
+    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
+    check_discovered(loaded.anatomy)
+    description = describe(loaded)
+    if loaded.remark:
+        notice(loaded.remark, quiet=quiet)
     if as_json:
         print_json(description)
         return

@@ -42,6 +42,8 @@ def lens(
         budget = max(1, max_new_tokens)
         trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, progress=bars)
     say_remarks(trace.manifest, quiet)
+    if loaded.remark:
+        notice(loaded.remark, quiet=quiet)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
     if html is not None:
         from probekit.presentation.report import write_lens_page

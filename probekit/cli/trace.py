@@ -81,6 +81,8 @@ def trace(
             skip_long=skip_long,
             progress=bars,
         )
+    if loaded.remark:
+        notice(loaded.remark, quiet=quiet)
     manifest = result.manifest
     ties, bits = result.near_tie_count()
     if as_json:

@@ -77,10 +77,15 @@ def measure_costs(
     import torch
 
     from probekit.costs.timing import RoundTimer
+    from probekit.decoding.self_check import check_decodable
     from probekit.lens.exit_heads import check_heads, fingerprint
     from probekit.models.loaded import as_loaded
 
     loaded, drafter = as_loaded(loaded), None if drafter is None else as_loaded(drafter)
+    check_decodable(loaded)
+    if loaded.depth < 2:
+        raise InputError(f"{loaded.name} has one layer, and so no exit to draft from: there is nothing to measure.")
+
     heads = check_heads(exit_heads, loaded.anatomy) if exit_heads else {}
     head = DraftHeadKey(
         None if draft_vocabulary is None else len(draft_vocabulary), fingerprint(heads) if heads else None

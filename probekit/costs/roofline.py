@@ -67,13 +67,14 @@ class Dimensions:
             layer = 2 * shape.width * (queries + keys) + 3 * shape.width * shape.inner + 2 * shape.width
             return cls(source, shape.layers, layer, shape.vocabulary * shape.width, shape.vocabulary, keys)
         if hasattr(source, "anatomy"):
+            from probekit.models.anatomy import check_unchanged
             from probekit.models.states import count_numbers
 
-            parts = source.anatomy
+            parts = check_unchanged(source.anatomy)
             layer = count_numbers(parts.layers) // parts.depth
             stored = parts.stored_bytes or (None, None)
-            head, keys = parts.vocabulary * parts.width, parts.key_value_width
-            return cls(source.name, parts.depth, layer, head, parts.vocabulary, keys, *stored)
+            head = parts.vocabulary * parts.width
+            return cls(source.name, parts.depth, layer, head, parts.vocabulary, parts.key_value_width, *stored)
         record = source.manifest.model if hasattr(source, "manifest") else source
         if not hasattr(record, "vocabulary"):
             from probekit.models.loaded import as_loaded

@@ -103,9 +103,7 @@ class PositionCache(Cache):
 
 def cache_shape(parts: Anatomy, rows: int, length: int) -> tuple[int, int, int, int, int]:
     """(layers, rows, key-value heads, length, head width)."""
-    config = parts.model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return parts.depth, rows, config.num_key_value_heads, length, width
+    return parts.depth, rows, parts.key_value_heads, length, parts.head_dim
 
 
 def cache_bytes(parts: Anatomy, rows: int, length: int) -> int:

@@ -12,7 +12,7 @@ from probekit.decoding.caches import cache_bytes
 from probekit.decoding.detokenize import check_stop
 from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
-from probekit.decoding.self_check import check_engine
+from probekit.decoding.self_check import check_decodable, check_engine
 from probekit.errors import InputError, ResourceError
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.models.memory import free_bytes
@@ -100,6 +100,8 @@ class Decoder:
         on_accept: Callable[[Piece], None] | None,
         indices: Sequence[int] | None,
     ) -> DecodePlan:
+        for loaded in self._models():
+            check_decodable(loaded)
         names = list(range(len(prompts))) if indices is None else [int(index) for index in indices]
         if len(names) != len(prompts) or len(set(names)) != len(names):
             raise InputError(f"indices must be {len(prompts)} distinct numbers, one a prompt, not {names}.")

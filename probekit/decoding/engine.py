@@ -27,7 +27,8 @@ from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
 from probekit.hooks.sites import is_hooked, is_intercepted
 from probekit.hooks.stop_resume import Resume, Stop
-from probekit.models.anatomy import Anatomy
+from probekit.models import families
+from probekit.models.anatomy import Anatomy, check_unchanged
 from probekit.models.family import LayerKind
 from probekit.moved import look_up
 
@@ -49,8 +50,10 @@ class Engine:
         self._changes_logits = parts.family.changes_logits(parts.model.config)
         self._kinds = tuple(parts.family.kinds(parts.model.config))
         like = torch.empty(0, dtype=parts.dtype, device=parts.device)
+        # Rows that draft beyond the context are never counted; and there, rotary embeddings may be others for all.
+        within = self._positions.clamp(max=parts.context - 1)
         self._rotary = {
-            kind: parts.family.rotary(parts.rotary, like, self._positions, kind) for kind in dict.fromkeys(self._kinds)
+            kind: parts.family.rotary(parts.rotary, like, within, kind) for kind in dict.fromkeys(self._kinds)
         }
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
@@ -83,7 +86,7 @@ class Engine:
                 "attention_mask": family.mask(kind, positions, visible, self.parts.dtype) if masked else None,
                 "position_ids": positions,
                 "position_embeddings": embeddings,
-                "past_key_values": self.cache,
+                family.names.cache: self.cache,
                 "use_cache": True,
             }
         return PassPositions(self.cache.slots(positions), visible, kinds, self._kinds)
@@ -124,6 +127,8 @@ class Engine:
 
 def _check_runnable(parts: Anatomy) -> None:
     """Raise InputError for a model whose layers cannot be called one by one with the same result."""
+    check_unchanged(parts)
+    families.check_decodes(parts.family, "this")
     for name, module in (("model", parts.model), ("model.model", parts.decoder), ("rotary_emb", parts.rotary)):
         if is_intercepted(module):
             raise InputError(
@@ -137,9 +142,6 @@ def _check_runnable(parts: Anatomy) -> None:
             f"attention {implementation!r} cannot be used for decoding; expected 'sdpa' or 'eager'.",
             "Load the model with attn_implementation='sdpa'.",
         )
-    rope = getattr(parts.rotary, "rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise InputError(f"rotary embeddings of type {rope!r} change with the length of the text: not supported.")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import GenerationConfig
 
 from probekit.decoding.engine import Engine
 from probekit.errors import InputError, SelfCheckError
 from probekit.hooks.sites import open_hooks
+from probekit.models import families
+from probekit.models.anatomy import check_unchanged
 from probekit.models.loaded import Loaded
 from probekit.models.states import devices_of, signature
 
@@ -30,8 +34,9 @@ def check_engine(loaded: Loaded) -> None:
     Raises SelfCheckError where they differ by more than arithmetic does, and InputError for weights that give NaN.
     """
     parts = loaded.anatomy
-    around = f"{parts.dtype} {parts.device} {parts.model.config._attn_implementation}"
-    state = f"{parts.family.model_type} {around} {signature(loaded.model)}"
+    parts_at = [id(part) for part in (parts.embedding, parts.layers, parts.norm, parts.head)]
+    around = f"{parts.dtype} {parts.device} {parts.config._attn_implementation} {parts.config.to_dict()}"
+    state = f"{parts_at} {around} {signature(loaded.model)}"
     if _checked.get(loaded.model) == state or open_hooks(loaded.model) or loaded.model.training:
         return
     if len(places := devices_of(loaded.model)) > 1:
@@ -43,17 +48,52 @@ def check_engine(loaded: Loaded) -> None:
     windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
     length = min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])
     if length > STEPS + ROUND:
-        _compare(loaded, length)
+        try:
+            _compare(loaded, length)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:  # layers that take or keep other things
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SelfCheckError(
+                f"the engine cannot run {loaded.name} layer by layer ({what}).", "Trace it, or read its lens."
+            ) from error
     _checked[loaded.model] = state
+
+
+def check_decodable(loaded: Loaded) -> None:
+    """What every door to the decoder asks first.
+
+    Raises InputError for a model that has changed since it was read, and for one of a family that is not decoded.
+    """
+    check_unchanged(loaded.anatomy)
+    families.check_decodes(loaded.anatomy.family, loaded.name)
 
 
 def reproduces(loaded: Loaded) -> bool:
     """Whether the engine may decode this model; if not, its texts come from its own `generate`."""
+    if not loaded.anatomy.family.decodes:
+        return False
     try:
         check_engine(loaded)
     except SelfCheckError:
         return False
     return True
+
+
+@torch.inference_mode()
+def generated(loaded: Loaded, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """The model's own greedy continuation, by its `generate` without any processor: for what the engine cannot run."""
+    eos, model = sorted(loaded.eos_ids), loaded.model
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos or None, pad_token_id=eos[0] if eos else -1
+    )
+    ids = torch.tensor([list(prompt_ids)], device=loaded.device)
+    own, model.generation_config = model.generation_config, config  # what it leaves out is taken from the model's own
+    try:
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = own
+    return whole[0, len(prompt_ids) :].tolist()
 
 
 @torch.inference_mode()

@@ -204,6 +204,10 @@ def traced_drafters(
         if manifest.drafter is None:
             raise InputError("this trace has no draft model.", "Trace again with --draft-model.")
         found.append(DraftModel(manifest.drafter.name))
+    if not found and exit_layers is None:
+        raise InputError(
+            f"{manifest.model.name} has one layer, and so no exit to draft from.", "Trace it with a draft model."
+        )
     return found
 
 

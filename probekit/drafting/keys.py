@@ -99,7 +99,8 @@ def check_exits(exit_layers: Iterable[int] | None, depth: int) -> list[int]:
     for exit_layer in exits:
         whole = isinstance(exit_layer, (int, np.integer)) and not isinstance(exit_layer, bool)
         if not whole or not 1 <= exit_layer < depth:
-            raise InputError(f"exit layer {exit_layer!r} is out of range: this model has exits 1..{depth - 1}.")
+            there = f"exits 1..{depth - 1}" if depth > 1 else "one layer, and so no exit"
+            raise InputError(f"exit layer {exit_layer!r} is out of range: this model has {there}.")
     return [int(exit_layer) for exit_layer in exits]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.hooks.layer_stack import Turn
 from probekit.hooks.sites import HookContext
 
 
@@ -17,7 +18,8 @@ class Capture(HookContext):
 
     Without `reduce` and `into`, the residuals of every pass are kept: `capture[site]` is the latest,
     (batch, positions, width), and `capture.passes` a list with one {site: residual} for each pass. A site that a
-    Stop ends at is still read; the sites that a Resume skips show the residual that it started from.
+    Stop ends at is still read; the sites that a Resume skips show the residual that it started from; a site shows what
+    the Edits of its layer wrote, whichever was opened first (`probekit.hooks.layer_stack`).
 
     Parameters
     ----------
@@ -27,6 +29,8 @@ class Capture(HookContext):
     into: a preallocated buffer, (sites, batch, positions, width); each pass is copied into its first
         `positions` places. Only device work happens in the hook, so that it can be recorded into a CUDA graph.
     """
+
+    turn = Turn.CAPTURE
 
     def __init__(
         self,

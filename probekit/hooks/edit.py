@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.hooks.sites import HookContext, hand_on, let_stops_run_last, replace_forward, residual_of
+from probekit.hooks.layer_stack import Turn
+from probekit.hooks.sites import HookContext
 
 
 class Edit(HookContext):
     """Skip layers, or replace what they write, within one context; gradients flow through.
+
+    Edits of one layer rewrite in the order in which they were opened, each what the one before it left; what a skipped
+    layer hands on is rewritten too. A layer that a Resume skips is not edited: the residual is given from there on.
 
     Parameters
     ----------
@@ -21,6 +25,8 @@ class Edit(HookContext):
     replace: {layer: function}; `function(residual_in, residual_out)` returns the residual that the layer
         shall write instead, (batch, positions, width).
     """
+
+    turn = Turn.EDIT
 
     def __init__(
         self,
@@ -38,15 +44,6 @@ class Edit(HookContext):
 
     def _register(self, undo: ExitStack) -> None:
         for number in self.skip:
-            replace_forward(undo, self.anatomy.layers[number], hand_on)
+            self._skip(undo, number)
         for number, function in self.replace.items():
-
-            def rewrite(
-                module: nn.Module, args: tuple, kwargs: dict, output: Any, function: Callable = function
-            ) -> Any:
-                written = function(args[0] if args else kwargs["hidden_states"], residual_of(output))
-                return (written, *output[1:]) if isinstance(output, tuple) else written
-
-            handle = self.anatomy.layers[number].register_forward_hook(rewrite, with_kwargs=True)
-            undo.callback(handle.remove)
-            let_stops_run_last(self.anatomy.layers[number]._forward_hooks)
+            self._act(undo, number, after=function)

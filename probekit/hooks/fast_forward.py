@@ -36,7 +36,7 @@ def fast_forward(parts: Anatomy) -> Anatomy:
         return parts
     layers: Any = [_fast(layer) for layer in parts.layers]
     norm: Any = _fast(parts.norm)
-    return replace(parts, layers=layers, norm=norm)
+    return replace(parts, layers=layers, norm=norm, sizes=None)
 
 
 def fast_head(parts: Anatomy) -> Callable[[Tensor], Tensor]:

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import InputError
-from probekit.models.anatomy import Anatomy, anatomy
+from probekit.hooks.layer_stack import Entry, Turn, residual_of, stack_of
+from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.states import only_placed
-
-_ABSENT = object()
 
 
 class HookContext:
     """What the four primitives share: everything undone in reverse order on the way out."""
 
-    ends_pass = False  # whether its hooks end the forward pass
+    turn: Turn  # when its hooks act at a layer
     replays = False  # whether its hooks do device work only, which a recorded graph replays
 
     def __init__(self, model: Any) -> None:
         refuse_compiled(model if isinstance(model, nn.Module) else getattr(model, "model", None))
-        self.anatomy: Anatomy = anatomy(model)
+        self.anatomy: Anatomy = check_unchanged(anatomy(model))
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -52,31 +51,31 @@ class HookContext:
             name = type(self).__name__
             raise InputError(f"{name} was used outside its context.", f"Write `with {name}(...) as ...:`.")
 
+    def _act(self, undo: ExitStack, layer: int, **acts: Any) -> None:
+        """Put an entry on the stack of layer number `layer`."""
+        stack, entry = stack_of(self.anatomy.layers[layer]), Entry(self.turn, replays=self.replays, **acts)
+        undo.callback(stack.remove, entry)  # before it is there: an interrupt in between must not leave it
+        stack.add(entry)
+
     def _on_residual(self, undo: ExitStack, site: int, read: Callable[[Tensor], None]) -> None:
         """Call `read(residual)` whenever the model passes `site`."""
-        layers = self.anatomy.layers
+
+        def before(given: Tensor) -> Tensor:
+            read(given)
+            return given
+
+        def after(given: Tensor, written: Tensor) -> Tensor:
+            read(written)
+            return written
+
         if site == 0:
-
-            def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                read(args[0] if args else kwargs["hidden_states"])
-
-            handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-            self._mark(before)
-            let_stops_run_last(layers[0]._forward_pre_hooks)
+            self._act(undo, 0, before=before)
         else:
+            self._act(undo, site - 1, after=after)
 
-            def after(module: nn.Module, args: tuple, output: Any) -> None:
-                read(residual_of(output))
-
-            handle = layers[site - 1].register_forward_hook(after)
-            self._mark(after)
-            let_stops_run_last(layers[site - 1]._forward_hooks)
-        undo.callback(handle.remove)
-
-    def _mark(self, hook: Any) -> None:
-        """Say on a hook what others need to know of it."""
-        hook.ends_pass = self.ends_pass
-        hook.replays = self.replays
+    def _skip(self, undo: ExitStack, layer: int, when: Callable[[], bool] = lambda: True) -> None:
+        """Let a layer hand its input on."""
+        self._act(undo, layer, skips=when, runs=not self.anatomy.family.decodes)
 
 
 def refuse_compiled(model: Any) -> None:
@@ -111,34 +110,6 @@ def run_layers(layers: Iterable[Callable], residual: Tensor, inputs: Iterable[Ma
     for layer, given in zip(layers, inputs, strict=False):
         residual = residual_of(layer(residual, **given))
     return residual
-
-
-def residual_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
-
-
-def let_stops_run_last(hooks: dict[int, Callable]) -> None:
-    """Let a Stop that was opened earlier end the pass only after the newer hooks of its site have run."""
-    for number in [number for number, hook in hooks.items() if getattr(hook, "ends_pass", False)]:
-        hooks[number] = hooks.pop(number)
-
-
-def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable) -> None:
-    """Replace one instance's forward until `undo`; an instance-level forward that was there comes back."""
-    before = module.__dict__.get("forward", _ABSENT)
-
-    def restore() -> None:
-        if before is _ABSENT:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before
-
-    undo.callback(restore)
-    module.__dict__["forward"] = forward
 
 
 def open_hooks(model: torch.nn.Module) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.hooks.sites import HookContext, hand_on, replace_forward, run_layers
+from probekit.hooks.layer_stack import Turn
+from probekit.hooks.sites import HookContext, run_layers
 
 
 class _Reached(InputError):  # noqa: N818 - a signal first
@@ -34,7 +35,7 @@ class Stop(HookContext):
     different ones, `each` lists the inputs of every layer of the model. Other hooks on the layers fire as usual.
     """
 
-    ends_pass = True
+    turn = Turn.STOP
 
     def __init__(self, model: Any, site: int) -> None:
         super().__init__(model)
@@ -64,7 +65,8 @@ class Stop(HookContext):
 class Resume(HookContext):
     """Start the forward pass at a site from a given residual, skipping the layers before it: the verification.
 
-    `resume(residual, **inputs)` returns the last residual after the final norm, (batch, positions, width).
+    `resume(residual, **inputs)` returns the last residual after the final norm, (batch, positions, width). Only its own
+    call skips layers: the model called by itself in its context runs as ever.
     With a cache, give `position_ids` and an additive 4D `attention_mask`: the caches below and above the site
     differ in length at that moment, so the model must not build the mask itself.
 
@@ -72,9 +74,12 @@ class Resume(HookContext):
     layers behind the site one by one, then the final norm. Its inputs are those of `Stop.direct`.
     """
 
+    turn = Turn.RESUME
+
     def __init__(self, model: Any, site: int) -> None:
         super().__init__(model)
         self.site = self.anatomy.check_site(site)
+        self._given: Tensor | None = None  # while it is called
 
     def __call__(self, residual: Tensor, **inputs: Any) -> Tensor:
         self._require_open()
@@ -85,12 +90,18 @@ class Resume(HookContext):
                 "a Resume with a cache needs position_ids and an additive attention mask of "
                 "(batch, 1, positions, keys): the caches of the layers may differ in length."
             )
-        return self.anatomy.decoder(inputs_embeds=residual, **inputs).last_hidden_state
+        self._given = residual
+        try:
+            return self.anatomy.decoder(inputs_embeds=residual, **inputs).last_hidden_state
+        finally:
+            self._given = None
 
     def direct(self, residual: Tensor, each: Sequence[Mapping[str, Any]] | None = None, **inputs: Any) -> Tensor:
         given = repeat(inputs) if each is None else each[self.site :]
         return self.anatomy.norm(run_layers(self.anatomy.layers[self.site :], residual, given))
 
     def _register(self, undo: ExitStack) -> None:
-        for layer in self.anatomy.layers[: self.site]:
-            replace_forward(undo, layer, hand_on)
+        # The residual takes the first layer's input: a model may scale its inputs_embeds, or add positions to them.
+        self._act(undo, 0, before=lambda given: given if self._given is None else self._given)
+        for layer in range(self.site):
+            self._skip(undo, layer, lambda: self._given is not None)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError, SelfCheckError
-from probekit.models.anatomy import Anatomy, anatomy
+from probekit.lens.discovered import check_discovered
+from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.linear_kernels import many_rows
 
 Kind = Literal["final-norm", "raw"]
@@ -53,7 +54,8 @@ class Lens:
             raise InputError(f"there is no {kind!r} lens; there are {', '.join(KINDS)}.")
         if heads and kind == "raw":
             raise InputError("exit heads belong before the final norm: the raw lens has none.", "Use final-norm.")
-        self.anatomy = parts = anatomy(parts)
+        self.anatomy = parts = check_unchanged(anatomy(parts))
+        check_discovered(parts)
         self.kind: Kind = kind
         self.heads = {parts.check_exit(layer): head for layer, head in (heads or {}).items()}
 

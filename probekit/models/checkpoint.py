@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_json
@@ -99,7 +101,7 @@ def check_folder(source: Source) -> Source:
             "Put adapter_config.json and its weights into a folder of their own, and give that with --adapter.",
         )
     config = config_of(folder)
-    check_family(config, source.name)
+    check_family(config, source.name, decoded=False)
     check_runs(config, source.name)
     weights = weight_files(folder)
     if missing := [path.name for path in weights if not path.is_file()]:
@@ -119,17 +121,32 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_family(config: dict[str, Any], name: str) -> None:
+def check_family(config: dict[str, Any], name: str, *, decoded: bool = True) -> None:
+    """Refuse what is no causal decoder that transformers knows; unless `decoded` is False, also what is only traced."""
     family = config.get("model_type")
     classes = config.get("architectures") or []
     written = f" ({', '.join(classes)})" if classes else ""
     if classes and not any(entry.endswith(("ForCausalLM", "LMHeadModel")) for entry in classes):
         raise InputError(f"{name} is no causal decoder: it is a {family!r} model{written}.")
-    if family not in FAMILIES:
+    if family not in FAMILIES and (decoded or (why := _not_traced(config))):
         raise InputError(
-            f"{name} is a {family!r} model{written}; probekit reads {families.names()}.",
-            "Other families are not supported yet.",
+            f"{name} is a {family!r} model{written}{'' if decoded else f', and {why}'}; probekit reads "
+            f"{families.names()}.",
+            "Take a model of one of these." if decoded else "Of other families it traces causal decoders.",
         )
+
+
+def _not_traced(config: dict[str, Any]) -> str:
+    """Why a model of an unknown family cannot even be traced; empty where it may."""
+    family = str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        return "an encoder-decoder"
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal language model of that type"
+    made = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], None)
+    if getattr(made, "_is_stateful", False):
+        return "its layers carry a state from token to token"
+    return ""
 
 
 def weight_files(folder: Path) -> list[Path]:

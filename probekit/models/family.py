@@ -13,7 +13,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probekit.errors import InputError
+
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Names(NamedTuple):
+    """What a model calls its parts: `decoder` and `head` are its own attributes, the others the decoder's.
+
+    cache: the keyword that its layers take their cache by.
+    """
+
+    decoder: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
+    head: str = "lm_head"
+    cache: str = "past_key_values"
 
 
 class LayerKind(NamedTuple):
@@ -29,15 +46,29 @@ class LayerKind(NamedTuple):
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     """By `config.layer_types` and `config.sliding_window`, as most of transformers' models do."""
     names = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    return tuple(LayerKind(name, window if name == SLIDING else None) for name in names)
+    if strange := sorted(set(names) - {FULL, SLIDING}):
+        raise InputError(
+            f"this model has layers of the kind {strange[0]!r}; expected {FULL!r} and {SLIDING!r} only.",
+            "Its family knows no others.",
+        )
+    return tuple(LayerKind(name, _window(config) if name == SLIDING else None) for name in names)
 
 
 def one_window(config: Any) -> tuple[LayerKind, ...]:
     """One window for every layer, where the configuration has one (Mistral, Phi-3)."""
-    window = getattr(config, "sliding_window", None)
+    window = _window(config)
     kind = LayerKind(FULL) if window is None else LayerKind(SLIDING, window)
     return (kind,) * config.num_hidden_layers
+
+
+def _window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 2:
+        raise InputError(
+            f"the sliding window of this model is {window}; expected 2 tokens or more, or none.",
+            "transformers' own cache does not keep to it: the model says something else with a cache than without.",
+        )
+    return window
 
 
 def shared_rotary(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind) -> tuple[Tensor, Tensor]:
@@ -60,6 +91,11 @@ def one_plus_weight(norm: Any) -> Tensor:
     return 1.0 + norm.weight.float()
 
 
+def no_weight(norm: Any) -> Tensor:
+    """The gain of a norm without parameters (OLMo)."""
+    return torch.ones(())  # without dimensions it is at home on every device
+
+
 def _no_number(config: Any) -> float | None:
     return None
 
@@ -71,16 +107,19 @@ class Family:
     Parameters
     ----------
     model_type: as in `config.json`.
+    names: what its models call their parts.
     kinds: config -> the kind of each layer.
     rotary: (module, like, positions, kind) -> (cos, sin), each (rows, tokens, head width), of a kind of layer.
     embedding_factor: config -> what the model multiplies embeddings with outside its embedding module; None: nothing.
     logit_factor, logit_divisor: config -> what it multiplies the head's products with, or divides them by; above 0;
         None: nothing.
     logit_cap: config -> c of c tanh(logit / c), after those; None: none.
-    gain: final norm -> (width,) float32, what it multiplies h / rms(h) with.
+    gain: final norm -> (width,) float32, or one number, what it multiplies h / rms(h) with.
+    decodes: whether the engine may run its layers; if not, its models are traced and read through their own forward.
     """
 
     model_type: str
+    names: Names = Names()  # noqa: RUF009 - a tuple
     kinds: Callable[[Any], Sequence[LayerKind]] = layer_kinds
     rotary: Callable[[Any, Tensor, Tensor, LayerKind], tuple[Tensor, Tensor]] = shared_rotary
     embedding_factor: Callable[[Any], float | None] = _no_number
@@ -88,6 +127,7 @@ class Family:
     logit_divisor: Callable[[Any], float | None] = _no_number
     logit_cap: Callable[[Any], float | None] = _no_number
     gain: Callable[[Any], Tensor] = norm_weight
+    decodes: bool = True
 
     def changes_logits(self, config: Any) -> bool:
         """Whether logits are anything but the head's products."""

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from probekit.errors import InputError, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
-from probekit.models.anatomy import Anatomy, anatomy
+from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, hash_files, read_folder
 from probekit.models.gguf import read_gguf
 from probekit.models.reference import find_checkpoint
@@ -98,6 +98,17 @@ class Loaded:
     @property
     def dtype(self) -> torch.dtype:
         return self.anatomy.dtype
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of how this model is read; empty for a family that is known."""
+        family = self.anatomy.family
+        if family.decodes:
+            return ""
+        return (
+            f"{self.name} is a {family.model_type!r} model, a family that probekit does not know: its parts were found "
+            "by transformers' accessors and held against its own logits. It is traced and read, not decoded."
+        )
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -311,7 +322,8 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 
     `bytes` are of the weights as loaded; a tied head counts once in them and in `parameters`.
     """
-    parts, config = loaded.anatomy, loaded.model.config
+    parts = check_unchanged(loaded.anatomy)
+    config, known = parts.config, parts.family.decodes
     return {
         "schema": "probekit/inspect/1",
         "name": loaded.name,
@@ -321,16 +333,18 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "weights_hash": loaded.weights_hash,
         "adapter": None if loaded.adapter is None else _adapter_json(loaded.adapter),
         "family": config.model_type,
+        "decoded": parts.family.decodes,
         "layers": parts.depth,
         "width": parts.width,
-        "inner_width": config.intermediate_size,
+        "inner_width": getattr(config, "intermediate_size", None),
         "heads": config.num_attention_heads,
-        "key_value_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "key_value_heads": parts.key_value_heads if known else None,
+        "head_dim": parts.head_dim if known else None,
         "vocabulary": parts.vocabulary,
         "context": parts.context,
         "rope": getattr(parts.rotary, "rope_type", "default"),
         "tied": parts.tied,
+        "embeddings": parts.embeddings,
         "parameters": parts.parameters,
         "bytes": parts.bytes,
         "dtype": str(parts.dtype).removeprefix("torch."),

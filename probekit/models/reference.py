@@ -89,7 +89,7 @@ def _from_hub(reference: str, repository: str, revision: str | None) -> Source:
         )
         if not (folder / "config.json").is_file():
             raise InputError(f"{repository} on Hugging Face holds no model: it has no config.json.")
-        check_family(config_of(folder), repository)
+        check_family(config_of(folder), repository, decoded=False)
         check_runs(config_of(folder), repository)
         indexed = (folder / "model.safetensors.index.json").is_file()
         wanted = [path.name for path in weight_files(folder)] if indexed else ["model.safetensors"]

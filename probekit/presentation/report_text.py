@@ -224,7 +224,7 @@ def _provenance_of(entry: Mapping[str, Any], trace: Trace) -> dict[str, str]:
         "weights": model.weights_hash or "not hashed",
         "shape": f"{model.depth} layers × {model.width}, vocabulary {model.vocabulary}",
         "parameters": f"{model.parameters:,}",
-        "embeddings": "tied" if model.tied else "untied",
+        "embeddings": model.embeddings or ("tied" if model.tied else "untied"),
         "drafter": manifest.drafter.name if manifest.drafter else "none",
         "exit heads": _exit_heads(manifest),
         "draft head": f"{rows:,} rows, the most frequent tokens of {order.source}" if rows and order else "all rows",

@@ -63,10 +63,14 @@ class Validated:
 
 def load_model(settings: StudySettings, reference: str, progress: Progress) -> Models:
     """Load the model, and the drafter where one is asked for."""
+    from probekit.decoding.self_check import check_decodable
     from probekit.models.loaded import load
 
     progress("load", 0, 1)
     loaded = load(reference, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
+    check_decodable(loaded)
+    if loaded.depth < 2:
+        raise InputError(f"{loaded.name} has one layer, and so no exit to draft from: there is nothing to study.")
     _check_reach(loaded, settings)
     drafter = None
     if settings.draft_model:

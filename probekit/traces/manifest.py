@@ -41,6 +41,7 @@ class ModelRecord:
     key_value_width: numbers of one key (or value) of one token in one layer; None where an earlier version traced.
     layer_bytes, head_bytes: of one layer's weights on average, and of the head's, where they are stored otherwise than
     in the run's dtype (quantised, or with an adapter); else None. adapter: what was put into the model, if anything.
+    embeddings: as `Anatomy.embeddings` has it; None in runs that did not note it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelRecord:
     layer_bytes: Count | None = None
     head_bytes: Count | None = None
     adapter: AdapterRecord | None = None
+    embeddings: str | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:

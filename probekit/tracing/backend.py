@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -39,6 +40,12 @@ class Backend(AbstractContextManager, Protocol):
         ...
 
 
+def taken(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a model's forward takes: some count positions themselves, and refuse to be told."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name != "position_ids" or name in known}
+
+
 class HooksBackend:
     """Probekit's own hooks: each residual is copied into place while the model runs, and nothing else is kept.
 
@@ -69,5 +76,5 @@ class HooksBackend:
             torch.index_select(here.flatten(0, 1), 0, wanted, out=residuals[site])
 
         with Capture(parts, reduce=keep):
-            logits = parts.model(**inputs, logits_to_keep=1, return_dict=True).logits
+            logits = parts.model(**taken(parts.model, inputs), logits_to_keep=1, return_dict=True).logits
         return Reading(residuals, logits[:, -1])

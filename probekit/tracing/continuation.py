@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.self_check import reproduces
+from probekit.decoding.self_check import generated, reproduces
 from probekit.errors import InputError, ResourceError
 from probekit.tracing.plan import TracePlan
 from probekit.tracing.prompts import Encoded
@@ -80,16 +79,10 @@ def _by_generate(plan: TracePlan, prompts: Sequence[Encoded]) -> Iterator[list[C
             f"{loaded.name} cannot be decoded by probekit's engine, which sampling needs.",
             "Trace it greedily, or trace text that is given.",
         )
-    eos = sorted(loaded.eos_ids)
-    config = GenerationConfig(
-        max_new_tokens=budget, do_sample=False, eos_token_id=eos or None, pad_token_id=eos[0] if eos else -1
-    )
     for one in prompts:
-        ids = torch.tensor([list(one.ids)], device=loaded.device)
-        mask = torch.ones_like(ids)
-        whole = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[0].tolist()
-        ended = "eos" if whole[-1] in loaded.eos_ids else "budget"
-        yield [ContinuedText(one.prompt.index, tuple(whole), len(one.ids), ended)]
+        tokens = generated(loaded, one.ids, budget)
+        ended = "eos" if tokens[-1] in loaded.eos_ids else "budget"
+        yield [ContinuedText(one.prompt.index, (*one.ids, *tokens), len(one.ids), ended)]
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.self_check import generated, reproduces
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.hooks.capture import Capture
@@ -101,10 +102,14 @@ def inspect_prompt(
     prompt_ids = loaded.tokenizer(prompt)["input_ids"]
     if begins_twice(prompt_ids, loaded.tokenizer):
         warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
-    with Capture(loaded.model) as capture:
-        decoded = Autoregressive(loaded).decode([prompt_ids], max_new_tokens=max_new_tokens)[0]
+    reads, engine = Lens(loaded.anatomy, lens), reproduces(loaded)
+    with Capture(loaded.anatomy) as capture:
+        if engine:
+            tokens = Autoregressive(loaded).decode([prompt_ids], max_new_tokens=max_new_tokens)[0].tokens
+        else:
+            tokens = generated(loaded, prompt_ids, max_new_tokens)
     states = [[step[site] for site in loaded.anatomy.sites] for step in capture.passes]
-    return Inspection(loaded, list(prompt_ids), decoded.tokens, states, Lens(loaded.anatomy, lens))
+    return Inspection(loaded, list(prompt_ids), tokens, states, reads)
 
 
 look_inside = inspect_prompt  # its name until 0.1

@@ -29,6 +29,12 @@ class NnsightBackend:
             raise InputError(
                 f"nnsight does not read {loaded.name}, whose weights are offloaded.", "Use --backend hooks."
             )
+        if not loaded.anatomy.family.decodes:
+            raise InputError(
+                f"nnsight reads models of known families only, and {loaded.name} is a "
+                f"{loaded.anatomy.family.model_type!r} model.",
+                "Take the backend 'hooks'.",
+            )
         self._loaded = loaded
         self._undo = ExitStack()
         self._wrapped: Any = None
@@ -58,11 +64,12 @@ class NnsightBackend:
 
         wrapped, keywords = self._wrapped, dict(inputs)
         ids = keywords.pop("input_ids")
-        layers = wrapped.model.layers
+        names = self._loaded.anatomy.family.names
+        layers = getattr(getattr(wrapped, names.decoder), names.layers)
         # The values are read in the order in which the model computes them.
         with wrapped.trace(ids, **keywords, logits_to_keep=1):
             read = nnsight.save(
-                [layers[0].input[rows], *(layer.output[rows] for layer in layers), wrapped.lm_head.output[:, -1]]
+                [layers[0].input[rows], *(layer.output[rows] for layer in layers), wrapped.output.logits[:, -1]]
             )
         return Reading(torch.stack(read[:-1]), read[-1])
 

@@ -19,6 +19,7 @@ from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_heads, unpack_heads
 from probekit.lens.lens import KINDS
+from probekit.models.anatomy import check_unchanged
 from probekit.models.loaded import Loaded, as_loaded, load, unchanged
 from probekit.models.memory import free_bytes
 from probekit.settings import Sampling, TraceSettings
@@ -76,6 +77,9 @@ def plan_trace(
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
     unchanged(loaded)
     check_backend(settings.backend)
+    for reader in (loaded, draft_model):
+        if isinstance(reader, Loaded) and check_unchanged(reader.anatomy).family.decodes:
+            reader.anatomy.family.kinds(reader.anatomy.config)  # raises for a window that no cache keeps to
     given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
     if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(
@@ -107,7 +111,7 @@ def plan_trace(
         exit_heads=heads_record,
         prompts_hash=prompts_hash(chosen),
         prompts_source=prompts_source(chosen),
-        batches=_batches(rows, row_budget, settings.batch_size or MOST_PROMPTS[loaded.device.type]),
+        batches=_batches(rows, row_budget, _most_prompts(loaded, drafter, settings)),
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
         text=settings.text,
@@ -227,6 +231,13 @@ def _row_budget(loaded: Loaded) -> int:
     return max(1, min(MOST_ROWS, most // row))
 
 
+def _most_prompts(loaded: Loaded, drafter: Loaded | None, settings: TraceSettings) -> int:
+    """Most prompts of a batch; one where it is not known what padding does to a model."""
+    if not all(reader.anatomy.family.decodes for reader in (loaded, drafter) if reader is not None):
+        return 1
+    return settings.batch_size or MOST_PROMPTS[loaded.device.type]
+
+
 def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple[int, ...], ...]:
     """Prompts of similar length together: longest row count x prompts within the budget, or one prompt alone."""
     batches: list[list[int]] = []
@@ -264,4 +275,5 @@ def _record(loaded: Loaded) -> ModelRecord:
         layer_bytes=layer_bytes,
         head_bytes=head_bytes,
         adapter=None if added is None else AdapterRecord(added.reference, added.kind, added.weights_hash),
+        embeddings=parts.embeddings,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.self_check import generated, reproduces
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress
 from probekit.tracing.prompts import Prompt, encode
@@ -37,14 +38,24 @@ def self_generated_texts(
     """
     starts, written = list(beginnings(loaded, prompts)), 0
     for first in range(0, len(starts), AT_ONCE):
-        for each in Autoregressive(loaded).decode(starts[first : first + AT_ONCE], max_new_tokens=max_new_tokens):
-            yield each.prompt_ids, each.tokens
-            written += len(each.tokens)
+        for ids, tokens in _continued(loaded, starts[first : first + AT_ONCE], max_new_tokens):
+            yield ids, tokens
+            written += len(tokens)
         done = written >= most_tokens or first + AT_ONCE >= len(starts)
         if progress is not None:
             progress("learn drafting", most_tokens if done else written, most_tokens)
         if done:
             return
+
+
+def _continued(
+    loaded: Loaded, starts: Sequence[list[int]], max_new_tokens: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    if reproduces(loaded):
+        for each in Autoregressive(loaded).decode(starts, max_new_tokens=max_new_tokens):
+            yield each.prompt_ids, each.tokens
+    else:
+        yield from ((ids, generated(loaded, ids, max_new_tokens)) for ids in starts)
 
 
 def as_batches(texts: Iterable[tuple[list[int], list[int]]]) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from probekit.lens.discovered import check_discovered
 from probekit.lens.exit_heads import ExitHead, pack_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress, usual_progress
@@ -127,6 +128,9 @@ class TraceRun:
 
     def check_model(self) -> None:
         """The lens at layer L must give the model's own logits, and every layer finite ones. Once, on one prompt."""
+        for reader in (self.plan.loaded, self.plan.drafter):
+            if reader is not None:
+                check_discovered(reader.anatomy)
         batches = self.writer.manifest.plan
         first = self.plan.encoded[batches.batches[self.writer.pending[0]][0]]
         ids = first.ids[: min(len(first.ids), batches.segment_rows or len(first.ids))]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.models.anatomy import Anatomy
+from probekit.models.anatomy import Anatomy, check_unchanged
 from probekit.prediction.intervals import Estimate
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def geometry_table(parts: Anatomy, name: str, counts: np.ndarray, seed: int = 0)
     same for another token's row: the baseline), echo (share of the tokens whose embedding alone says them), dimensions,
     alignment (mean squared cosine of principal angles), and alignment_by_chance with _low and _high.
     """
+    check_unchanged(parts)
     embedding, head = parts.embedding.weight.detach().float().cpu(), reading_rows(parts).cpu()
     if len(counts) != len(embedding):
         raise InputError(f"{len(counts)} counts were given for a vocabulary of {len(embedding)}.")

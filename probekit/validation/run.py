@@ -20,6 +20,7 @@ from probekit.costs.profile import Costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
+from probekit.decoding.self_check import check_decodable
 from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, traced_drafters
 from probekit.drafting.keys import MODEL, DrafterKey, check_exits
@@ -146,6 +147,7 @@ def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
         if model is None:
             continue
         unchanged(model)
+        check_decodable(model)
         if record is None:
             raise InputError("this run was traced without a draft model.", "Trace again with --draft-model.")
         if record.weights_hash != model.weights_hash:

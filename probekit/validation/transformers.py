@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
+from probekit.errors import InputError
 from probekit.models.loaded import Loaded
 
 NO_TOKEN = -1  # as padding: transformers' drafter takes every such token of the text for padding and masks it
@@ -43,13 +45,20 @@ def transformers_accepted(
     candidates: list[tuple[int, Tensor]] = []  # of each round: the length before it, and the text with its drafts
     lengths: list[int] = []  # after each round
     with _plain_generation(loaded.model, draft_length, eos), _watched(loaded.model, candidates, lengths):
-        output = loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            assistant_early_exit=exit_layer,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
+        try:
+            output = loaded.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                assistant_early_exit=exit_layer,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        except IndexError as error:
+            raise InputError(
+                f"transformers {transformers.__version__} cannot run its own early exit on {loaded.name}: it runs all "
+                f"layers of a {loaded.anatomy.family.model_type!r} model with the cache of the first {exit_layer}.",
+                "Compare with probekit's own decoder (validate).",
+            ) from error
     text = output[0].tolist()
     drafted, accepted = [], []
     for (before, proposal), after in zip(candidates, lengths, strict=True):

@@ -121,14 +121,27 @@ def test_a_capture_that_opens_while_the_model_decodes_is_refused(unchanged, meth
     assert method(loaded).decode([PROMPT], max_new_tokens=20)
 
 
-def test_other_attention_and_changing_rotary_embeddings_are_refused():
+def test_other_attention_is_refused():
     loaded = synthetic("tiny", seed=1)
     loaded.model.config._attn_implementation = "flex_attention"
     with pytest.raises(InputError, match="attention 'flex_attention' cannot be used"):
         Engine(loaded.anatomy, 1, 8)
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(InputError, match="type 'dynamic' change with the length"):
-        Engine(synthetic("tiny", seed=1, rope=rope).anatomy, 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_change_with_the_length_are_decoded_as_far_as_they_do_not(kind):
+    """LongRoPE turns to other frequencies beyond the original context; a draft beyond the budget must not do that."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 5, "long_factor": [3.0] * 5, "original_max_position_embeddings": 24}
+    loaded = synthetic("tiny", seed=1, rope=rope, context=24 if kind == "dynamic" else 48)
+    assert loaded.anatomy.context == 24
+    ids = [5, 9, 17, 3]
+    expected = loaded.model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, 4:].tolist()
+    assert Autoregressive(loaded).decode([ids], max_new_tokens=20)[0].tokens == expected
+    assert SelfSpeculative(loaded, 3, 6).decode([ids], max_new_tokens=20)[0].tokens == expected
+    with pytest.raises(InputError, match="exceeds the context of 24 tokens"):
+        Autoregressive(loaded).decode([ids], max_new_tokens=21)
 
 
 @pytest.mark.parametrize(

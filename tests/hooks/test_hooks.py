@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from probekit.hooks.edit import Edit
 from probekit.hooks.fast_forward import fast_forward
 from probekit.hooks.sites import open_hooks
 from probekit.hooks.stop_resume import Resume, Stop
+from probekit.models.synthetic import synthetic
 
 
 @pytest.fixture
@@ -431,3 +433,197 @@ def test_foreign_hooks_stay(loaded):
         assert seen == [1, 1]
     finally:
         handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------ one order
+
+
+class Chain:
+    """The stack's order, spelled out on a model of four layers that add their number: what a pass gives and reads."""
+
+    def __init__(self, contexts):
+        self.contexts = contexts  # in the order of opening
+
+    def run(self, resumed=None):
+        """(what the Captures read, by context; the residual at the end, or None for a pass that a Stop ended)."""
+        read = {index: {} for index, (kind, _) in enumerate(self.contexts) if kind == "capture"}
+        site, residual = 0, 1.0
+        if resumed is not None:
+            residual = 100.0
+        while True:
+            for index, found in read.items():
+                if site in self.contexts[index][1]:
+                    found[site] = residual
+            if any(kind == "stop" and at == site for kind, at in self.contexts):
+                return read, None
+            if site == DEPTH:
+                return read, residual
+            passed = resumed is not None and site < resumed
+            given = residual
+            skipped = passed or any(kind == "skip" and at == site for kind, at in self.contexts)
+            residual = given if skipped else given + site + 1
+            for kind, setting in self.contexts:
+                if kind == "edit" and setting[0] == site and not passed:
+                    residual = setting[1] * residual + given
+            site += 1
+
+
+DEPTH = 4
+SETTINGS = st.one_of(
+    st.tuples(st.just("capture"), st.sets(st.integers(0, DEPTH), min_size=1).map(tuple)),
+    st.tuples(st.just("edit"), st.tuples(st.integers(0, DEPTH - 1), st.sampled_from([0.0, 2.0, -3.0]))),
+    st.tuples(st.just("skip"), st.integers(0, DEPTH - 1)),
+    st.tuples(st.just("stop"), st.integers(0, DEPTH)),
+    st.tuples(st.just("resume"), st.integers(0, DEPTH)),
+)
+
+
+class Adds(torch.nn.Module):
+    """A layer that adds its number, or is interrupted."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.interrupted = number, False
+
+    def forward(self, hidden_states, **_):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return hidden_states + self.number
+
+
+@pytest.fixture(scope="module")
+def adder():
+    """A Llama of width 36 whose layers add 1, 2, 3, 4, whose embedding is ones, and whose norm changes nothing."""
+    model = copy.deepcopy(synthetic("tiny", seed=1, layers=DEPTH).model)
+    model.model.layers = torch.nn.ModuleList(Adds(number + 1) for number in range(DEPTH))
+    model.model.norm = torch.nn.Identity()
+    torch.nn.init.ones_(model.model.embed_tokens.weight)
+    return model.eval()
+
+
+def passed(model, resume):
+    """The last residual of a pass: of the whole model, or through a Resume from 100."""
+    if resume is None:
+        return model.model(torch.tensor([[1, 2]]), use_cache=False).last_hidden_state
+    return resume(torch.full((1, 2, 36), 100.0), use_cache=False)
+
+
+def opened(model, kind, setting):
+    if kind == "edit":
+        layer, factor = setting
+        return Edit(model, replace={layer: lambda before, after: factor * after + before})
+    return {
+        "capture": lambda: Capture(model, setting), "skip": lambda: Edit(model, skip=[setting]),
+        "stop": lambda: Stop(model, setting), "resume": lambda: Resume(model, setting),
+    }[kind]()  # fmt: skip
+
+
+@given(
+    settings=st.lists(SETTINGS, min_size=1, max_size=6),
+    order=st.randoms(use_true_random=False),
+    interrupt=st.booleans(),
+)
+def test_contexts_in_any_order_keep_the_one_order(adder, settings, order, interrupt):
+    """Whatever is opened, however it is closed, also in the middle of a KeyboardInterrupt."""
+    layers = adder.model.layers
+    alive = []  # (kind, setting, context) in the order of opening
+    try:
+        for kind, setting in settings:
+            alive.append((kind, setting, opened(adder, kind, setting)))
+            alive[-1][2].__enter__()
+        while alive:
+            chain = Chain([(kind, setting) for kind, setting, _ in alive])
+            for resumed in [None, *(number for number, each in enumerate(alive) if each[0] == "resume")]:
+                read, end = chain.run(None if resumed is None else alive[resumed][1])
+                resume = None if resumed is None else alive[resumed][2]
+                if interrupt:
+                    for layer in layers:
+                        layer.interrupted = True
+                    with suppress(KeyboardInterrupt, InputError):
+                        passed(adder, resume)
+                    for layer in layers:
+                        layer.interrupted = False
+                for _, _, context in alive:
+                    getattr(context, "passes", []).clear()
+                if end is None:
+                    with pytest.raises(InputError, match="ended the pass"):
+                        passed(adder, resume)
+                else:
+                    assert (passed(adder, resume) == end).all()
+                for index, found in read.items():
+                    passes = alive[index][2].passes
+                    assert ({at: float(each[0, 0, 0]) for at, each in passes[-1].items()} if passes else {}) == found
+            alive.pop(order.randrange(len(alive)))[2].__exit__(None, None, None)
+    finally:
+        for layer in layers:
+            layer.interrupted = False
+        for _, _, context in alive:
+            context.__exit__(None, None, None)
+    assert open_hooks(adder) == []
+    assert (passed(adder, None) == 1 + 1 + 2 + 3 + 4).all()
+
+
+def test_two_edits_closed_out_of_order_leave_nothing(loaded):
+    ids = tokens(loaded)
+    truth = loaded.model(ids).logits
+    first, second = Edit(loaded.model, skip=[1]), Edit(loaded.model, skip=[1, 2])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with Capture(loaded.model, [1, 2, 3]) as capture:
+        loaded.model(ids)
+    assert torch.equal(capture[1], capture[3])
+    second.__exit__(None, None, None)
+    assert open_hooks(loaded.model) == []
+    assert torch.equal(loaded.model(ids).logits, truth)
+
+
+def test_a_capture_sees_edits_that_were_opened_after_it(loaded):
+    ids = tokens(loaded)
+    for first, second in ((Capture, Edit), (Edit, Capture)):
+        made = {
+            Capture: lambda: Capture(loaded.model, [3]),
+            Edit: lambda: Edit(loaded.model, replace={2: lambda before, after: after * 0}),
+        }
+        with made[first]() as one, made[second]() as two:
+            loaded.model(ids)
+        assert (one if first is Capture else two)[3].abs().max() == 0
+
+
+def test_a_forward_that_came_on_top_of_a_skip_stays(loaded):
+    """What accelerate or nnsight puts on a layer while it is skipped is not thrown away; the skip ends all the same."""
+    ids, layer = tokens(loaded), loaded.anatomy.layers[1]
+    truth = loaded.model(ids).logits
+    edit = Edit(loaded.model, skip=[1])
+    edit.__enter__()
+    ours = layer.forward
+    theirs = layer.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    try:
+        assert not torch.equal(loaded.model(ids).logits, truth)
+        edit.__exit__(None, None, None)
+        assert layer.__dict__["forward"] is theirs
+        assert torch.equal(loaded.model(ids).logits, truth)
+    finally:
+        del layer.forward
+
+
+def test_the_model_itself_inside_a_resume_runs_as_ever(loaded):
+    ids = tokens(loaded)
+    truth = loaded.model(ids).logits
+    with Resume(loaded.model, 3) as resume:
+        assert torch.equal(loaded.model(ids).logits, truth)
+        resume(torch.zeros(1, 2, loaded.anatomy.width), use_cache=False)
+        assert torch.equal(loaded.model(ids).logits, truth)
+
+
+def test_what_is_adapted_is_captured_through_its_adapter(any_tiny):
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(any_tiny.model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted, ids = peft.get_peft_model(model, config).eval(), tokens(any_tiny)
+    with Capture(adapted) as capture:
+        truth = adapted(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(capture[3], truth[3])
+    with Capture(any_tiny.model) as plain:
+        any_tiny.model(ids)
+    assert not torch.equal(plain[3], capture[3])

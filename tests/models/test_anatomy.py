@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForSequenceClassification
 
 from probekit.errors import InputError
 from probekit.models.anatomy import anatomy
@@ -49,10 +49,10 @@ def test_sites_and_exits_that_do_not_exist(tiny):
             tiny.anatomy.check_site(site)
 
 
-def test_other_families_are_named():
+def test_what_has_no_parts_is_named():
     small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 11, "n_positions": 8}
-    with pytest.raises(InputError, match=r"'gpt2' model \(GPT2LMHeadModel\)"):
-        anatomy(GPT2LMHeadModel(GPT2Config(**small)))
+    with pytest.raises(InputError, match=r"'gpt2' model \(GPT2Model\): it has no language model's head"):
+        anatomy(GPT2Model(GPT2Config(**small)))
     config = LlamaConfig(
         vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0
     )

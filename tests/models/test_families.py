@@ -5,6 +5,9 @@ What is printed at the end is families x properties passed.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,8 +18,8 @@ from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError, SelfCheckError
 from probekit.lens.lens import Lens
 from probekit.models.anatomy import anatomy
-from probekit.models.families import FAMILIES
-from probekit.models.family import SLIDING
+from probekit.models.families import FAMILIES, register, unregister
+from probekit.models.family import SLIDING, Family
 from probekit.models.loaded import Loaded
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -27,6 +30,7 @@ from probekit.validation.run import validate
 from probekit.validation.transformers import transformers_accepted
 
 WINDOW = 7
+ADDED = "nanochat"
 VOCABULARY = 61
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
@@ -34,6 +38,17 @@ SMALL = {
     "initializer_range": 0.35, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 MIXED = [SLIDING, "full_attention", SLIDING, SLIDING, "full_attention"]
+WINDOWS = {"sliding_window": WINDOW, "layer_types": MIXED}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.5,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
 ODD = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"sliding_window": WINDOW},
@@ -47,25 +62,91 @@ ODD = {
                     "query_pre_attn_scalar": 12},
     "gemma2": {"sliding_window": WINDOW, "layer_types": MIXED, "final_logit_softcapping": 6.0,
                "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 12},
-    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.6,
-                "attention_multiplier": 0.4},
+    "granite": MULTIPLIERS,
     "cohere": {"logit_scale": 0.4, "use_qk_norm": True},
-    "cohere2": {"logit_scale": 0.4, "sliding_window": WINDOW, "layer_types": MIXED},
+    "cohere2": {"logit_scale": 0.4} | WINDOWS,
+    "cohere2_moe": {"logit_scale": 0.4} | EXPERTS | WINDOWS,
+    "ministral": WINDOWS,
+    "ministral3": {"sliding_window": WINDOW},
+    "mixtral": {"sliding_window": WINDOW} | LOCAL_EXPERTS,
+    "qwen2_moe": {"use_sliding_window": True, "shared_expert_intermediate_size": 20} | EXPERTS | WINDOWS,
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": WINDOW} | EXPERTS,
+    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "phimoe": {"sliding_window": WINDOW} | LOCAL_EXPERTS,
+    "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": False, "num_key_value_heads": 4},
+    "olmo": {"clip_qkv": 0.7, "attention_bias": True},
+    "olmo3": WINDOWS,
+    "olmoe": {"clip_qkv": 0.7} | EXPERTS,
+    "flex_olmo": EXPERTS,
+    "gemma": {"attention_bias": True},
+    "vaultgemma": WINDOWS | {"final_logit_softcapping": 6.0, "attn_logit_softcapping": 5.0,
+                             "query_pre_attn_scalar": 12},
+    "granite_swa": MULTIPLIERS | WINDOWS,
+    "granitemoe": MULTIPLIERS | LOCAL_EXPERTS,
+    "hyperclovax": MULTIPLIERS,
+    "gpt_oss": LOCAL_EXPERTS | WINDOWS,
+    "starcoder2": {"sliding_window": WINDOW, "use_bias": True},
+    "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True, "qk_layernorm": True,
+                 "use_parallel_residual": True},
+    "nemotron": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "glm": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "glm4_moe": {"partial_rotary_factor": 0.5} | ROUTED_EXPERTS,
+    "exaone4": WINDOWS,
+    "ernie4_5": {"use_bias": True},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1,
+                     "use_bias": True},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "dots1": {"n_shared_experts": 1} | ROUTED_EXPERTS | WINDOWS,
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "apertus": {"attention_bias": True},
+    "helium": {"attention_bias": True},
+    "cwm": {"bos_token_id": 1, "eos_token_id": 2} | WINDOWS,
+    "jais2": {"attention_bias": True},
+    "bitnet": {},
+    "diffllama": {"attention_bias": True},
+    ADDED: {"final_logit_softcapping": 6.0, "attention_bias": True},
+}  # fmt: skip
+# transformers 5.23 runs all layers of these in its early exit, with the cache of a few
+WITHOUT_EARLY_EXIT = {"cohere2", "cohere2_moe", "nemotron", "exaone4", "stablelm", "gpt_oss", "gpt_neox"}
+FAST = {
+    ADDED, "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo", "olmo2", "smollm3", "gemma2",
+    "gemma3_text", "granite", "cohere", "cohere2",
 }  # fmt: skip
 PROMPTS = [[5, 9, 17, 3, 44, 12, 30, 8, 21, 2], [7, 7, 1], [50, 11, 23, 42, 6, 19, 33, 28, 14, 4, 39, 10]]
 NEW = 24  # so that every text ends well past the window
 
 
-def small(name: str) -> Loaded:
+def page_blocks() -> list[str]:
+    """The code of the page that adds a family."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "extend.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page.partition("\n## A family\n")[2], re.MULTILINE | re.DOTALL)
+
+
+def small(name: str, **settings) -> Loaded:
     torch.manual_seed(3)
-    config = AutoConfig.for_model(name, **SMALL | ODD[name])
+    config = AutoConfig.for_model(name, **SMALL | ODD[name] | settings)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return Loaded(model, None, anatomy(model), f"small-{name}", f"small-{name}", None, None, f"random:{name}")
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in FAST else pytest.param(name, marks=pytest.mark.second) for name in (*sorted(FAMILIES), ADDED)
+    ],
+)
 def loaded(request):
-    return small(request.param)
+    """Each family in turn, and the one that the documentation adds, as it adds it."""
+    if request.param != ADDED:
+        yield small(request.param)
+        return
+    exec(page_blocks()[0], {})
+    try:
+        yield small(ADDED)
+    finally:
+        unregister(ADDED)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +160,25 @@ def alone(loaded: Loaded, ids: list[int]) -> list[int]:
 
 
 def test_every_family_has_its_odd_settings():
-    assert set(ODD) == set(FAMILIES)
+    assert set(ODD) == {*FAMILIES, ADDED}
+
+
+def test_a_family_is_added_in_under_forty_lines():
+    blocks = page_blocks()
+    assert "register(" in blocks[0]
+    assert len("".join(blocks).splitlines()) < 40
+
+
+def test_a_family_is_added_once_and_can_go_again():
+    assert ADDED not in FAMILIES
+    with pytest.raises(InputError, match="there is a family 'llama' already"):
+        register(Family("llama"))
+    added = register(Family("llama_of_mine"))
+    try:
+        assert FAMILIES["llama_of_mine"] is added
+    finally:
+        unregister("llama_of_mine")
+    assert "llama_of_mine" not in FAMILIES
 
 
 def test_tokens_are_generates_alone_and_in_a_batch(loaded):
@@ -99,11 +198,10 @@ def test_the_last_row_of_the_lens_is_the_model(loaded, run):
         residual = engine.early(ids, engine.places([0], ids.shape[1]), 3)
         torch.testing.assert_close(engine.late(residual, engine.places([0], ids.shape[1]), 3), normed)
     assert (torch.tensor(run.outputs(0)) == logits.argmax(-1)[len(run.prompt_ids(0)) - 1 : -1]).all()
-    states = loaded.model.model(ids, output_hidden_states=True).hidden_states[2][0]
-    expected = loaded.model.lm_head(loaded.model.model.norm(states))
-    mine = Lens(loaded.anatomy)(states, 2)
-    config = loaded.model.config
-    expected = loaded.anatomy.family.logits(loaded.anatomy, expected.clone())
+    parts, config = loaded.anatomy, loaded.model.config
+    states = parts.decoder(ids, output_hidden_states=True).hidden_states[2][0]
+    expected = parts.family.logits(parts, parts.head(parts.norm(states)).clone())
+    mine = Lens(parts)(states, 2)
     torch.testing.assert_close(mine, expected, atol=2e-4, rtol=1e-4)
     cap = getattr(config, "final_logit_softcapping", None)
     assert cap is None or float(mine.abs().max()) < cap
@@ -111,16 +209,22 @@ def test_the_last_row_of_the_lens_is_the_model(loaded, run):
 
 def test_the_rows_of_the_head_read_as_the_model_does(loaded):
     """What geometry compares: head(norm(h)), row by row, for a residual stream h of mean 0 (LayerNorm) and rms 1."""
-    parts, before = loaded.anatomy, loaded.anatomy.norm.weight.data.clone()
+    parts = loaded.anatomy
+    weights = [parameter.data for parameter in parts.norm.parameters()][:1]  # OLMo's has none
+    before = [weight.clone() for weight in weights]
     try:
-        torch.nn.init.normal_(parts.norm.weight, generator=torch.Generator().manual_seed(2))
-        h = torch.randn(3, before.numel())
+        for weight in weights:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
+        h = torch.randn(3, parts.width)
         h = h - h.mean(-1, keepdim=True)
         h = h / h.square().mean(-1, keepdim=True).sqrt()
         with torch.no_grad():
-            torch.testing.assert_close(h @ reading_rows(parts).T, parts.head(parts.norm(h)), atol=1e-3, rtol=1e-3)
+            bias = 0.0 if parts.head.bias is None else parts.head.bias
+            found = h @ reading_rows(parts).T + bias
+            torch.testing.assert_close(found, parts.head(parts.norm(h)), atol=1e-3, rtol=1e-3)
     finally:
-        parts.norm.weight.data.copy_(before)
+        for weight, values in zip(weights, before, strict=True):
+            weight.copy_(values)
 
 
 def test_rounds_are_those_of_the_trace(loaded, run):
@@ -137,8 +241,8 @@ def test_rounds_are_those_of_the_trace(loaded, run):
 
 def test_transformers_own_early_exit_makes_these_rounds(loaded, run):
     table = predict(run, [2, 4], [3], "draft", with_rounds=True)
-    if loaded.anatomy.family.model_type == "cohere2":  # transformers 5.23 runs all layers with the cache of a few
-        with pytest.raises(IndexError):
+    if loaded.anatomy.family.model_type in WITHOUT_EARLY_EXIT:
+        with pytest.raises(InputError, match="cannot run its own early exit"):
             transformers_accepted(loaded, run.prompt_ids(0).tolist(), 2, 3, NEW)
         return
     for row in table.rounds:
@@ -166,10 +270,28 @@ def test_a_model_comes_back_as_it_was(loaded, unchanged):
     SelfSpeculative(loaded, 2, 2).decode(PROMPTS, max_new_tokens=4)
 
 
-def test_another_family_is_named():
-    config = AutoConfig.for_model("gpt2", n_layer=2, n_head=2, n_embd=8, vocab_size=11)
-    with pytest.raises(InputError, match=r"a 'gpt2' model .* reads causal language models of llama, mistral"):
-        anatomy(AutoModelForCausalLM.from_config(config))
+@pytest.mark.parametrize(
+    ("family", "odd", "message"),
+    [
+        ("mistral", {"sliding_window": 1}, "the sliding window of this model is 1; expected 2 tokens or more"),
+        ("gemma2", {"sliding_window": 0, "layer_types": MIXED}, "the sliding window of this model is 0"),
+        ("llama", {"layer_types": ["chunked_attention"] * 5}, "layers of the kind 'chunked_attention'"),
+    ],
+)
+def test_what_transformers_cache_takes_otherwise_than_its_layers_is_refused(family, odd, message):
+    loaded = small(family, **odd)
+    for door in (lambda: trace(loaded, PROMPTS), lambda: Autoregressive(loaded).decode(PROMPTS, max_new_tokens=2)):
+        with pytest.raises(InputError, match=message):
+            door()
+
+
+def test_layers_that_the_engine_cannot_run_are_traced_through_their_own_forward():
+    """A GPT-NeoX has as many key/value heads as heads, whatever its configuration says."""
+    loaded = small("gpt_neox", num_key_value_heads=2)
+    with pytest.raises(SelfCheckError, match="the engine cannot run small-gpt_neox layer by layer"):
+        Autoregressive(loaded).decode(PROMPTS, max_new_tokens=2)
+    found = trace(loaded, PROMPTS[:1], max_new_tokens=6)
+    assert found.outputs(0).tolist() == alone(loaded, PROMPTS[0])[:6]
 
 
 def test_an_engine_that_is_wrong_does_not_believe_itself(monkeypatch):

@@ -352,11 +352,11 @@ def test_a_hub_id(monkeypatch, tiny, tiny_folder, tmp_path):
 
 
 def test_a_hub_model_of_another_family_is_refused_before_its_weights(monkeypatch, folder, tmp_path):
-    rewrite(folder / "config.json", model_type="falcon", architectures=["FalconForCausalLM"])
+    rewrite(folder / "config.json", model_type="mamba", architectures=["MambaForCausalLM"])
     hub = Hub(folder, tmp_path / "hub")
     monkeypatch.setattr(reference, "snapshot_download", hub)
-    with pytest.raises(InputError, match=r"someone/falcon is a 'falcon' model \(FalconForCausalLM\)"):
-        load("someone/falcon")
+    with pytest.raises(InputError, match=r"someone/mamba is a 'mamba' model \(MambaForCausalLM\)"):
+        load("someone/mamba")
     assert len(hub.asked) == 1
 
 
@@ -434,8 +434,19 @@ def test_folders_that_hold_no_model(tmp_path, folder):
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"no causal decoder.*'bert'.*BertForMaskedLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"no causal decoder"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"is a 'gpt2' model \(GPT2LMHeadModel\)"),
-        ({"model_type": "falcon", "architectures": None}, r"is a 'falcon' model; probekit reads llama, mistral"),
+        (
+            {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+            r"is a 'mamba' model \(MambaForCausalLM\), and its layers carry a state.*; probekit reads llama, mistral",
+        ),
+        (
+            {"model_type": "t5", "architectures": None},
+            r"is a 't5' model, and transformers has no causal language model",
+        ),
+        ({"model_type": "gpt4", "architectures": ["GPT4ForCausalLM"]}, r"is a 'gpt4' model .* has no causal language"),
+        (
+            {"model_type": "bart", "architectures": None, "is_encoder_decoder": True},
+            r"'bart' model, and an encoder-decoder",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
         ({"num_hidden_layers": 6}, r"lacks 9 of the model's weights, among them model\.layers\.5"),
         ({"num_hidden_layers": 4}, r"holds weights that no model of its configuration has: model\.layers\.4"),
