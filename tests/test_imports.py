@@ -36,7 +36,7 @@ ROWS = {
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
-    "drafting": ("keys", "policies", "trees", "proposers", "drafters"),
+    "drafting": ("keys", "policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported"),
     "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
@@ -66,6 +66,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
+    "probekit.drafting.text_drafters", "probekit.drafting.imported",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

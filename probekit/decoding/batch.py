@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -123,6 +123,20 @@ class DecodeBatch:
                         limits[row] = place
         written = torch.cat(tokens, dim=1)
         return DraftTree.chain(written, torch.stack(distributions, dim=1) if distributions else None, limits)
+
+    def drafted(self, drafts: Sequence[Sequence[int]], policy: Policy) -> DraftTree:
+        """A round whose drafts are known beforehand: each row's own, of any number up to its limit."""
+        limits = [
+            next((place for place in range(1, len(own)) if not policy.keep_drafting(place, math.nan)), len(own))
+            for own in drafts
+        ]
+        longest = max(limits)
+        padded = [[*own[:longest], *[0] * (longest - len(own))] for own in drafts]
+        tokens = torch.tensor(padded, dtype=torch.long, device=self.device).view(len(drafts), longest)
+        certain = None  # what a copied draft was drawn from: itself
+        if longest and not self.plan.sampling.greedy:
+            certain = torch.zeros(*tokens.shape, self.vocabulary, device=self.device).scatter_(-1, tokens[..., None], 1)
+        return DraftTree.chain(torch.cat([self.last, tokens], dim=1), certain, limits)
 
     def verify(self, tree: DraftTree, logits: Tensor) -> None:
         """Accept or reject the drafts of a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens.

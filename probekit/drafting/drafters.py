@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,40 @@ class Drafter(Protocol):
     def on(self, loaded: Loaded) -> BoundDrafter:
         """Ready to draft for a model. Raises InputError where it cannot."""
         ...
+
+
+class Outlook(NamedTuple):
+    """What a drafter would do in a round that starts at each output position of one text.
+
+    run: (N,) int32, leading drafts that are the text's own tokens. drafted: (N,) int32, tokens that it has to draft.
+    """
+
+    run: np.ndarray
+    drafted: np.ndarray
+
+
+@runtime_checkable
+class TextDrafter(Drafter, Protocol):
+    """A drafter whose drafts follow from the text and from where their round starts: nothing is left to chance."""
+
+    def outlook(self, trace: Trace, prompt: int, longest: int) -> Outlook:
+        """What a round of at most `longest` drafts would do at each output position."""
+        ...
+
+
+def outlook(drafter: Drafter, trace: Trace, prompt: int, longest: int) -> Outlook:
+    """The outlook of any drafter on greedy text, of a text drafter on any."""
+    if isinstance(drafter, TextDrafter):
+        return drafter.outlook(trace, prompt, longest)
+    agrees = drafter.signal(trace, prompt)
+    return Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32))
+
+
+def runs_of(agrees: np.ndarray) -> np.ndarray:
+    """(..., N) int32: how many positions from each one on agree, up to the first that does not, or the end."""
+    place = np.arange(agrees.shape[-1], dtype=np.int32)
+    ahead = np.where(agrees, np.int32(agrees.shape[-1]), place)
+    return np.minimum.accumulate(ahead[..., ::-1], axis=-1)[..., ::-1] - place
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,10 @@ SELF = "self"
 """What tables and JSON call the drafter of an exit layer: the model itself."""
 
 EXIT, MODEL = "exit", "model"
+NGRAM, SUFFIX, IMPORTED = "ngram", "suffix", "imported"
+TREE = "tree"
+NO_PASSES = (NGRAM, SUFFIX, IMPORTED)
+"""Kinds whose drafts take no pass of a model that is at hand: a round costs its verification by the whole model."""
 
 
 @dataclass(frozen=True)

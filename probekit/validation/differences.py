@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from probekit.decoding.results import Decoded
-from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.drafters import ExitLayer, Outlook, TextDrafter, outlook
 from probekit.drafting.policies import FIXED, FixedLength, Policy, drafts_allowed
 from probekit.models.loaded import Loaded
 from probekit.prediction.table import Cell
@@ -34,14 +34,15 @@ class Difference:
 
 
 class PredictedText(NamedTuple):
-    """What the trace says of one prompt: y, the drafter's agreement, and near-ties of the drafter and of the model.
+    """What the trace says of one prompt: y, and of a round that starts at each output index, (N,), its leading drafts
+    that are the model's own; near-ties of the drafter and of the model.
 
-    allowed: (N,) the most drafts of a round that starts at each output index, where a policy has a say.
+    allowed: (N,) the most drafts of such a round, where the drafter or a policy has a say.
     """
 
     prompt: int
     tokens: list[int]
-    agrees: np.ndarray
+    runs: np.ndarray
     drafter_ties: np.ndarray
     model_ties: np.ndarray
     allowed: np.ndarray | None = None
@@ -52,14 +53,23 @@ class PredictedText(NamedTuple):
         if not isinstance(policy, FixedLength):
             sure = cell.drafts.confidence(trace, prompt) if policy.needs_confidence else None
             allowed = drafts_allowed(policy, sure, len(tokens), cell.draft_length)
+        seen = outlook(cell.drafts, trace, prompt, cell.draft_length)
+        if isinstance(cell.drafts, TextDrafter):
+            allowed = seen.drafted if allowed is None else np.minimum(allowed, seen.drafted)
         return cls(
             prompt,
             tokens,
-            cell.drafts.signal(trace, prompt),
+            seen.run,
             cell.drafts.near_ties(trace, prompt),
             trace.near_ties(prompt)[-1],
             allowed,
         )
+
+    @property
+    def outlook(self) -> Outlook:
+        """With no bound on its drafts where there is none."""
+        unbounded = np.full(len(self.tokens), np.iinfo(np.int32).max, dtype=np.int32)
+        return Outlook(self.runs, unbounded if self.allowed is None else self.allowed)
 
     def most_drafts(self, start: int, draft_length: int, budget: int) -> int:
         """Drafts of a round that starts at an output index."""
@@ -101,8 +111,7 @@ def differences_of(
         k = text.most_drafts(i, draft_length, budget)
         if exact and drafted != k:
             found.append(_difference(text.prompt, "drafts", i, False, k, drafted))
-        breaks = np.flatnonzero(~text.agrees[i : i + drafted])
-        expected = min(int(breaks[0]) if len(breaks) else drafted, N - i)
+        expected = min(int(text.runs[i]), drafted, N - i)
         decided = i + min(accepted, expected)
         if accepted != expected and decided < end:
             tie = bool(text.drafter_ties[decided] or text.model_ties[decided])

@@ -305,7 +305,7 @@ def _greedy(
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
         text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
-        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.settings.max_new_tokens, allowed=text.allowed)
+        rounds = rounds_of(text.outlook, cell.draft_length, trace.manifest.settings.max_new_tokens)
         drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
         rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
         tokens_equal &= run.tokens == reference
