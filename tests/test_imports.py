@@ -36,11 +36,14 @@ ROWS = {
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
-    "drafting": ("keys", "policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported"),
-    "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
+    "drafting": (
+        "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
+        "ways",
+    ),
+    "prediction": ("intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning"),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
-        "autoregressive", "speculative", "device_round", "device_decoding", "decode",
+        "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": (
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
@@ -67,6 +70,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
+    "probekit.drafting.round_policies", "probekit.drafting.ways",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

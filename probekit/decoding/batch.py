@@ -15,7 +15,7 @@ from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.sampling import Sampler, scatter, streams
 from probekit.decoding.sequence import SequenceState
-from probekit.drafting.policies import FixedLength, Policy
+from probekit.drafting.policies import FixedLength, Policy, looks_at
 from probekit.drafting.trees import DraftTree
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded
@@ -106,18 +106,19 @@ class DecodeBatch:
         """
         limits = [row.limit(draft_length) for row in self.rows]
         outputs = self.outputs
+        confidence = looks_at(policy) if policy.needs_confidence else None
         tokens, distributions = [self.last], list[Tensor]()
         place = 0
         while place < max(limits):
-            token, distribution, confidence = self.sampler.draft(
-                step(tokens[-1], place), self.stream, outputs + place, policy.needs_confidence
+            token, distribution, sureness = self.sampler.draft(
+                step(tokens[-1], place), self.stream, outputs + place, confidence
             )
             if distribution is not None:
                 distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
             tokens.append((token if ids is None else ids[token])[:, None])
             place += 1
             if not isinstance(policy, FixedLength):
-                sure = [math.nan] * len(limits) if confidence is None else confidence.tolist()
+                sure = [math.nan] * len(limits) if sureness is None else sureness.tolist()
                 for row, probability in enumerate(sure):
                     if limits[row] > place and not policy.keep_drafting(place, probability):
                         limits[row] = place

@@ -25,7 +25,7 @@ from torch import Tensor
 from probekit.decoding.caches import PassPositions, PositionCache
 from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
-from probekit.hooks.sites import is_hooked, is_intercepted
+from probekit.hooks.sites import is_hooked, is_intercepted, run_layers
 from probekit.hooks.stop_resume import Resume, Stop
 from probekit.models.anatomy import Anatomy
 from probekit.models.family import LayerKind
@@ -52,6 +52,7 @@ class Engine:
         self._rotary = {
             kind: parts.family.rotary(parts.rotary, like, self._positions, kind) for kind in dict.fromkeys(self._kinds)
         }
+        self.watched: dict[int, list[Tensor]] = {}  # exit layer -> the residuals there of every pass, as asked for
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
 
@@ -94,7 +95,8 @@ class Engine:
         if stop is None:
             stop = self._stops[exit_layer] = Stop(self.parts, exit_layer)
         self.cache.places = places
-        return stop.direct(self.parts.family.embed(self.parts, tokens), places.each)
+        embedded = self.parts.family.embed(self.parts, tokens)
+        return self._in_steps(embedded, places, 0, exit_layer) if self.watched else stop.direct(embedded, places.each)
 
     def late(self, residual: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers exit_layer..L-1 and the final norm on (rows, tokens, width); the same shape."""
@@ -102,7 +104,23 @@ class Engine:
         if resume is None:
             resume = self._resumes[exit_layer] = Resume(self.parts, exit_layer)
         self.cache.places = places
+        if self.watched:
+            return self.parts.norm(self._in_steps(residual, places, exit_layer, self.parts.depth))
         return resume.direct(residual, places.each)
+
+    def watch(self, exit_layers: Sequence[int]) -> None:
+        """Keep the residuals of the passes to come at these exits, in `watched`; those of before are dropped."""
+        self.watched = {exit_layer: [] for exit_layer in exit_layers}
+
+    def _in_steps(self, residual: Tensor, places: PassPositions, first: int, last: int) -> Tensor:
+        """Layers first..last-1, from one watched exit to the next."""
+        at = first
+        for site in [*sorted(site for site in self.watched if first < site < last), last]:
+            residual = run_layers(self.parts.layers[at:site], residual, places.each[at:site])
+            if site in self.watched:
+                self.watched[site].append(residual)
+            at = site
+        return residual
 
     def full(self, tokens: Tensor, places: PassPositions) -> Tensor:
         """Every layer and the final norm on (rows, tokens): (rows, tokens, width)."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from probekit.drafting.keys import DrafterKey, check_exits
+from probekit.drafting.policies import CONFIDENCES, Policy, drafts_allowed, looks_at
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ class Drafter(Protocol):
         """The sum over tokens of min(p, q)."""
         ...
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
-        """The drafter's probability of what it drafts, as a policy sees it in a decoder."""
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
+        """What a policy sees in a decoder of a draft at each position: one of `policies.CONFIDENCES`.
+
+        One without `of` knows the probability only.
+        """
         ...
 
     def on(self, loaded: Loaded) -> BoundDrafter:
@@ -79,6 +83,15 @@ def outlook(drafter: Drafter, trace: Trace, prompt: int, longest: int) -> Outloo
         return drafter.outlook(trace, prompt, longest)
     agrees = drafter.signal(trace, prompt)
     return Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32))
+
+
+def allowed_by(policy: Policy, drafter: Drafter, trace: Trace, prompt: int, longest: int) -> np.ndarray:
+    """(N,) int32: the most drafts that a policy lets a round have that starts at each output position."""
+    sure = None
+    if policy.needs_confidence:
+        of = looks_at(policy)
+        sure = drafter.confidence(trace, prompt, *(() if of == CONFIDENCES[0] else (of,)))
+    return drafts_allowed(policy, sure, len(trace.outputs(prompt)), longest)
 
 
 def runs_of(agrees: np.ndarray) -> np.ndarray:
@@ -138,14 +151,14 @@ class ExitLayer:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         return trace.values(prompt, "overlap")[self.exit_layer]
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         if self.rows is not None or self.read is not None:
             raise InputError(
                 "a trace does not say how sure a draft head with fewer rows is, so no policy that asks for it can be "
                 "predicted.",
                 "Leave the draft rows out, or draft with a fixed length.",
             )
-        return trace.values(prompt, "probability")[self.exit_layer]
+        return trace.values(prompt, of)[self.exit_layer]
 
     def on(self, loaded: Loaded) -> BoundDrafter:
         from probekit.drafting.proposers import ExitLayerDrafts
@@ -187,7 +200,7 @@ class DraftModel:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         return trace.drafter_values(prompt, "overlap")
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         raise InputError(
             "a trace does not say how sure the draft model is, so no policy that asks for it can be predicted.",
             "Predict exit layers, or draft with a fixed length.",

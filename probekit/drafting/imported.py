@@ -97,7 +97,7 @@ class ImportedDrafter:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         raise InputError(f"the file of {self.name} does not say how probable its drafts are to the model.")
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         raise InputError(f"the file of {self.name} does not say how sure it is.", "Draft with a fixed length.")
 
     def on(self, loaded: Loaded) -> BoundDrafter:
@@ -130,7 +130,7 @@ class ImportedChances:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         return np.full(len(trace.outputs(prompt)), np.nan)
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         raise InputError(f"the file of {self.name} does not say how sure it is.", "Draft with a fixed length.")
 
     def on(self, loaded: Loaded) -> BoundDrafter:

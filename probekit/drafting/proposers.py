@@ -155,9 +155,13 @@ class DraftHead:
 
     def __call__(self, residual: Tensor) -> Tensor:
         """residual: (rows, 1, width). Returns (rows, vocabulary or F)."""
+        return self.all_rows(residual)[:, -1]
+
+    def all_rows(self, residual: Tensor) -> Tensor:
+        """residual: (..., width). Returns (..., vocabulary or F)."""
         if self._exit_head is not None:
             residual = self._exit_head(residual)
-        return self._head(self._norm(residual))[:, -1]
+        return self._head(self._norm(residual))
 
 
 def check_draft_vocabulary(ids: Tensor, vocabulary: int) -> Tensor:
@@ -226,7 +230,24 @@ class DraftModelProposer:
         return functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
 
 
-# Drafters that copy from the text.
+# Nobody, and drafters that copy from the text.
+
+
+class NobodyDrafts:
+    """No drafts at all: a round is a step of autoregressive decoding."""
+
+    def __init__(self, batch: Any, engine: Any) -> None:
+        self.batch = batch
+        self.engine = engine
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        return self.engine.full(prompt, self.engine.places([0], prompt.shape[1]))
+
+    def propose(self, draft_length: int, policy: Policy) -> DraftTree:
+        return DraftTree.chain(self.batch.last, None, [0] * len(self.batch.rows))
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        return self.engine.full(tree.written, self.engine.places(self.batch.positions, 1))
 
 
 class LookupDrafts:

@@ -60,7 +60,7 @@ class TextLookup:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         raise InputError(f"a trace does not say how probable the drafts of {self.key.model} are to the model.")
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         raise InputError(
             f"{self.key.model} copies tokens: it is never more or less sure of one.", "Draft with a fixed length."
         )

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, outlook, traced_drafters
-from probekit.drafting.policies import FIXED, FixedLength, Policy, drafts_allowed
+from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlook, traced_drafters
+from probekit.drafting.policies import FIXED, FixedLength, Policy
+from probekit.drafting.round_policies import RoundPolicy
+from probekit.drafting.ways import Way
 from probekit.errors import InputError
 from probekit.prediction.intervals import bootstrap_ratio, interval_or_none
+from probekit.prediction.replay import replay
 from probekit.prediction.rounds import CUT, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
 from probekit.prediction.table import Cell, Prediction, PromptRounds
 from probekit.traces.trace import Trace, as_trace
@@ -86,8 +89,11 @@ def predict(
         parts = []
         if certain:
             seen = _outlooks(trace, prompts, tokens[chunk], certain, int(lengths.max()))
-            allowed = _allowed(trace, prompts, seen, certain, policy, int(lengths.max()))
-            walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], first, allowed)
+            if isinstance(policy, RoundPolicy):
+                walk = _replayed(trace.select(prompts), certain, lengths, policy, first_round)
+            else:
+                allowed = _allowed(trace, prompts, seen, certain, policy, int(lengths.max()))
+                walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], first, allowed)
             parts.append(tally(walk, int(lengths.max())))
             if with_rounds:
                 rounds += _rounds_of_walk(walk, prompts, certain, lengths)
@@ -174,11 +180,28 @@ def _allowed(
     allowed = seen.drafted
     for place, prompt in enumerate(prompts):
         for row, drafter in enumerate(drafters):
-            sure = drafter.confidence(trace, prompt) if policy.needs_confidence else None
-            found = drafts_allowed(policy, sure, len(trace.outputs(prompt)), longest)
+            found = allowed_by(policy, drafter, trace, prompt, longest)
             here = row, place, slice(len(found))
             allowed[here] = np.minimum(allowed[here], found)
     return allowed
+
+
+def _replayed(trace: Trace, drafters: Sequence[Drafter], lengths: np.ndarray, policy: Policy, first_round: str) -> Walk:
+    """The same where a policy decides by what it has seen: round by round, each drafter by itself."""
+    found = [
+        [replay(trace, Way((drafter,), length, policy), first_round).rounds for length in lengths.tolist()]
+        for drafter in drafters
+    ]
+    most = max(len(rounds.start) for cells in found for texts in cells for rounds in texts)
+    walk = Walk(*(np.full((most, len(drafters), len(lengths), len(trace)), fill) for fill in (0, -1, -1, 0)))
+    for row, cells in enumerate(found):
+        for column, texts in enumerate(cells):
+            for place, rounds in enumerate(texts):
+                for array, values in zip(
+                    walk, (rounds.start, rounds.drafted, rounds.accepted, rounds.emitted), strict=True
+                ):
+                    array[: len(values), row, column, place] = values
+    return walk
 
 
 def _rounds_of_walk(
