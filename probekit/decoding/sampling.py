@@ -119,8 +119,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A draft for each row, the distribution that it was drawn from (None when greedy), and its confidence.
 
-        confidence: which to give of the draft, (rows,), one of `drafting.policies.CONFIDENCES`: its "probability" or the
-        "entropy" of its distribution, for greedy drafts at temperature 1; or the "margin" of the two top logits.
+        confidence: which to give of the draft, (rows,), one of `drafting.policies.CONFIDENCES`: its "probability", or
+        the "entropy" of its distribution, for greedy drafts at temperature 1; or the "margin" of the two top logits.
         """
         if self.sampling.greedy:
             token = logits.argmax(-1)

@@ -31,8 +31,8 @@ class Speculative(Decoder):
 
     Parameters
     ----------
-    drafter: a Drafter, equipped; or a model with the same tokenizer, that drafts; or several drafters that take turns, as
-        the policy says at the start of each round. Those decode one prompt at a time.
+    drafter: a Drafter, equipped; or a model with the same tokenizer, that drafts; or several drafters that take turns,
+        as the policy says at the start of each round. Those decode one prompt at a time.
     draft_length: K >= 1, the most drafts of a round.
     policy: when to stop drafting earlier; by default never.
     """

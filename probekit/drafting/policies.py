@@ -172,10 +172,10 @@ def drafts_allowed(policy: Policy, confidence: np.ndarray | None, positions: int
     allowed = np.full(positions, longest, dtype=np.int32)
     if isinstance(policy, (ConfidenceThreshold, EntropyThreshold, MarginThreshold)) and confidence is not None:
         # these do not count drafts, so that one look at each position settles all rounds
-        place = np.arange(positions, dtype=np.int32)
+        places = np.arange(positions, dtype=np.int32)
         goes_on = [policy.keep_drafting(1, each) for each in confidence.tolist()]
-        stop = np.where(goes_on, np.int32(positions + longest), place)
-        return np.minimum(np.minimum.accumulate(stop[::-1])[::-1] - place + 1, longest)
+        stop = np.where(goes_on, np.int32(positions + longest), places)
+        return np.minimum(np.minimum.accumulate(stop[::-1])[::-1] - places + 1, longest)
     for start in range(positions):
         for drafted in range(1, longest):
             place = start + drafted - 1

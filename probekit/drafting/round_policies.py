@@ -30,8 +30,8 @@ class RoundChoice(NamedTuple):
 class Verified(NamedTuple):
     """What verification showed of a round.
 
-    emitted: tokens, that of the verification with them. agrees: (watched drafters, emitted) bool, whether each one's own
-    draft at each emitted position is the model's token.
+    emitted: tokens, that of the verification with them. agrees: (watched drafters, emitted) bool, whether each one's
+    own draft at each emitted position is the model's token.
     """
 
     way: int
@@ -116,9 +116,9 @@ class _Growing:
 class DynamicExit(_DecidesFirst):
     """The exit and length that promise most tokens for each layer that is run: DEL (arXiv 2504.05598).
 
-    alpha(E), the chance that exit E's draft is the model's token, is estimated from every verified token, as if the exit
-    had drafted it (the paper's shadow tokens), older ones counting `decay` times less for each token since. The round
-    takes the E and k of the greatest
+    alpha(E), the chance that exit E's draft is the model's token, is estimated from every verified token, as if the
+    exit had drafted it (the paper's shadow tokens), older ones counting `decay` times less for each token since. The
+    round takes the E and k of the greatest
 
         (1 - alpha^(k+1)) / (1 - alpha) / (k E + L)
 
@@ -189,10 +189,10 @@ LOOK_BACK = 4
 
 @dataclass(frozen=True)
 class Table(_DecidesFirst):
-    """What to do after each recent past, learned from a trace (`prediction.learning`), as LEDE does by offline learning.
+    """What to do after each recent past, learned from a trace (`prediction.learning`).
 
-    The past is whether exit `reference` was right about each of the last LOOK_BACK verified tokens: how often, and about
-    the last. What was never seen falls back on `otherwise`.
+    The past is whether exit `reference` was right about each of the last LOOK_BACK verified tokens: how often, and
+    about the last. What was never seen falls back on `otherwise`.
 
     choices: {state: (way, length)}.
     """

