@@ -50,8 +50,8 @@ ROWS = {
         "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("profile", "timing", "measure", "roofline"),
-    "choice": ("choose", "export", "robustness"),
-    "validation": ("differences", "results", "transformers", "run"),
+    "choice": ("choose", "export", "robustness", "ranking", "rank"),
+    "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",

@@ -49,8 +49,8 @@ class Decoded:
     tokens: y[0..N-1], the closing token included.
     drafted, accepted: counts of each round. A step of a method that does not draft is a round with an empty draft.
     exit_layer, draft_length, drafter: the setting; None (draft_length 0) where the method has none.
-    ways: of each round, whose turn it was to draft: the place of the drafter, -1 for nobody; empty without a policy that
-        chooses for each round.
+    ways: of each round, whose turn it was to draft: the place of the drafter, -1 for nobody; empty without a policy
+        that chooses for each round.
     seconds: "prefill", "draft", "verify" and "total" of the batch, from its start until this text ended. The split
         between draft and verify is the host's view, which on an accelerator runs ahead of the device.
     lossless: whether the tokens are those (greedy) or distributed as those (sampled) of the model alone.
