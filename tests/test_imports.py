@@ -38,9 +38,12 @@ ROWS = {
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
     "drafting": (
         "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
-        "ways",
+        "tree_proposer", "tree_drafters", "ways",
     ),
-    "prediction": ("intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning"),
+    "prediction": (
+        "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
+        "shapes",
+    ),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
         "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",

@@ -7,6 +7,7 @@ drafters where there are any; what is learned from the trace is judged on the ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,11 +15,13 @@ import numpy as np
 from probekit.choice.choose import decoding_seconds
 from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.profile import Costs
-from probekit.drafting.drafters import Drafter, ExitLayer, outlook, traced_drafters
-from probekit.drafting.keys import MODEL
+from probekit.drafting.drafters import Drafter, ExitLayer, outlook, sizes_of, traced_drafters
+from probekit.drafting.keys import MODEL, DrafterKey
 from probekit.drafting.policies import ConfidenceThreshold, EntropyThreshold, MarginThreshold, Policy
 from probekit.drafting.round_policies import NOBODY, DynamicExit, Heuristic, Planned, RoundPolicy
 from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
+from probekit.drafting.tree_drafters import TreeDrafts
+from probekit.drafting.trees import TreeShape
 from probekit.drafting.ways import Way
 from probekit.errors import InputError
 from probekit.prediction.learning import learn_table
@@ -26,13 +29,17 @@ from probekit.prediction.oracle import best_path, options_of
 from probekit.prediction.predict import predict
 from probekit.prediction.replay import Replay, budget_of, replay
 from probekit.prediction.rounds import FIRST_START
+from probekit.prediction.shapes import candidates
 from probekit.prediction.table import Cell
 
 if TYPE_CHECKING:
     from probekit.traces.trace import Trace
 
+GROWN = "best shape"
 FIRST = FIRST_START["prefill"]  # as our decoder begins
 LOOKUPS: tuple[Drafter, ...] = (PromptLookup(2), PromptLookup(3), PromptLookup(3, 2, "vllm"), SuffixLookup())
+SHAPES = tuple(map(TreeShape.of_widths, ((3,), (2, 1, 1), (3, 2, 1))))
+DEEPEST = 6  # levels of a tree whose shape is learned
 STOPPING: Mapping[str, Policy] = {
     "confidence:0.4": ConfidenceThreshold(0.4),
     "confidence:0.6": ConfidenceThreshold(0.6),
@@ -76,6 +83,7 @@ def rank(
     *,
     draft_rows: int | None = None,
     lookups: Sequence[Drafter] = LOOKUPS,
+    shapes: Sequence[TreeShape] = SHAPES,
     drafters: Sequence[Drafter] = (),
     policies: Mapping[str, Policy] = STOPPING,
     learn: bool = True,
@@ -88,6 +96,7 @@ def rank(
         vocabulary only.
     draft_lengths: K of fixed drafts; the longest is the most that any policy drafts.
     lookups: drafters that copy from the text. drafters: others, imported ones for instance.
+    shapes: of trees that are tried at every exit, as far as the costs know passes as wide.
     policies: what is tried at every exit, by name. Without greedy text only fixed lengths are ranked, and no oracle: a
         policy sees other rounds in every sampled text.
     learn: rank learned ways, too, where there are four prompts or more.
@@ -109,15 +118,22 @@ def rank(
     prices = _Prices(costs, lengths[-1] if lengths else 0)
     greedy = trace.manifest.settings.text == "greedy"
     found = list(_fixed(trace, everyone, lengths, prices))
+    trees = _trees(trace, exits, shapes, costs) if greedy else []
     if not found:
         raise InputError("there is nothing to rank: no text has a round.", "Trace more tokens.")
     oracle = of_turns = None
+    grown: list[Drafter] = []
     if greedy:
+        found += _planted(trace, trees, prices)
         found += _stopping(trace, exits, policies, prices)
         if exits:
             found += _choosing(trace, exits, prices)
         if learn and exits and len(trace) >= 4:
             found += _learned(trace, exits, lookups, prices)
+            if trees:
+                best, grown = _grown(trace, exits, found, prices)
+                found.append(best)
+        everyone += [*trees, *grown]
         takes_turns = [each for each in everyone if each.key.kind != MODEL]
         oracle, of_turns = _oracles(trace, everyone, takes_turns, prices)
     found.append(_alone(trace, prices))
@@ -211,6 +227,62 @@ def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: _Prices) -
     )  # fmt: skip
 
 
+def _trees(trace: Trace, exits: Sequence[ExitLayer], shapes: Sequence[TreeShape], costs: Costs) -> list[TreeDrafts]:
+    """Where a trace has ranks, and the costs know verification passes as wide as the trees."""
+    if trace.manifest.settings.statistics != "all":
+        return []
+    known = [shape for shape in shapes if len(shape.paths) <= costs.longest_draft]
+    return [TreeDrafts(each, shape) for each in exits if each.rows is None for shape in known]
+
+
+def _planted(trace: Trace, trees: Sequence[TreeDrafts], prices: _Prices) -> Iterator[Ranked]:
+    """Trees of a given shape, drafted whole."""
+    if not trees:
+        return
+    deepest = max(tree.shape.depth for tree in trees)
+    for cell, tree in zip(predict(trace, draft_lengths=[deepest], drafters=trees).cells, trees, strict=True):
+        if cell.rounds:
+            own = _of_cell(cell, Way((tree,), deepest), "fixed", prices, exact=not trace.rounds_logits)
+            yield replace(own, draft_length=tree.shape.depth, way=Way((tree,), tree.shape.depth))
+
+
+def _grown(
+    trace: Trace, exits: Sequence[ExitLayer], found: Sequence[Ranked], prices: _Prices
+) -> tuple[Ranked, list[Drafter]]:
+    """The best shape for these costs, at the exits that are best with a fixed length and with a given shape.
+
+    With it all trees that it was judged by, each once: an oracle may take them, too.
+    """
+    order = sorted((way for way in found if way.policy == "fixed" and way.exit_layer), key=lambda way: -way.speedup)
+    firsts = {way.drafter == "self": way.exit_layer for way in reversed(order)}  # of chains, and of trees
+    some = [each for each in exits if each.exit_layer in firsts.values()]
+
+    made: dict[DrafterKey, Drafter] = {}
+
+    def shape(part: Trace) -> Way:
+        tree = best_tree(part, some, prices.costs)
+        made[tree.key] = tree
+        return Way((tree,), tree.shape.depth, name=GROWN)
+
+    best = cross_fitted(trace, shape, prices)
+    given = {way.way.keys[0] for way in found if way.way is not None}
+    return best, [tree for key, tree in made.items() if key not in given]
+
+
+def best_tree(trace: Trace, exits: Sequence[ExitLayer], costs: Costs) -> TreeDrafts:
+    """Of the trees that promise most (`prediction.shapes`), the one whose rounds along these texts take least time."""
+    trees = [
+        TreeDrafts(each, shape)
+        for each in exits
+        for shape in candidates(trace, each.exit_layer, costs.longest_draft, DEEPEST)
+    ]
+    if not trees:
+        raise InputError("these costs know no pass over more than two rows.", "Make them with longer `draft_lengths`.")
+    cells = predict(trace, draft_lengths=[DEEPEST], drafters=trees).cells
+    seconds = [float(decoding_seconds(cell, costs).sum()) for cell in cells]
+    return trees[int(np.argmin(seconds))]
+
+
 def _best_exit(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> int:
     """The place of the exit whose best fixed length is the fastest."""
     ranked = max(_fixed(trace, exits, range(1, prices.longest + 1), prices), key=lambda way: way.speedup)
@@ -227,6 +299,7 @@ def _oracles(
 
 def _oracle(trace: Trace, drafters: Sequence[Drafter], prices: _Prices) -> Ranked:
     seconds, plans, totals = prices.of(drafters), {}, []
+    sizes = [sizes_of(drafter, prices.longest) for drafter in drafters]
     rounds = drafted = accepted = 0
     for prompt in trace.prompts:
         outlooks = [outlook(drafter, trace, prompt, prices.longest) for drafter in drafters]
@@ -238,7 +311,9 @@ def _oracle(trace: Trace, drafters: Sequence[Drafter], prices: _Prices) -> Ranke
             place, length = path.plan[:, i].tolist()
             rounds += 1
             accepted += int(path.options.emitted[path.option[i], i]) - 1
-            drafted += 0 if place == NOBODY else max(0, min(length, int(outlooks[place].drafted[i]), budget - i - 1))
+            if place != NOBODY:
+                levels = max(0, min(length, int(outlooks[place].drafted[i]), budget - i - 1))
+                drafted += int(sizes[place][levels])
     turns = all(each.key.kind != MODEL for each in drafters)  # with a draft model it is a bound, which nothing runs
     way = Way(tuple(drafters), prices.longest, Planned(plans), "oracle") if turns else None
     tokens = _tokens(trace)

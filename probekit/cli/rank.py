@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from probekit.choice.ranking import Ranking
     from probekit.validation.ways import WaysValidation
 
+TREE_NODES = 16  # the widest tree whose verification is timed
 Imported = Annotated[
     list[Path] | None,
     typer.Option("--imported", metavar="FILE", help="A drafter from elsewhere, as Parquet; may be repeated."),
@@ -56,7 +57,8 @@ def rank(
     exits = options.integers(exit_layers, "--exit-layers")
     others = [import_drafter(path, trace) for path in imported or ()]
     with progress_bars(quiet or as_json) as bars:
-        timed = costs_of(trace, costs, context, lengths, draft_rows, FIXED, device, dtype, bars)
+        widest = [*lengths, TREE_NODES]
+        timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
     ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
     checked = None
     if validate:

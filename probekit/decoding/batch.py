@@ -139,13 +139,16 @@ class DecodeBatch:
             certain = torch.zeros(*tokens.shape, self.vocabulary, device=self.device).scatter_(-1, tokens[..., None], 1)
         return DraftTree.chain(torch.cat([self.last, tokens], dim=1), certain, limits)
 
-    def verify(self, tree: DraftTree, logits: Tensor) -> None:
+    def verify(self, tree: DraftTree, logits: Tensor) -> list[list[int]]:
         """Accept or reject the drafts of a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens.
 
-        Raises InputError for drafts that branch: only chains are judged here.
+        Returns the places of the root and of each row's accepted drafts among the written tokens. Raises InputError for
+        drafts that branch and were not written as a tree.
         """
+        if tree.branches:
+            return self._verify_branches(tree, logits)
         if not tree.is_chain:
-            raise InputError("these drafts branch; this decoder verifies chains, in which each follows the one before.")
+            raise InputError("these drafts branch, and their keys and values were written as a chain's.")
         limits = torch.tensor(tree.limits, device=self.device)
         verdict = self.sampler.verify(tree.tokens, tree.probabilities, limits, logits, self.stream, self.outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
@@ -155,6 +158,33 @@ class DecodeBatch:
             row.round(tokens, limit, length, after)
         self.lap("verify")
         self.retire_finished()
+        return [list(range(1 + length)) for length, *_ in host_copy]
+
+    def _verify_branches(self, tree: DraftTree, logits: Tensor) -> list[list[int]]:
+        """Greedily: from the root down, as long as the model's token is a draft; then its keys move together."""
+        chosen, written = logits.argmax(-1).tolist(), tree.written.tolist()
+        children: list[list[int]] = [[] for _ in range(1 + len(tree.parents))]
+        for place, parent in enumerate(tree.parents):
+            children[parent].append(1 + place)
+        paths = []
+        for at, row in enumerate(self.rows):
+            path: list[int] = [0]
+            node: int | None = 0
+            while node is not None:
+                below = (child for child in children[node] if child <= tree.limits[at])
+                node = next((child for child in below if written[at][child] == chosen[at][node]), None)
+                path += [] if node is None else [node]
+            paths.append(path)
+            if path != list(range(len(path))):
+                start = row.position
+                self.engines[0].cache.gather(at, start + 1, [start + each for each in path[1:]])
+            row.round([written[at][each] for each in path[1:]], tree.limits[at], len(path) - 1, chosen[at][path[-1]])
+        ends = torch.tensor([[path[-1]] for path in paths], device=self.device)
+        self.previous = tree.written.gather(1, ends)
+        self.last = logits.argmax(-1).gather(1, ends)
+        self.lap("verify")
+        self.retire_finished()
+        return paths
 
     def lap(self, phase: str) -> None:
         """Count the time since the last lap to a phase."""

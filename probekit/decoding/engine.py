@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.caches import PassPositions, PositionCache
+from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
 from probekit.hooks.sites import is_hooked, is_intercepted, run_layers
@@ -70,6 +71,28 @@ class Engine:
             needs_mask = True
         return self._pass_positions(positions, visible, rotary, needs_mask)
 
+    def tree_places(self, starts: Sequence[int], shape: TreeShape, nodes: Sequence[int]) -> PassPositions:
+        """Nodes of a tree whose root is each row's last token, at position starts[row]; node j is written at slot
+        starts[row] + j, and sees the text up to the root, its ancestors and itself."""
+        device = self.parts.device
+        start = torch.tensor(starts, device=device)[:, None]
+        own = torch.tensor(list(nodes), device=device)
+        depths, ancestors = (torch.as_tensor(each, device=device) for each in (shape.depths, shape.ancestors))
+        positions, slots = start + depths[own], start + own
+        visible = max(starts) + max(nodes) + 1
+        node = torch.arange(visible, device=device) - start  # (rows, visible): 0 is the root, below it the text
+        within = node.clamp(0, len(depths) - 1)
+        stands = torch.where(node <= 0, node, depths[within]) + start  # the position of what each slot holds
+        seen = (node <= 0)[:, None] | (ancestors[own][:, within].transpose(0, 1) & (node < len(depths))[:, None])
+        kinds = {}
+        for kind, (cos, sin) in self._rotary.items():
+            hidden = ~seen
+            if kind.window is not None:
+                hidden = hidden | (stands[:, None] <= positions[..., None] - kind.window)
+            mask = hidden[:, None].to(self.parts.dtype).mul_(torch.finfo(self.parts.dtype).min)
+            kinds[kind] = self._layer_inputs(mask, positions, (cos[0][positions], sin[0][positions]))
+        return PassPositions(self.cache.slots(slots), visible, kinds, self._kinds)
+
     def _pass_positions(
         self,
         positions: Tensor,
@@ -80,14 +103,18 @@ class Engine:
         family, kinds = self.parts.family, {}
         for kind, embeddings in rotary.items():
             masked = needs_mask or (kind.window is not None and visible > kind.window)
-            kinds[kind] = {
-                "attention_mask": family.mask(kind, positions, visible, self.parts.dtype) if masked else None,
-                "position_ids": positions,
-                "position_embeddings": embeddings,
-                "past_key_values": self.cache,
-                "use_cache": True,
-            }
+            mask = family.mask(kind, positions, visible, self.parts.dtype) if masked else None
+            kinds[kind] = self._layer_inputs(mask, positions, embeddings)
         return PassPositions(self.cache.slots(positions), visible, kinds, self._kinds)
+
+    def _layer_inputs(self, mask: Tensor | None, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "position_embeddings": rotary,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
 
     def early(self, tokens: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers 0..exit_layer-1 on (rows, tokens): the residual there, (rows, tokens, width)."""

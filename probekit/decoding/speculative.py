@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from probekit.decoding.batch import DecodeBatch
+from probekit.decoding.batch import DecodeBatch, DecodePlan
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
 from probekit.decoding.turns import run_rounds
@@ -55,6 +55,11 @@ class Speculative(Decoder):
         check_turns([each.key for each in drafters], self.policy)
         self.turns = [each.on(loaded) for each in drafters]
         self.draft_length = check_draft_length(draft_length)
+
+    def _length(self, plan: DecodePlan) -> int:
+        """A tree is written node by node behind the text."""
+        nodes = max(getattr(each, "drafts_tokens", 0) for each in self.turns)
+        return super()._length(plan) + max(0, nodes - self.draft_length)
 
     @property
     def drafts(self) -> BoundDrafter:

@@ -37,11 +37,11 @@ def run_rounds(
         own = _own_drafts(engine, heads, tree.written)
         rows, before = list(batch.rows), [len(row.tokens) for row in batch.rows]
         engine.watch(())
-        batch.verify(tree, logits)
+        paths = batch.verify(tree, logits)
         for place, (row, start) in enumerate(zip(rows, before, strict=True)):
             if row.ended is None:
                 emitted = row.tokens[start:]
-                agrees = own[:, place, : len(emitted)] == np.array(emitted)
+                agrees = own[:, place, paths[place][: len(emitted)]] == np.array(emitted)
                 choosers[row.index].observe(
                     Verified(row.ways[-1], row.drafted[-1], row.accepted[-1], len(emitted), agrees)
                 )

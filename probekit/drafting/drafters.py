@@ -62,6 +62,7 @@ class Outlook(NamedTuple):
     """What a drafter would do in a round that starts at each output position of one text.
 
     run: (N,) int32, leading drafts that are the text's own tokens. drafted: (N,) int32, tokens that it has to draft.
+    Of a tree both count levels.
     """
 
     run: np.ndarray
@@ -83,6 +84,13 @@ def outlook(drafter: Drafter, trace: Trace, prompt: int, longest: int) -> Outloo
         return drafter.outlook(trace, prompt, longest)
     agrees = drafter.signal(trace, prompt)
     return Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32))
+
+
+def sizes_of(drafter: Drafter, longest: int) -> np.ndarray:
+    """(longest + 1,) tokens that a round of at most 0, 1, .. levels drafts: as many, but for a tree."""
+    shape = getattr(drafter, "shape", None)
+    levels = np.arange(longest + 1)
+    return levels if shape is None else shape.sizes[np.minimum(levels, shape.depth)]
 
 
 def allowed_by(policy: Policy, drafter: Drafter, trace: Trace, prompt: int, longest: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlook, traced_drafters
+from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlook, sizes_of, traced_drafters
 from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
@@ -198,7 +198,7 @@ def _replayed(trace: Trace, drafters: Sequence[Drafter], lengths: np.ndarray, po
         for column, texts in enumerate(cells):
             for place, rounds in enumerate(texts):
                 for array, values in zip(
-                    walk, (rounds.start, rounds.drafted, rounds.accepted, rounds.emitted), strict=True
+                    walk, (rounds.start, rounds.length, rounds.accepted, rounds.emitted), strict=True
                 ):
                     array[: len(values), row, column, place] = values
     return walk
@@ -212,7 +212,8 @@ def _rounds_of_walk(
         for row, drafter in enumerate(drafters):
             for column, length in enumerate(lengths.tolist()):
                 here = slice(many[row, column, place]), row, column, place
-                drafted, accepted = walk.drafted[here].tolist(), walk.accepted[here].tolist()
+                drafted = sizes_of(drafter, length)[walk.drafted[here]].tolist()
+                accepted = walk.accepted[here].tolist()
                 yield PromptRounds(prompt, drafter.key, length, tuple(drafted), tuple(accepted))
 
 
@@ -256,7 +257,10 @@ def _cells(
     overlaps: Sequence[float | None] | None,
 ) -> Iterator[Cell]:
     rounds = counts.rounds_by_drafted.sum(axis=-1)
-    drafted = counts.rounds_by_drafted @ np.arange(counts.rounds_by_drafted.shape[-1])
+    longest = counts.rounds_by_drafted.shape[-1] - 1
+    drafted = np.stack(
+        [own @ sizes_of(each, longest) for own, each in zip(counts.rounds_by_drafted, drafters, strict=True)]
+    )
     accepted = counts.accepted_by_position.sum(axis=-1)
     rate = bootstrap_ratio(accepted, drafted)
     per_round = bootstrap_ratio(tokens, rounds)

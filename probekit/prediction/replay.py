@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from probekit.drafting.drafters import Outlook, allowed_by, outlook
+from probekit.drafting.drafters import Outlook, allowed_by, outlook, sizes_of
 from probekit.drafting.policies import FixedLength
 from probekit.drafting.round_policies import NOBODY, RoundChoice, RoundPolicy, Verified
 from probekit.drafting.ways import Way
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 
 class WayRounds(NamedTuple):
-    """The rounds of one text, in order: (rounds,) int64 each. way: the place of the drafter, or NOBODY."""
+    """The rounds of one text, in order: (rounds,) int64 each.
+
+    way: the place of the drafter, or NOBODY. length: drafts one after the other; of a tree its levels. drafted: tokens.
+    """
 
     start: np.ndarray
     way: np.ndarray
+    length: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
     emitted: np.ndarray
@@ -60,11 +64,11 @@ class Replay:
     def seconds_of_prompt(self, seconds: np.ndarray, plain_s: float, watch_s: float = 0.0) -> np.ndarray:
         """(prompts,) predicted seconds of each text's rounds.
 
-        seconds: (drafters, K + 1) of a round with 0, 1, .. drafts. plain_s: of a step without a drafter. watch_s: of
-        what the policy wants to see after each round.
+        seconds: (drafters, K + 1) of a round with 0, 1, .. drafts (levels of a tree). plain_s: of a step without a
+        drafter. watch_s: of what the policy wants to see after each round.
         """
         table = np.concatenate([seconds, np.full((1, seconds.shape[1]), plain_s)])  # NOBODY is the last row
-        return np.array([float((table[each.way, each.drafted] + watch_s).sum()) for each in self.rounds])
+        return np.array([float((table[each.way, each.length] + watch_s).sum()) for each in self.rounds])
 
 
 def replay(trace: Trace, way: Way, first_round: str = "prefill") -> Replay:
@@ -109,18 +113,20 @@ def _rounds(trace: Trace, prompt: int, way: Way, first: int) -> WayRounds:
         chooser = way.policy.begin(prompt, way.keys, way.draft_length)
         watched = [way.drafters[place] for place in way.policy.watched(way.keys)]
         agrees = np.array([each.signal(trace, prompt) for each in watched], dtype=bool).reshape(len(watched), N)
-    found: list[tuple[int, int, int, int, int]] = []
+    sizes = [sizes_of(drafter, way.draft_length) for drafter in way.drafters]
+    found: list[tuple[int, int, int, int, int, int]] = []
     i = first
     while i < N:
         choice = RoundChoice(0, way.draft_length) if chooser is None else chooser.choose()
-        drafted = accepted = 0
+        length = drafted = accepted = 0
         if choice.way != NOBODY:
             seen = outlooks[choice.way]
-            drafted = max(0, min(choice.length, int(seen.drafted[i]), budget - i - 1))
-            accepted = min(int(seen.run[i]), drafted, N - i)
+            length = max(0, min(choice.length, int(seen.drafted[i]), budget - i - 1))
+            drafted = int(sizes[choice.way][length])
+            accepted = min(int(seen.run[i]), length, N - i)
         emitted = min(accepted + 1, N - i)
-        found.append((i, choice.way, drafted, accepted, emitted))
+        found.append((i, choice.way, length, drafted, accepted, emitted))
         if chooser is not None:
             chooser.observe(Verified(choice.way, drafted, accepted, emitted, agrees[:, i : i + emitted]))
         i += emitted
-    return WayRounds(*np.array(found, dtype=np.int64).reshape(-1, 5).T)
+    return WayRounds(*np.array(found, dtype=np.int64).reshape(-1, 6).T)

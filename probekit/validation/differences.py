@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from probekit.decoding.results import Decoded
-from probekit.drafting.drafters import ExitLayer, Outlook, TextDrafter, allowed_by, outlook
+from probekit.drafting.drafters import ExitLayer, Outlook, TextDrafter, allowed_by, outlook, sizes_of
 from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
@@ -41,7 +41,8 @@ class PredictedText(NamedTuple):
     that are the model's own; near-ties of the drafter and of the model.
 
     allowed: (N,) the most drafts of such a round, where the drafter or a policy has a say. remembers: whether that
-    depends on the rounds before it, so that it is known only where a predicted round starts.
+    depends on the rounds before it, so that it is known only where a predicted round starts. sizes: of a tree, tokens
+    of a round of 0, 1, .. levels.
     """
 
     prompt: int
@@ -51,6 +52,7 @@ class PredictedText(NamedTuple):
     model_ties: np.ndarray
     allowed: np.ndarray | None = None
     remembers: bool = False
+    sizes: np.ndarray | None = None
 
     @classmethod
     def of(cls, trace: Trace, prompt: int, cell: Cell, policy: Policy = FIXED) -> PredictedText:
@@ -58,7 +60,7 @@ class PredictedText(NamedTuple):
         if isinstance(policy, RoundPolicy):
             allowed = np.full(len(tokens), cell.draft_length, dtype=np.int32)
             [rounds] = replay(trace.select([prompt]), Way((cell.drafts,), cell.draft_length, policy)).rounds
-            allowed[rounds.start] = rounds.drafted
+            allowed[rounds.start] = rounds.length
         elif not isinstance(policy, FixedLength):
             allowed = allowed_by(policy, cell.drafts, trace, prompt, cell.draft_length)
         seen = outlook(cell.drafts, trace, prompt, cell.draft_length)
@@ -72,6 +74,7 @@ class PredictedText(NamedTuple):
             trace.near_ties(prompt)[-1],
             allowed,
             isinstance(policy, RoundPolicy),
+            sizes_of(cell.drafts, cell.draft_length) if hasattr(cell.drafts, "shape") else None,
         )
 
     @property
@@ -118,9 +121,10 @@ def differences_of(
         if i >= end or (found and text.remembers):
             break
         k = text.most_drafts(i, draft_length, budget)
-        if exact and drafted != k:
-            found.append(_difference(text.prompt, "drafts", i, False, k, drafted))
-        expected = min(int(text.runs[i]), drafted, N - i)
+        foreseen = k if text.sizes is None else int(text.sizes[k])
+        if exact and drafted != foreseen:
+            found.append(_difference(text.prompt, "drafts", i, False, foreseen, drafted))
+        expected = min(int(text.runs[i]), drafted if text.sizes is None else k, N - i)
         decided = i + min(accepted, expected)
         if accepted != expected and decided < end:
             tie = bool(text.drafter_ties[decided] or text.model_ties[decided])

@@ -21,7 +21,7 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
 from probekit.decoding.speculative import Speculative
-from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, traced_drafters
+from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, sizes_of, traced_drafters
 from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
@@ -306,7 +306,7 @@ def _greedy(
         text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
         rounds = rounds_of(text.outlook, cell.draft_length, trace.manifest.settings.max_new_tokens)
-        drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
+        drafted, accepted = sizes_of(cell.drafts, cell.draft_length)[rounds.drafted].tolist(), rounds.accepted.tolist()
         rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
         tokens_equal &= run.tokens == reference
         differences += differences_of(

@@ -10,7 +10,7 @@ import pytest
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import choose
-from probekit.choice.rank import LOOKUPS, STOPPING, rank
+from probekit.choice.rank import LOOKUPS, SHAPES, STOPPING, rank
 from probekit.costs.roofline import roofline_costs
 from probekit.decoding.decode import decode
 from probekit.drafting.imported import ImportedDrafter
@@ -40,8 +40,8 @@ def test_every_way_is_there_once(ranking):
     names = [(way.drafter, way.exit_layer, way.policy, way.draft_length) for way in ranking.ways]
     assert len(set(names)) == len(names)
     drafters = 5 + 1 + len(LOOKUPS)
-    learned = 4  # del, del by costs, a table over the exits, and one over lookups as well
-    assert len(names) == drafters * 3 + 5 * len(STOPPING) + learned + 1
+    learned = 5  # del, del by costs, a table over the exits, and one over lookups as well, the best shape of a tree
+    assert len(names) == drafters * 3 + 5 * (len(STOPPING) + len(SHAPES)) + learned + 1
     assert {way.policy for way in ranking.ways} >= {"fixed", "heuristic:5", "confidence:0.6", "del", "table", "none"}
     speedups = [way.speedup for way in ranking.ways]
     assert speedups == sorted(speedups, reverse=True)
@@ -184,7 +184,7 @@ def test_the_best_and_the_oracle_run_as_predicted(dialled, run, tiny_draft):
     )
     oracle = found.ways[-1]
     assert oracle.measured["rounds"] == ranking.oracle_of_turns.rounds
-    assert set(found.to_pandas()["policy"]) >= {"oracle", "del", "table", "fixed"}
+    assert set(found.to_pandas()["policy"]) >= {"oracle", "del", "table", "fixed", "best shape"}
     json.dumps([each.to_json() for each in found.ways])
 
 
