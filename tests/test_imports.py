@@ -60,7 +60,7 @@ ROWS = {
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
         "report_data", "report_text", "report", "model_card",
     ),
-    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds"),
+    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (
         "look", "writing", "panels", "layer_figures", "round_figures", "captions", "figures", "printed_tables", "make",
     ),

@@ -156,6 +156,11 @@ def _timed_model(trace: Trace, costs: Costs) -> bool:
     return trace.manifest.drafter is not None and costs.drafter == trace.manifest.drafter.name
 
 
+def priced(trace: Trace, way: Way, costs: Costs) -> Ranked:
+    """One way of drafting along the texts of a greedy trace, by these costs."""
+    return _of_replay(replay(trace, way), _Prices(costs, way.draft_length))
+
+
 # Every way in turn.
 
 
@@ -293,11 +298,19 @@ def _oracles(
     trace: Trace, everyone: Sequence[Drafter], takes_turns: Sequence[Drafter], prices: _Prices
 ) -> tuple[Ranked, Ranked]:
     """The best of all drafters, and of those that a decoder can let take turns."""
-    bound = _oracle(trace, everyone, prices)
-    return bound, bound if len(takes_turns) == len(everyone) else _oracle(trace, takes_turns, prices)
+    bound = oracle_of(trace, everyone, prices.costs, prices.longest)
+    if len(takes_turns) == len(everyone):
+        return bound, bound
+    return bound, oracle_of(trace, takes_turns, prices.costs, prices.longest)
 
 
-def _oracle(trace: Trace, drafters: Sequence[Drafter], prices: _Prices) -> Ranked:
+def oracle_of(trace: Trace, drafters: Sequence[Drafter], costs: Costs, longest: int) -> Ranked:
+    """The best that any policy could do along greedy texts with these drafters and at most `longest` drafts a round.
+
+    Its way plays that plan; None where a draft model is among several drafters, which cannot take turns: then it is a
+    bound.
+    """
+    prices = _Prices(costs, longest)
     seconds, plans, totals = prices.of(drafters), {}, []
     sizes = [sizes_of(drafter, prices.longest) for drafter in drafters]
     rounds = drafted = accepted = 0
@@ -314,7 +327,7 @@ def _oracle(trace: Trace, drafters: Sequence[Drafter], prices: _Prices) -> Ranke
             if place != NOBODY:
                 levels = max(0, min(length, int(outlooks[place].drafted[i]), budget - i - 1))
                 drafted += int(sizes[place][levels])
-    turns = all(each.key.kind != MODEL for each in drafters)  # with a draft model it is a bound, which nothing runs
+    turns = len(drafters) == 1 or all(each.key.kind != MODEL for each in drafters)
     way = Way(tuple(drafters), prices.longest, Planned(plans), "oracle") if turns else None
     tokens = _tokens(trace)
     return Ranked(

@@ -148,6 +148,25 @@ class Ranking:
         kept = list(found.values())[:most]
         return kept + [way for way in self.ways if way.way is None and way not in kept]
 
+    def ladder(self) -> pd.DataFrame:
+        """The best of each kind, from decoding alone to the oracle: rung, way, speedup, speedup_low, speedup_high."""
+        policies = [way for way in self.ways if way.way is not None and way.policy != "fixed"]
+        rungs = (
+            ("autoregressive", self.first(policy="none")),
+            ("best fixed pair", self.first(drafter="self", policy="fixed")),
+            ("best policy", next((way for way in policies if way.policy != "best shape"), None)),
+            ("best lookup", next((way for way in self.ways if way.drafter.startswith(("ngram", "suffix"))), None)),
+            ("draft model", self.first(drafter=self.costs.drafter, policy="fixed")),
+            ("best tree", next((way for way in self.ways if way.drafter.startswith("tree")), None)),
+            ("oracle", self.oracle),
+        )
+        rows = []
+        for rung, way in rungs:
+            if way is not None:
+                low, high = (way.interval if way.way is not None or way is self.oracle else None) or (np.nan, np.nan)
+                rows.append((rung, "" if way.policy in ("none", "oracle") else _briefly(way), way.speedup, low, high))
+        return pd.DataFrame(rows, columns=["rung", "way", "speedup", "speedup_low", "speedup_high"])
+
     def kinds(self) -> list[KindOfText]:
         """For each kind of text which way is best there, and what one choice for all costs."""
         rows, of = [], np.array(self.kind_of_prompt)
@@ -244,6 +263,11 @@ def named(way: Ranked) -> str:
     tokens = f"{'up to ' if way.policy != 'fixed' else ''}{way.draft_length} tokens at a time"
     by = "" if way.policy == "fixed" else f" by {way.policy}"
     return f"drafting with {way.label}{by}, {tokens},"
+
+
+def _briefly(way: Ranked) -> str:
+    how = f", K {way.draft_length}" if way.policy == "fixed" else f", {way.policy}"
+    return f"{way.label}{how}"
 
 
 def _named_json(way: Ranked) -> Mapping[str, Any]:

@@ -1,0 +1,79 @@
+"""Ways of drafting: what each rung of the ladder gains, and where in a text an oracle would exit."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.ticker import MaxNLocator
+
+from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.style import FAINT, INK, PALETTE, SEQUENTIAL, nothing_to_show
+
+NO_EXIT = -1
+"""In place of an exit layer: a round without drafts."""
+_NOTHING = "#d9d9d9"
+
+
+def ladder(ax: Axes, rungs: pd.DataFrame) -> None:
+    """A point for each rung, from plain decoding at the bottom to the oracle at the top, with 95 % intervals.
+
+    rungs: columns rung, way (what it is there), speedup, speedup_low, speedup_high (may be NaN); the lowest first.
+    """
+    if rungs.empty:
+        nothing_to_show(ax, "nothing was ranked")
+        return
+    heights, colour = np.arange(len(rungs)), sns.color_palette(PALETTE)[0]
+    speedup, low, high = (rungs[name].to_numpy(dtype=float) for name in ("speedup", "speedup_low", "speedup_high"))
+    ends = np.where(np.isfinite(high), high, speedup)
+    ax.hlines(heights, np.where(np.isfinite(low), low, speedup), ends, color=colour, linewidth=1.6, alpha=0.5)
+    for height, (gain, end, way) in enumerate(zip(speedup, ends, rungs["way"], strict=True)):
+        ax.annotate(
+            plain(f"{gain:.2f}  {way}"), (end, height), xytext=(5, 0), textcoords="offset points", va="center",
+            color=INK, fontsize=6.5,
+        )  # fmt: skip
+    ax.scatter(speedup, heights, s=20, color=colour, zorder=3)
+    ax.axvline(1.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
+    ax.set_yticks(heights, [plain(rung) for rung in rungs["rung"]])
+    ax.grid(visible=False, axis="y")
+    reach = float(ends.max())
+    least = min(1.0, float(speedup.min()))
+    ax.set_xlim(least - 0.05 * (reach - least + 0.1), reach + 0.75 * (reach - least + 0.1))  # room for what they are
+    ax.set_ylim(-0.6, len(rungs) - 0.4)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.set_xlabel("predicted speedup (×)")
+
+
+def exit_map(ax: Axes, rounds: pd.DataFrame, exits: int) -> ScalarMappable:
+    """Each text a line, each round a bar as long as the tokens that it emits, coloured by the exit that drafts.
+
+    rounds: columns prompt, start, emitted, exit_layer (NO_EXIT: no drafts, light grey). exits: the last exit layer.
+    Returns what a colour bar needs.
+    """
+    norm = BoundaryNorm(np.arange(0.5, exits + 1.5), 256) if exits > 1 else BoundaryNorm([0.5, 1.5, 2.5], 256)
+    mappable = ScalarMappable(norm, matplotlib.colormaps[_named_map()])
+    if rounds.empty:
+        nothing_to_show(ax, "no text has a round")
+        return mappable
+    lines = {prompt: line for line, prompt in enumerate(dict.fromkeys(rounds["prompt"]))}
+    for prompt, own in rounds.groupby("prompt", sort=False):
+        spans = list(zip(own["start"] - 0.5, own["emitted"], strict=True))
+        colours = [_NOTHING if layer == NO_EXIT else mappable.to_rgba(layer) for layer in own["exit_layer"]]
+        ax.broken_barh(spans, (lines[prompt] - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=0.4)
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    ax.set_xlim(0.0, float((rounds["start"] + rounds["emitted"]).max()))
+    ax.set_yticks(list(lines.values()), [str(prompt) for prompt in lines])
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.grid(visible=False)
+    ax.set_xlabel("output position (tokens)")
+    ax.set_ylabel("text")
+    return mappable
+
+
+def _named_map() -> str:
+    sns.color_palette(SEQUENTIAL)  # seaborn registers its maps with matplotlib
+    return SEQUENTIAL
