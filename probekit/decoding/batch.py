@@ -162,7 +162,8 @@ class DecodeBatch:
 
     def _verify_branches(self, tree: DraftTree, logits: Tensor) -> list[list[int]]:
         """Greedily: from the root down, as long as the model's token is a draft; then its keys move together."""
-        chosen, written = logits.argmax(-1).tolist(), tree.written.tolist()
+        best = logits.argmax(-1)
+        chosen, written = best.tolist(), tree.written.tolist()
         children: list[list[int]] = [[] for _ in range(1 + len(tree.parents))]
         for place, parent in enumerate(tree.parents):
             children[parent].append(1 + place)
@@ -181,7 +182,7 @@ class DecodeBatch:
             row.round([written[at][each] for each in path[1:]], tree.limits[at], len(path) - 1, chosen[at][path[-1]])
         ends = torch.tensor([[path[-1]] for path in paths], device=self.device)
         self.previous = tree.written.gather(1, ends)
-        self.last = logits.argmax(-1).gather(1, ends)
+        self.last = best.gather(1, ends)
         self.lap("verify")
         self.retire_finished()
         return paths

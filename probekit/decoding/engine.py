@@ -54,6 +54,7 @@ class Engine:
             kind: parts.family.rotary(parts.rotary, like, self._positions, kind) for kind in dict.fromkeys(self._kinds)
         }
         self.watched: dict[int, list[Tensor]] = {}  # exit layer -> the residuals there of every pass, as asked for
+        self._trees: dict[TreeShape, tuple[Tensor, ...]] = {}  # depths; who is neither a node's ancestor nor itself
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
 
@@ -71,25 +72,35 @@ class Engine:
             needs_mask = True
         return self._pass_positions(positions, visible, rotary, needs_mask)
 
-    def tree_places(self, starts: Sequence[int], shape: TreeShape, nodes: Sequence[int]) -> PassPositions:
+    def tree_places(self, starts: Sequence[int], shape: TreeShape, nodes: range) -> PassPositions:
         """Nodes of a tree whose root is each row's last token, at position starts[row]; node j is written at slot
         starts[row] + j, and sees the text up to the root, its ancestors and itself."""
-        device = self.parts.device
-        start = torch.tensor(starts, device=device)[:, None]
-        own = torch.tensor(list(nodes), device=device)
-        depths, ancestors = (torch.as_tensor(each, device=device) for each in (shape.depths, shape.ancestors))
-        positions, slots = start + depths[own], start + own
-        visible = max(starts) + max(nodes) + 1
-        node = torch.arange(visible, device=device) - start  # (rows, visible): 0 is the root, below it the text
-        within = node.clamp(0, len(depths) - 1)
-        stands = torch.where(node <= 0, node, depths[within]) + start  # the position of what each slot holds
-        seen = (node <= 0)[:, None] | (ancestors[own][:, within].transpose(0, 1) & (node < len(depths))[:, None])
+        tree = self._trees.get(shape)
+        if tree is None:
+            tree = self._trees[shape] = tuple(
+                torch.as_tensor(each, device=self.parts.device) for each in (shape.depths, ~shape.ancestors)
+            )
+        depths, strangers = tree
+        first, last = nodes[0], nodes[-1] + 1
+        start = torch.tensor(starts, device=self.parts.device)[:, None]
+        positions = start + depths[first:last]
+        slots = start + self._positions[:, first:last]
+        visible = max(starts) + last
+        if min(starts) == max(starts):  # the text is seen, and then comes the tree
+            hidden = strangers.new_zeros(len(starts), last - first, visible)
+            hidden[..., visible - last :] = strangers[first:last, :last]
+        else:
+            node = self._positions[:, :visible] - start  # (rows, visible): 0 is the root, below it the text
+            within = node.clamp(0, last - 1)
+            hidden = (node > 0)[:, None] & (strangers[first:last][:, within].transpose(0, 1) | (node >= last)[:, None])
         kinds = {}
         for kind, (cos, sin) in self._rotary.items():
-            hidden = ~seen
+            own = hidden
             if kind.window is not None:
-                hidden = hidden | (stands[:, None] <= positions[..., None] - kind.window)
-            mask = hidden[:, None].to(self.parts.dtype).mul_(torch.finfo(self.parts.dtype).min)
+                node = self._positions[:, :visible] - start
+                stands = torch.where(node <= 0, node, depths[node.clamp(0, len(depths) - 1)]) + start
+                own = hidden | (stands[:, None] <= positions[..., None] - kind.window)
+            mask = own[:, None].to(self.parts.dtype).mul_(torch.finfo(self.parts.dtype).min)
             kinds[kind] = self._layer_inputs(mask, positions, (cos[0][positions], sin[0][positions]))
         return PassPositions(self.cache.slots(slots), visible, kinds, self._kinds)
 

@@ -61,7 +61,7 @@ class ExitTreeProposer:
         tokens, self.residuals = batch.last, []
         first, last = 0, 1  # the nodes of a level
         for level in range(max(levels) + 1):
-            nodes = list(range(first, last))
+            nodes = range(first, last)
             residual = self.engine.early(tokens[:, first:last], self._places(nodes), self.exit_layer)
             self.residuals.append(residual)
             if level == max(levels):
@@ -77,12 +77,16 @@ class ExitTreeProposer:
 
     def verify(self, tree: DraftTree) -> Tensor:
         residuals = torch.cat(self.residuals, dim=1)
-        return self.engine.late(residuals, self._places(list(range(residuals.shape[1]))), self.exit_layer)
+        return self.engine.late(residuals, self._places(range(residuals.shape[1])), self.exit_layer)
 
-    def _places(self, nodes: Sequence[int]) -> Any:
+    def _places(self, nodes: range) -> Any:
         return self.engine.tree_places(self.batch.positions, self.shape, nodes)
 
     def _best(self, residual: Tensor, most: int) -> Tensor:
         """(rows, nodes, most) the best tokens, equal logits by the lowest id, as a trace ranks them."""
-        logits = self.head.all_rows(residual).contiguous()
+        logits = self.head.all_rows(residual)
+        values, ids = logits.topk(min(most + 1, logits.shape[-1]), dim=-1)
+        if bool((values[..., :-1] > values[..., 1:]).all()):
+            return ids[..., :most]
+        logits = logits.contiguous()
         return topk_lowest_id(logits, block_maxima(logits), most)[1]
