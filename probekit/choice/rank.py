@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,9 +31,7 @@ from probekit.prediction.replay import Replay, budget_of, replay
 from probekit.prediction.rounds import FIRST_START
 from probekit.prediction.shapes import candidates
 from probekit.prediction.table import Cell
-
-if TYPE_CHECKING:
-    from probekit.traces.trace import Trace
+from probekit.traces.trace import Trace, as_trace
 
 GROWN = "best shape"
 FIRST = FIRST_START["prefill"]  # as our decoder begins
@@ -105,6 +103,7 @@ def rank(
     ------
     InputError: for exits, lengths or costs that do not fit the trace.
     """
+    trace = as_trace(trace)
     known = traced_drafters(trace, exit_layers, draft_rows=draft_rows, draft_model=_timed_model(trace, costs))
     exits = [each for each in known if isinstance(each, ExitLayer)]
     lengths = sorted(dict.fromkeys(draft_lengths))

@@ -49,6 +49,9 @@ class Ranked:
     exact: bool
     cross_fitted: bool = False
 
+    def __repr__(self) -> str:
+        return f"Ranked({self.label}, {self.policy}, K {self.draft_length}: {self.speedup:.2f}x)"
+
     @property
     def speedup(self) -> float:
         """Over autoregressive decoding on the same engine, decoding only."""
@@ -120,6 +123,9 @@ class Ranking:
     costs: Costs
     oracle: Ranked | None = None
     oracle_of_turns: Ranked | None = None
+
+    def __repr__(self) -> str:
+        return f"Ranking({self.model}: {len(self.ways)} ways, best {self.best.label}, {self.best.policy})"
 
     @property
     def best(self) -> Ranked:

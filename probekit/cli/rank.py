@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.choose import Context, Costs, costs_of
+from probekit.cli.choose import MEASURED_CONTEXT, SERVED_CONTEXT, Context, Costs, costs_of
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
@@ -27,7 +27,7 @@ Imported = Annotated[
 def rank(
     run: options.Run,
     costs: Costs = "measured",
-    context: Context = 128,
+    context: Context = None,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
@@ -49,6 +49,8 @@ def rank(
 
     if costs not in ("measured", "roofline"):
         raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
+    if context is None:
+        context = MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
     options.at_least_one(context, "--context")
     if validate < 0:
         raise InputError(f"--validate is {validate}; expected 0 or more.")

@@ -14,10 +14,11 @@ from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import equipped
 from probekit.drafting.ways import Way
 from probekit.errors import InputError
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, as_loaded
 from probekit.prediction.replay import WayRounds, replay
-from probekit.settings import Progress, whole_number
-from probekit.traces.trace import Trace
+from probekit.progress import Progress
+from probekit.settings import whole_number
+from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.run import check_models, counts_of, decode_all, speedups_measured
 
@@ -77,6 +78,9 @@ class WaysValidation:
     model: str
     ways: tuple[WayValidation, ...]
 
+    def __repr__(self) -> str:
+        return f"WaysValidation({self.model}: {len(self.ways)} ways, {'holds' if self.holds else 'does not hold'})"
+
     @property
     def holds(self) -> bool:
         """Nothing differs but at near-ties."""
@@ -113,6 +117,7 @@ def validate_ways(
 
     Raises InputError for text that is not greedy, for other models than the traced ones, and without a way.
     """
+    loaded, trace = as_loaded(loaded), as_trace(trace)
     if trace.manifest.settings.text != "greedy":
         raise InputError("ways of drafting are held against greedy decoding.", "Trace greedily.")
     check_models(loaded, trace, draft_model)
