@@ -27,6 +27,8 @@ def draw(study: StudyFolder) -> Figure:
         if ax is not axes[0]:
             ax.set_ylabel("")
     bar = figure.colorbar(shown, ax=list(axes), shrink=0.8, pad=0.01)
+    step = max(1, deepest // 6)
+    bar.set_ticks(list(range(1, deepest + 1, step)))
     bar.set_label("exit layer that drafts; grey: none")
     return figure
 

@@ -272,6 +272,8 @@ def named(way: Ranked) -> str:
 
 
 def _briefly(way: Ranked) -> str:
+    if way.way is not None and len(way.way.drafters) > 1:
+        return way.policy
     how = f", K {way.draft_length}" if way.policy == "fixed" else f", {way.policy}"
     return f"{way.label}{how}"
 

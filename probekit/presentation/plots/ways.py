@@ -33,18 +33,23 @@ def ladder(ax: Axes, rungs: pd.DataFrame) -> None:
     ax.hlines(heights, np.where(np.isfinite(low), low, speedup), ends, color=colour, linewidth=1.6, alpha=0.5)
     for height, (gain, end, way) in enumerate(zip(speedup, ends, rungs["way"], strict=True)):
         ax.annotate(
-            plain(f"{gain:.2f}  {way}"), (end, height), xytext=(5, 0), textcoords="offset points", va="center",
-            color=INK, fontsize=6.5,
+            f"{gain:.2f}", (end, height), xytext=(5, 0), textcoords="offset points", va="center", color=INK,
+            fontsize=6.5,
         )  # fmt: skip
+        if way:
+            ax.annotate(
+                plain(way), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center", color=FAINT,
+                fontsize=5.5,
+            )  # fmt: skip
     ax.scatter(speedup, heights, s=20, color=colour, zorder=3)
     ax.axvline(1.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
     ax.set_yticks(heights, [plain(rung) for rung in rungs["rung"]])
     ax.grid(visible=False, axis="y")
     reach = float(ends.max())
     least = min(1.0, float(speedup.min()))
-    ax.set_xlim(least - 0.05 * (reach - least + 0.1), reach + 0.75 * (reach - least + 0.1))  # room for what they are
-    ax.set_ylim(-0.6, len(rungs) - 0.4)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.set_xlim(least - 0.06 * (reach - least + 0.1), reach + 0.3 * (reach - least + 0.1))  # room for the numbers
+    ax.set_ylim(-0.8, len(rungs) - 0.4)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel("predicted speedup (×)")
 
 
