@@ -62,7 +62,8 @@ ROWS = {
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (
-        "look", "writing", "panels", "layer_figures", "round_figures", "captions", "figures", "printed_tables", "make",
+        "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
+        "printed_tables", "make",
     ),
     "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -11,22 +10,25 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import MaxNLocator
 
+from probekit.presentation.plots.calling import axes_or_current, plot
 from probekit.presentation.plots.glyphs import plain
-from probekit.presentation.plots.style import FAINT, INK, PALETTE, SEQUENTIAL, nothing_to_show
+from probekit.presentation.plots.style import FAINT, INK, PALETTE, SEQUENTIAL, colormap, nothing_to_show
 
 NO_EXIT = -1
 """In place of an exit layer: a round without drafts."""
 _NOTHING = "#d9d9d9"
 
 
-def ladder(ax: Axes, rungs: pd.DataFrame) -> None:
+@plot("rung", "way", "speedup", "speedup_low", "speedup_high")
+def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A point for each rung, from plain decoding at the bottom to the oracle at the top, with 95 % intervals.
 
     rungs: columns rung, way (what it is there), speedup, speedup_low, speedup_high (may be NaN); the lowest first.
     """
+    ax = axes_or_current(ax)
     if rungs.empty:
         nothing_to_show(ax, "nothing was ranked")
-        return
+        return ax
     heights, colour = np.arange(len(rungs)), sns.color_palette(PALETTE)[0]
     speedup, low, high = (rungs[name].to_numpy(dtype=float) for name in ("speedup", "speedup_low", "speedup_high"))
     ends = np.where(np.isfinite(high), high, speedup)
@@ -51,19 +53,20 @@ def ladder(ax: Axes, rungs: pd.DataFrame) -> None:
     ax.set_ylim(-0.8, len(rungs) - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel("predicted speedup (×)")
+    return ax
 
 
-def exit_map(ax: Axes, rounds: pd.DataFrame, exits: int) -> ScalarMappable:
+@plot("prompt", "start", "emitted", "exit_layer")
+def exit_map(rounds: pd.DataFrame, exits: int, *, ax: Axes | None = None) -> Axes:
     """Each text a line, each round a bar as long as the tokens that it emits, coloured by the exit that drafts.
 
     rounds: columns prompt, start, emitted, exit_layer (NO_EXIT: no drafts, light grey). exits: the last exit layer.
-    Returns what a colour bar needs.
+    `exit_colours(exits)` is what a colour bar needs.
     """
-    norm = BoundaryNorm(np.arange(0.5, exits + 1.5), 256) if exits > 1 else BoundaryNorm([0.5, 1.5, 2.5], 256)
-    mappable = ScalarMappable(norm, matplotlib.colormaps[_named_map()])
+    ax, mappable = axes_or_current(ax), exit_colours(exits)
     if rounds.empty:
         nothing_to_show(ax, "no text has a round")
-        return mappable
+        return ax
     lines = {prompt: line for line, prompt in enumerate(dict.fromkeys(rounds["prompt"]))}
     for prompt, own in rounds.groupby("prompt", sort=False):
         spans = list(zip(own["start"] - 0.5, own["emitted"], strict=True))
@@ -76,9 +79,9 @@ def exit_map(ax: Axes, rounds: pd.DataFrame, exits: int) -> ScalarMappable:
     ax.grid(visible=False)
     ax.set_xlabel("output position (tokens)")
     ax.set_ylabel("text")
-    return mappable
+    return ax
 
 
-def _named_map() -> str:
-    sns.color_palette(SEQUENTIAL)  # seaborn registers its maps with matplotlib
-    return SEQUENTIAL
+def exit_colours(exits: int) -> ScalarMappable:
+    """A colour for each exit layer, 1..exits."""
+    return ScalarMappable(BoundaryNorm(np.arange(0.5, max(2, exits) + 1.0), 256), colormap(SEQUENTIAL))
