@@ -31,9 +31,11 @@ _ROOMS = {
     "look_inside": "probekit.tracing.inspect_prompt",
     "measure_costs": "probekit.costs.measure",
     "predict": "probekit.prediction.predict",
+    "rank": "probekit.choice.rank",
     "run_study": "probekit.study.run",
     "trace": "probekit.tracing.tracer",
     "validate": "probekit.validation.run",
+    "validate_ways": "probekit.validation.ways",
     "wrap": "probekit.models.loaded",
 }
 
@@ -44,6 +46,7 @@ moved.install()
 
 if TYPE_CHECKING:
     from probekit.choice.choose import choose as choose
+    from probekit.choice.rank import rank as rank
     from probekit.costs.measure import measure_costs as measure_costs
     from probekit.decoding.decode import decode as decode
     from probekit.errors import InputError as InputError
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from probekit.tracing.prompts import load_prompts as load_prompts
     from probekit.tracing.tracer import trace as trace
     from probekit.validation.run import validate as validate
+    from probekit.validation.ways import validate_ways as validate_ways
 
 
 def __getattr__(name: str) -> Any:

@@ -164,6 +164,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("predict", greedy, "--rounds"),
         ("predict", sampled, "--rounds"),
         ("choose", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "h100"),
+        ("rank", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "cpu", "--validate", 1),
         ("fit-heads", greedy, "-o", folder / "heads.safetensors"),
         ("decode", tiny_folder, "abc", "--max-new-tokens", 4),
         ("validate", greedy, *cell),

@@ -69,8 +69,8 @@ def made(study):
     return study / "paper", result
 
 
-def test_there_are_nine():
-    assert [name[:5] for name in NAMES] == [f"fig{number:02}" for number in range(1, 10)]
+def test_there_are_eleven():
+    assert [name[:5] for name in NAMES] == [f"fig{number:02}" for number in range(1, 12)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,27 +36,34 @@ ROWS = {
     ),
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
-    "drafting": ("keys", "policies", "trees", "proposers", "drafters"),
-    "prediction": ("intervals", "rounds", "grids", "table", "predict", "run_lengths"),
+    "drafting": (
+        "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
+        "tree_proposer", "tree_drafters", "ways",
+    ),
+    "prediction": (
+        "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
+        "shapes",
+    ),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
-        "autoregressive", "speculative", "device_round", "device_decoding", "decode",
+        "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": (
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
         "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("profile", "timing", "measure", "roofline"),
-    "choice": ("choose", "export", "robustness"),
-    "validation": ("differences", "results", "transformers", "run"),
+    "choice": ("choose", "export", "robustness", "ranking", "rank"),
+    "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
         "report_data", "report_text", "report", "model_card",
     ),
-    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds"),
+    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (
-        "look", "writing", "panels", "layer_figures", "round_figures", "captions", "figures", "printed_tables", "make",
+        "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
+        "printed_tables", "make",
     ),
     "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
@@ -66,6 +73,8 @@ ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
+    "probekit.drafting.text_drafters", "probekit.drafting.imported",
+    "probekit.drafting.round_policies", "probekit.drafting.ways",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

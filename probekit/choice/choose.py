@@ -334,7 +334,7 @@ def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
 
 def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:
     """(prompts,) predicted seconds of each prompt's rounds."""
-    return cell.rounds_by_drafted @ costs.rounds_seconds(cell.key, cell.draft_length)
+    return cell.rounds_by_drafted @ costs.rounds_seconds_of(cell.drafts, cell.draft_length)
 
 
 def speedups(cells: Sequence[Cell], costs: Costs) -> list[float | None]:

@@ -60,7 +60,7 @@ def choose(
     when_to_stop = policy_named(policy)
     prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows, policy=when_to_stop)
     with progress_bars(quiet or as_json) as bars:
-        timed = _costs_of(trace, costs, context, lengths, draft_rows, when_to_stop, device, dtype, bars)
+        timed = costs_of(trace, costs, context, lengths, draft_rows, when_to_stop, device, dtype, bars)
     choice = choose_pair(prediction, timed)
     if export is not None:
         export_choice(choice, export, pretrained_of(trace))
@@ -92,7 +92,7 @@ def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
         out.print(Text(str(entry["sentence"])))
 
 
-def _costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars):
+def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.costs.roofline import roofline_costs

@@ -13,6 +13,7 @@ from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
 from probekit.cli.models import models
 from probekit.cli.predict import predict
+from probekit.cli.rank import rank
 from probekit.cli.report import report
 from probekit.cli.study import study
 from probekit.cli.trace import trace
@@ -25,6 +26,7 @@ ALL: tuple[Callable[..., None], ...] = (
     trace,
     predict,
     choose,
+    rank,
     decode,
     validate,
     fit_heads,

@@ -2,7 +2,8 @@
 
 A self-speculative round with k drafts costs k + 1 passes of layers 0..E-1 over one row, k heads, one pass of layers
 E..L-1 with the head over k + 1 rows, and the accounting of a round. A two-model round costs k steps of the draft model,
-the first over two rows, and one pass of the whole model over k + 1 rows.
+the first over two rows, and one pass of the whole model over k + 1 rows. Drafts that are copied from the text cost
+their verification, the same pass.
 
 A calibration runs the decoder's own steps, in the order in which a round runs them, at a few exits. Times of the exits
 between are read off a straight line in the number of layers; how far the measured points lie from it is kept.
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.drafting.keys import MODEL, DrafterKey
+from probekit.drafting.drafters import Drafter
+from probekit.drafting.keys import MODEL, NO_PASSES, TREE, DrafterKey
+from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
 
@@ -120,7 +123,9 @@ class Costs:
         """Whether rounds of this drafter have a cost here, whatever it drafts with."""
         if key.is_exit:
             return key.exit_layer in self.early_s
-        return key.kind == MODEL and self.drafter == key.model
+        if key.kind == TREE:
+            return key.exit_layer in self.early_s
+        return key.kind in NO_PASSES or (key.kind == MODEL and self.drafter == key.model)
 
     def check_draft_head(self, keys: Iterable[DrafterKey]) -> None:
         """Raise InputError for exits that draft with another head than the one that was timed."""
@@ -146,11 +151,56 @@ class Costs:
         """Seconds of one round of a drafter (as `key_of` takes it) with `drafts` drafts, 0 or more."""
         key = self.key_of(drafter)
         self._check(key, drafts)
+        if key.kind in NO_PASSES:
+            return self.whole_pass_seconds(drafts + 1) + self.overhead_s
         if not key.is_exit and self.draft_model is not None:
             return self.draft_model.round_seconds(drafts) + self.overhead_s
         early, head = self.early_s[key.exit_layer], self.heads_s.get(key.exit_layer, self.head_s)
         once = self.overhead_s + self.cold_s.get(key.exit_layer, 0.0)
         return (drafts + 1) * early + drafts * head + self.verify_s[key.exit_layer, drafts + 1] + once
+
+    def whole_pass_seconds(self, rows: int) -> float:
+        """Seconds of the whole model over `rows` rows: as timed beside a draft model, else read off passes above exits.
+
+        One layer takes what a pass above the first exit takes longer than one above the last, by the layers between.
+        """
+        if rows == 1:
+            return self.autoregressive_s
+        if self.draft_model is not None:
+            return self.draft_model.verify_s[rows]
+        return self.verify_s[1, rows] + self._layer_seconds(rows)
+
+    def tree_seconds(self, exit_layer: int, shape: TreeShape, levels: int) -> float:
+        """Seconds of a round that drafts the first levels of a tree with an exit.
+
+        Passes of the early layers, and heads, over several rows were not timed by themselves: they are read off the
+        verification passes, which have as many rows, and take no less than over one row.
+        """
+        nodes = int(shape.sizes[levels])
+        self._check(DrafterKey.exit(exit_layer), nodes)
+        early, head = self.early_s[exit_layer], self.heads_s.get(exit_layer, self.head_s)
+        total = self.verify_s[exit_layer, nodes + 1] + self.overhead_s + self.cold_s.get(exit_layer, 0.0)
+        for level in range(levels + 1):
+            at = np.flatnonzero(shape.depths == level).tolist()
+            total += max(early, exit_layer * self._layer_seconds(len(at)) if len(at) > 1 else 0.0)
+            if level < levels and (rows := sum(bool(shape.children[node]) for node in at)):
+                alone = self.verify_s[self.depth - 1, rows] - self._layer_seconds(rows)
+                total += max(head, alone if rows > 1 else 0.0)
+        return total
+
+    def _layer_seconds(self, rows: int) -> float:
+        """One layer over so many rows: what passes above the first and above the last exit differ in."""
+        above_first, above_last = self.verify_s[1, rows], self.verify_s[self.depth - 1, rows]
+        return max(0.0, above_first - above_last) / max(1, self.depth - 2)
+
+    def rounds_seconds_of(self, drafter: Drafter, draft_length: int) -> np.ndarray:
+        """The same, with the seconds that the drafter itself says a draft takes (`step_s` of an imported one)."""
+        shape: TreeShape | None = getattr(drafter, "shape", None)
+        if shape is not None:
+            levels = [min(level, shape.depth) for level in range(draft_length + 1)]
+            return np.array([self.tree_seconds(drafter.key.exit_layer, shape, level) for level in levels])
+        own = getattr(drafter, "step_s", 0.0) * np.arange(draft_length + 1)
+        return self.rounds_seconds(drafter.key, draft_length) + own
 
     def rounds_seconds(self, drafter: DrafterKey | int | None, draft_length: int) -> np.ndarray:
         """(draft_length + 1,) seconds of a round with 0, 1, ... drafts."""

@@ -18,7 +18,7 @@ from probekit.decoding.batch import DecodeBatch, DecodePlan
 from probekit.decoding.engine import Engine
 from probekit.decoding.sequence import SequenceState
 from probekit.drafting.keys import DrafterKey
-from probekit.drafting.policies import Policy
+from probekit.drafting.policies import Policy, looks_at
 from probekit.drafting.proposers import BoundDrafter, ExitLayerProposer, Proposer
 from probekit.drafting.trees import DraftTree
 from probekit.models.loaded import Loaded
@@ -37,6 +37,10 @@ class Unstopped:
     @property
     def needs_confidence(self) -> bool:
         return self.policy.needs_confidence
+
+    @property
+    def looks_at(self) -> str:
+        return looks_at(self.policy)
 
     def keep_drafting(self, drafted: int, confidence: float) -> bool:
         self.policy.keep_drafting(drafted, confidence)

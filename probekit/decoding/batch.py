@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,7 @@ from probekit.decoding.engine import Engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.sampling import Sampler, scatter, streams
 from probekit.decoding.sequence import SequenceState
-from probekit.drafting.policies import FixedLength, Policy
+from probekit.drafting.policies import FixedLength, Policy, looks_at
 from probekit.drafting.trees import DraftTree
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded
@@ -106,31 +106,49 @@ class DecodeBatch:
         """
         limits = [row.limit(draft_length) for row in self.rows]
         outputs = self.outputs
+        confidence = looks_at(policy) if policy.needs_confidence else None
         tokens, distributions = [self.last], list[Tensor]()
         place = 0
         while place < max(limits):
-            token, distribution, confidence = self.sampler.draft(
-                step(tokens[-1], place), self.stream, outputs + place, policy.needs_confidence
+            token, distribution, sureness = self.sampler.draft(
+                step(tokens[-1], place), self.stream, outputs + place, confidence
             )
             if distribution is not None:
                 distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
             tokens.append((token if ids is None else ids[token])[:, None])
             place += 1
             if not isinstance(policy, FixedLength):
-                sure = [math.nan] * len(limits) if confidence is None else confidence.tolist()
+                sure = [math.nan] * len(limits) if sureness is None else sureness.tolist()
                 for row, probability in enumerate(sure):
                     if limits[row] > place and not policy.keep_drafting(place, probability):
                         limits[row] = place
         written = torch.cat(tokens, dim=1)
         return DraftTree.chain(written, torch.stack(distributions, dim=1) if distributions else None, limits)
 
-    def verify(self, tree: DraftTree, logits: Tensor) -> None:
+    def drafted(self, drafts: Sequence[Sequence[int]], policy: Policy) -> DraftTree:
+        """A round whose drafts are known beforehand: each row's own, of any number up to its limit."""
+        limits = [
+            next((place for place in range(1, len(own)) if not policy.keep_drafting(place, math.nan)), len(own))
+            for own in drafts
+        ]
+        longest = max(limits)
+        padded = [[*own[:longest], *[0] * (longest - len(own))] for own in drafts]
+        tokens = torch.tensor(padded, dtype=torch.long, device=self.device).view(len(drafts), longest)
+        certain = None  # what a copied draft was drawn from: itself
+        if longest and not self.plan.sampling.greedy:
+            certain = torch.zeros(*tokens.shape, self.vocabulary, device=self.device).scatter_(-1, tokens[..., None], 1)
+        return DraftTree.chain(torch.cat([self.last, tokens], dim=1), certain, limits)
+
+    def verify(self, tree: DraftTree, logits: Tensor) -> list[list[int]]:
         """Accept or reject the drafts of a round. logits: (rows, k + 1, vocabulary) of the model on the written tokens.
 
-        Raises InputError for drafts that branch: only chains are judged here.
+        Returns the places of the root and of each row's accepted drafts among the written tokens. Raises InputError for
+        drafts that branch and were not written as a tree.
         """
+        if tree.branches:
+            return self._verify_branches(tree, logits)
         if not tree.is_chain:
-            raise InputError("these drafts branch; this decoder verifies chains, in which each follows the one before.")
+            raise InputError("these drafts branch, and their keys and values were written as a chain's.")
         limits = torch.tensor(tree.limits, device=self.device)
         verdict = self.sampler.verify(tree.tokens, tree.probabilities, limits, logits, self.stream, self.outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
@@ -140,6 +158,34 @@ class DecodeBatch:
             row.round(tokens, limit, length, after)
         self.lap("verify")
         self.retire_finished()
+        return [list(range(1 + length)) for length, *_ in host_copy]
+
+    def _verify_branches(self, tree: DraftTree, logits: Tensor) -> list[list[int]]:
+        """Greedily: from the root down, as long as the model's token is a draft; then its keys move together."""
+        best = logits.argmax(-1)
+        chosen, written = best.tolist(), tree.written.tolist()
+        children: list[list[int]] = [[] for _ in range(1 + len(tree.parents))]
+        for place, parent in enumerate(tree.parents):
+            children[parent].append(1 + place)
+        paths = []
+        for at, row in enumerate(self.rows):
+            path: list[int] = [0]
+            node: int | None = 0
+            while node is not None:
+                below = (child for child in children[node] if child <= tree.limits[at])
+                node = next((child for child in below if written[at][child] == chosen[at][node]), None)
+                path += [] if node is None else [node]
+            paths.append(path)
+            if path != list(range(len(path))):
+                start = row.position
+                self.engines[0].cache.gather(at, start + 1, [start + each for each in path[1:]])
+            row.round([written[at][each] for each in path[1:]], tree.limits[at], len(path) - 1, chosen[at][path[-1]])
+        ends = torch.tensor([[path[-1]] for path in paths], device=self.device)
+        self.previous = tree.written.gather(1, ends)
+        self.last = best.gather(1, ends)
+        self.lap("verify")
+        self.retire_finished()
+        return paths
 
     def lap(self, phase: str) -> None:
         """Count the time since the last lap to a phase."""

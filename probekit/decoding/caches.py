@@ -93,6 +93,12 @@ class PositionCache(Cache):
             (keys[: self.rows], values[: self.rows]) for keys, values in zip(self.keys, self.values, strict=True)
         ]
 
+    def gather(self, row: int, start: int, slots: Sequence[int]) -> None:
+        """Move what a row's `slots` hold to start, start + 1, ..: a tree's accepted path becomes the text."""
+        places = torch.tensor(list(slots), device=self.keys.device)
+        for numbers in (self.keys, self.values):
+            numbers[:, row, :, start : start + len(slots)] = numbers[:, row, :, places]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots that the present pass sees: with places given from outside there is no other length."""
         return self.places.visible if self.places is not None else 0

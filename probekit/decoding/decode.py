@@ -34,17 +34,20 @@ _DRAFTING: Mapping[str, tuple[str, ...]] = {
 
 
 class Chosen(Protocol):
-    """A way to decode (`choice.choose.Candidate`). drafts: who drafts; None where nobody does."""
+    """A way to decode (`choice.choose.Candidate`, `choice.ranking.Ranked`).
+
+    drafts: who drafts; several take turns by the choice's policy; None where nobody does.
+    """
 
     @property
-    def drafts(self) -> Drafter | None: ...
+    def drafts(self) -> Drafter | tuple[Drafter, ...] | None: ...
 
     @property
     def draft_length(self) -> int: ...
 
 
 class ChoiceLike(Protocol):
-    """What `probekit.choose` returns."""
+    """What `probekit.choose` and `probekit.rank` return."""
 
     @property
     def best(self) -> Chosen: ...
@@ -75,8 +78,8 @@ def decode(
     Parameters
     ----------
     prompt: a text, encoded as `tokenizer(prompt)` does by default, or token ids.
-    choice: what `probekit.choose` chose: its drafter, draft length and policy, or plain decoding where it says not to
-        speculate. A chosen draft model is to be given too. Without a choice:
+    choice: what `probekit.choose` or `probekit.rank` found best: its drafter, draft length and policy, or plain
+        decoding where it says not to speculate. A chosen draft model is to be given too. Without a choice:
     method: one of METHODS, autoregressive by default. "self-speculative" needs exit_layer and draft_length,
         "speculative" draft_model and draft_length, "early-exit" exit_layer; a setting that the method has no use for is
         refused.
@@ -143,8 +146,9 @@ def _as_chosen(loaded: Loaded, choice: ChoiceLike, given: Mapping[str, Any]) -> 
     if best.drafts is None:
         return Autoregressive(loaded)
     heads = None if given["exit_heads"] is None else _heads(given["exit_heads"], loaded)
-    drafter = equipped(best.drafts, draft_model=given["draft_model"], exit_heads=heads)
-    return Speculative(loaded, drafter, best.draft_length, policy=choice.policy)
+    drafts = best.drafts if isinstance(best.drafts, tuple) else (best.drafts,)
+    drafters = [equipped(each, draft_model=given["draft_model"], exit_heads=heads) for each in drafts]
+    return Speculative(loaded, drafters, best.draft_length, policy=choice.policy)
 
 
 def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder:

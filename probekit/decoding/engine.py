@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.caches import PassPositions, PositionCache
+from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.hooks.fast_forward import fast_forward, fast_head
-from probekit.hooks.sites import is_hooked, is_intercepted
+from probekit.hooks.sites import is_hooked, is_intercepted, run_layers
 from probekit.hooks.stop_resume import Resume, Stop
 from probekit.models import families
 from probekit.models.anatomy import Anatomy, check_unchanged
@@ -55,6 +56,8 @@ class Engine:
         self._rotary = {
             kind: parts.family.rotary(parts.rotary, like, within, kind) for kind in dict.fromkeys(self._kinds)
         }
+        self.watched: dict[int, list[Tensor]] = {}  # exit layer -> the residuals there of every pass, as asked for
+        self._trees: dict[TreeShape, tuple[Tensor, ...]] = {}  # depths; who is neither a node's ancestor nor itself
         self._stops: dict[int, Stop] = {}
         self._resumes: dict[int, Resume] = {}
 
@@ -72,6 +75,38 @@ class Engine:
             needs_mask = True
         return self._pass_positions(positions, visible, rotary, needs_mask)
 
+    def tree_places(self, starts: Sequence[int], shape: TreeShape, nodes: range) -> PassPositions:
+        """Nodes of a tree whose root is each row's last token, at position starts[row]; node j is written at slot
+        starts[row] + j, and sees the text up to the root, its ancestors and itself."""
+        tree = self._trees.get(shape)
+        if tree is None:
+            tree = self._trees[shape] = tuple(
+                torch.as_tensor(each, device=self.parts.device) for each in (shape.depths, ~shape.ancestors)
+            )
+        depths, strangers = tree
+        first, last = nodes[0], nodes[-1] + 1
+        start = torch.tensor(starts, device=self.parts.device)[:, None]
+        positions = start + depths[first:last]
+        slots = start + self._positions[:, first:last]
+        visible = max(starts) + last
+        if min(starts) == max(starts):  # the text is seen, and then comes the tree
+            hidden = strangers.new_zeros(len(starts), last - first, visible)
+            hidden[..., visible - last :] = strangers[first:last, :last]
+        else:
+            node = self._positions[:, :visible] - start  # (rows, visible): 0 is the root, below it the text
+            within = node.clamp(0, last - 1)
+            hidden = (node > 0)[:, None] & (strangers[first:last][:, within].transpose(0, 1) | (node >= last)[:, None])
+        kinds = {}
+        for kind, (cos, sin) in self._rotary.items():
+            own = hidden
+            if kind.window is not None:
+                node = self._positions[:, :visible] - start
+                stands = torch.where(node <= 0, node, depths[node.clamp(0, len(depths) - 1)]) + start
+                own = hidden | (stands[:, None] <= positions[..., None] - kind.window)
+            mask = own[:, None].to(self.parts.dtype).mul_(torch.finfo(self.parts.dtype).min)
+            kinds[kind] = self._layer_inputs(mask, positions, (cos[0][positions], sin[0][positions]))
+        return PassPositions(self.cache.slots(slots), visible, kinds, self._kinds)
+
     def _pass_positions(
         self,
         positions: Tensor,
@@ -82,14 +117,18 @@ class Engine:
         family, kinds = self.parts.family, {}
         for kind, embeddings in rotary.items():
             masked = needs_mask or (kind.window is not None and visible > kind.window)
-            kinds[kind] = {
-                "attention_mask": family.mask(kind, positions, visible, self.parts.dtype) if masked else None,
-                "position_ids": positions,
-                "position_embeddings": embeddings,
-                family.names.cache: self.cache,
-                "use_cache": True,
-            }
+            mask = family.mask(kind, positions, visible, self.parts.dtype) if masked else None
+            kinds[kind] = self._layer_inputs(mask, positions, embeddings)
         return PassPositions(self.cache.slots(positions), visible, kinds, self._kinds)
+
+    def _layer_inputs(self, mask: Tensor | None, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "position_embeddings": rotary,
+            self.parts.family.names.cache: self.cache,
+            "use_cache": True,
+        }
 
     def early(self, tokens: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers 0..exit_layer-1 on (rows, tokens): the residual there, (rows, tokens, width)."""
@@ -97,7 +136,8 @@ class Engine:
         if stop is None:
             stop = self._stops[exit_layer] = Stop(self.parts, exit_layer)
         self.cache.places = places
-        return stop.direct(self.parts.family.embed(self.parts, tokens), places.each)
+        embedded = self.parts.family.embed(self.parts, tokens)
+        return self._in_steps(embedded, places, 0, exit_layer) if self.watched else stop.direct(embedded, places.each)
 
     def late(self, residual: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers exit_layer..L-1 and the final norm on (rows, tokens, width); the same shape."""
@@ -105,7 +145,23 @@ class Engine:
         if resume is None:
             resume = self._resumes[exit_layer] = Resume(self.parts, exit_layer)
         self.cache.places = places
+        if self.watched:
+            return self.parts.norm(self._in_steps(residual, places, exit_layer, self.parts.depth))
         return resume.direct(residual, places.each)
+
+    def watch(self, exit_layers: Sequence[int]) -> None:
+        """Keep the residuals of the passes to come at these exits, in `watched`; those of before are dropped."""
+        self.watched = {exit_layer: [] for exit_layer in exit_layers}
+
+    def _in_steps(self, residual: Tensor, places: PassPositions, first: int, last: int) -> Tensor:
+        """Layers first..last-1, from one watched exit to the next."""
+        at = first
+        for site in [*sorted(site for site in self.watched if first < site < last), last]:
+            residual = run_layers(self.parts.layers[at:site], residual, places.each[at:site])
+            if site in self.watched:
+                self.watched[site].append(residual)
+            at = site
+        return residual
 
     def full(self, tokens: Tensor, places: PassPositions) -> Tensor:
         """Every layer and the final norm on (rows, tokens): (rows, tokens, width)."""

@@ -49,6 +49,8 @@ class Decoded:
     tokens: y[0..N-1], the closing token included.
     drafted, accepted: counts of each round. A step of a method that does not draft is a round with an empty draft.
     exit_layer, draft_length, drafter: the setting; None (draft_length 0) where the method has none.
+    ways: of each round, whose turn it was to draft: the place of the drafter, -1 for nobody; empty without a policy
+        that chooses for each round.
     seconds: "prefill", "draft", "verify" and "total" of the batch, from its start until this text ended. The split
         between draft and verify is the host's view, which on an accelerator runs ahead of the device.
     lossless: whether the tokens are those (greedy) or distributed as those (sampled) of the model alone.
@@ -65,6 +67,7 @@ class Decoded:
     exit_layer: int | None = None
     draft_length: int = 0
     drafter: str | None = None
+    ways: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     lossless: bool = True
 
@@ -118,7 +121,10 @@ class Decoded:
     def to_json(self) -> dict[str, Any]:
         """Fields and the figures that follow from them, JSON types only."""
         figures = ("rounds", "accepted_by_position", "acceptance_rate", "alpha", "tokens_per_round")
-        return asdict(self) | {figure: getattr(self, figure) for figure in figures}
+        fields = asdict(self)
+        if not self.ways:
+            del fields["ways"]
+        return fields | {figure: getattr(self, figure) for figure in figures}
 
     def __repr__(self) -> str:
         return f"Decoded({reprlib.repr(self.text)}: {self.summary()})"

@@ -115,18 +115,20 @@ class Sampler:
         return draw(warp(logits, self.sampling).exp(), keys(stream, outputs, FINAL))
 
     def draft(
-        self, logits: Tensor, stream: Tensor, outputs: Tensor, confident: bool = False
+        self, logits: Tensor, stream: Tensor, outputs: Tensor, confidence: str | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A draft for each row, the distribution that it was drawn from (None when greedy), and its confidence.
 
-        The confidence, if asked for, is the draft's probability, (rows,); for greedy drafts at temperature 1.
+        confidence: which to give of the draft, (rows,), one of `drafting.policies.CONFIDENCES`: its "probability", or
+        the "entropy" of its distribution, for greedy drafts at temperature 1; or the "margin" of the two top logits.
         """
         if self.sampling.greedy:
             token = logits.argmax(-1)
-            return token, None, _probability(logits.float().softmax(-1), token) if confident else None
-        probabilities = warp(logits, self.sampling).exp()
+            return token, None, None if confidence is None else _confidence(confidence, logits, token)
+        log_q = warp(logits, self.sampling)
+        probabilities = log_q.exp()
         token = draw(probabilities, keys(stream, outputs, DRAFT))
-        return token, probabilities, _probability(probabilities, token) if confident else None
+        return token, probabilities, None if confidence is None else _confidence(confidence, log_q, token)
 
     def verify(
         self,
@@ -169,6 +171,17 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """
     rest = (p - q).clamp_(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+def _confidence(which: str, logits: Tensor, token: Tensor) -> Tensor:
+    """logits: (rows, vocabulary); token: (rows,) the drafts. Returns (rows,)."""
+    if which == "margin":
+        first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
+        return first - second
+    log_q = logits.float().log_softmax(-1)
+    if which == "entropy":
+        return -(log_q.exp() * log_q.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    return _probability(log_q.exp(), token)
 
 
 def _run(accepted: Tensor, steps: Tensor, limits: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class SequenceState:
         self.tokens: list[int] = []
         self.drafted: list[int] = []
         self.accepted: list[int] = []
+        self.ways: list[int] = []  # of each round: whose turn it was, where drafters take turns
+        self.most: int | None = None  # drafts of the next round, where a policy said so
         self.ended: Ended | None = None
         self._eos_ids = eos_ids
         self._tokenizer = tokenizer
@@ -50,7 +52,8 @@ class SequenceState:
 
     def limit(self, draft_length: int) -> int:
         """Drafts of the next round: k = min(K, M - i - 1), so that no round emits more than the budget."""
-        return min(draft_length, self.budget - len(self.tokens) - 1)
+        most = draft_length if self.most is None else min(draft_length, self.most)
+        return min(most, self.budget - len(self.tokens) - 1)
 
     def first(self, token: int) -> None:
         """Count y[0], which the prefill emits."""
@@ -129,6 +132,7 @@ class SequenceState:
             ended=self.ended,
             drafted=self.drafted,
             accepted=self.accepted,
+            ways=self.ways,
             seconds=seconds,
             **setting,
         )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from probekit.drafting.keys import DrafterKey, check_exits
+from probekit.drafting.policies import CONFIDENCES, Policy, drafts_allowed, looks_at
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,13 +46,67 @@ class Drafter(Protocol):
         """The sum over tokens of min(p, q)."""
         ...
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
-        """The drafter's probability of what it drafts, as a policy sees it in a decoder."""
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
+        """What a policy sees in a decoder of a draft at each position: one of `policies.CONFIDENCES`.
+
+        One without `of` knows the probability only.
+        """
         ...
 
     def on(self, loaded: Loaded) -> BoundDrafter:
         """Ready to draft for a model. Raises InputError where it cannot."""
         ...
+
+
+class Outlook(NamedTuple):
+    """What a drafter would do in a round that starts at each output position of one text.
+
+    run: (N,) int32, leading drafts that are the text's own tokens. drafted: (N,) int32, tokens that it has to draft.
+    Of a tree both count levels.
+    """
+
+    run: np.ndarray
+    drafted: np.ndarray
+
+
+@runtime_checkable
+class TextDrafter(Drafter, Protocol):
+    """A drafter whose drafts follow from the text and from where their round starts: nothing is left to chance."""
+
+    def outlook(self, trace: Trace, prompt: int, longest: int) -> Outlook:
+        """What a round of at most `longest` drafts would do at each output position."""
+        ...
+
+
+def outlook(drafter: Drafter, trace: Trace, prompt: int, longest: int) -> Outlook:
+    """The outlook of any drafter on greedy text, of a text drafter on any."""
+    if isinstance(drafter, TextDrafter):
+        return drafter.outlook(trace, prompt, longest)
+    agrees = drafter.signal(trace, prompt)
+    return Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32))
+
+
+def sizes_of(drafter: Drafter, longest: int) -> np.ndarray:
+    """(longest + 1,) tokens that a round of at most 0, 1, .. levels drafts: as many, but for a tree."""
+    shape = getattr(drafter, "shape", None)
+    levels = np.arange(longest + 1)
+    return levels if shape is None else shape.sizes[np.minimum(levels, shape.depth)]
+
+
+def allowed_by(policy: Policy, drafter: Drafter, trace: Trace, prompt: int, longest: int) -> np.ndarray:
+    """(N,) int32: the most drafts that a policy lets a round have that starts at each output position."""
+    sure = None
+    if policy.needs_confidence:
+        of = looks_at(policy)
+        sure = drafter.confidence(trace, prompt, *(() if of == CONFIDENCES[0] else (of,)))
+    return drafts_allowed(policy, sure, len(trace.outputs(prompt)), longest)
+
+
+def runs_of(agrees: np.ndarray) -> np.ndarray:
+    """(..., N) int32: how many positions from each one on agree, up to the first that does not, or the end."""
+    place = np.arange(agrees.shape[-1], dtype=np.int32)
+    ahead = np.where(agrees, np.int32(agrees.shape[-1]), place)
+    return np.minimum.accumulate(ahead[..., ::-1], axis=-1)[..., ::-1] - place
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +159,14 @@ class ExitLayer:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         return trace.values(prompt, "overlap")[self.exit_layer]
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         if self.rows is not None or self.read is not None:
             raise InputError(
                 "a trace does not say how sure a draft head with fewer rows is, so no policy that asks for it can be "
                 "predicted.",
                 "Leave the draft rows out, or draft with a fixed length.",
             )
-        return trace.values(prompt, "probability")[self.exit_layer]
+        return trace.values(prompt, of)[self.exit_layer]
 
     def on(self, loaded: Loaded) -> BoundDrafter:
         from probekit.drafting.proposers import ExitLayerDrafts
@@ -153,7 +208,7 @@ class DraftModel:
     def overlap(self, trace: Trace, prompt: int) -> np.ndarray:
         return trace.drafter_values(prompt, "overlap")
 
-    def confidence(self, trace: Trace, prompt: int) -> np.ndarray:
+    def confidence(self, trace: Trace, prompt: int, of: str = "probability") -> np.ndarray:
         raise InputError(
             "a trace does not say how sure the draft model is, so no policy that asks for it can be predicted.",
             "Predict exit layers, or draft with a fixed length.",

@@ -18,6 +18,10 @@ SELF = "self"
 """What tables and JSON call the drafter of an exit layer: the model itself."""
 
 EXIT, MODEL = "exit", "model"
+NGRAM, SUFFIX, IMPORTED = "ngram", "suffix", "imported"
+TREE = "tree"
+NO_PASSES = (NGRAM, SUFFIX, IMPORTED)
+"""Kinds whose drafts take no pass of a model that is at hand: a round costs its verification by the whole model."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,19 @@ class DrafterKey:
     @property
     def method(self) -> str:
         """What decoding with it is called."""
-        return "self-speculative" if self.is_exit else "speculative"
+        return "self-speculative" if self.kind in (EXIT, TREE) else "speculative"
 
     @property
     def label(self) -> str:
         """As tables show it."""
+        if self.kind == TREE:
+            return f"layer {self.exit_layer}, {self.model}"
         return f"layer {self.exit_layer}" if self.is_exit else self.model
 
     @property
     def exit_or_null(self) -> int | None:
-        """The exit layer as JSON and tables hold it: null for every other drafter."""
-        return self.exit_layer if self.is_exit else None
+        """The exit layer as JSON and tables hold it, a tree's, too: null for every other drafter."""
+        return self.exit_layer if self.kind in (EXIT, TREE) else None
 
     def names(self, given: DrafterKey | int | None) -> bool:
         """Whether `given` means this one: a key, an exit layer, or None for the draft model, as JSON writes it."""

@@ -22,7 +22,8 @@ class Policy(Protocol):
     A function of its arguments alone: the rows of a batch take turns, so nothing may be kept between two calls.
 
     exact: whether a trace predicts the rounds exactly. needs_confidence: whether `keep_drafting` looks at it; if not,
-    the host need not wait for it, and it is NaN.
+    the host need not wait for it, and it is NaN. One that looks at another figure of the last draft's logits than its
+    probability says which by an attribute `looks_at`, one of CONFIDENCES.
     """
 
     @property
@@ -34,6 +35,16 @@ class Policy(Protocol):
     def keep_drafting(self, drafted: int, confidence: float) -> bool:
         """drafted: drafts of this round so far. confidence: the drafter's probability of the last one."""
         ...
+
+
+CONFIDENCES = ("probability", "entropy", "margin")
+"""What a drafter can say of its last draft: its probability; the entropy (nats) of what it was drawn from; and for
+greedy drafts how far its logit stands above the next one's."""
+
+
+def looks_at(policy: Policy) -> str:
+    """Which of CONFIDENCES a policy is told."""
+    return getattr(policy, "looks_at", CONFIDENCES[0])
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,52 @@ class ConfidenceThreshold:
         return confidence >= self.threshold
 
 
-POLICIES: dict[str, Callable[..., Policy]] = {"fixed": FixedLength, "confidence": ConfidenceThreshold}
-"""By the names that the command line knows."""
+@dataclass(frozen=True)
+class EntropyThreshold:
+    """Stop after a draft that was drawn from a distribution of more than `threshold` nats; it is still verified.
+
+    As AdaEDL (arXiv 2410.18351) bounds the chance of acceptance by the entropy, with a threshold that stays.
+    """
+
+    threshold: float
+    exact = False
+    needs_confidence = True
+    looks_at = "entropy"
+
+    def __post_init__(self) -> None:
+        if not (self.threshold >= 0 and np.isfinite(self.threshold)):
+            raise InputError(f"the entropy threshold must be a number of at least 0 (nats), not {self.threshold}.")
+
+    def keep_drafting(self, drafted: int, confidence: float) -> bool:
+        return confidence <= self.threshold
+
+
+@dataclass(frozen=True)
+class MarginThreshold:
+    """Stop after a draft whose logit is less than `threshold` above the next one; it is still verified."""
+
+    threshold: float
+    exact = False
+    needs_confidence = True
+    looks_at = "margin"
+
+    def __post_init__(self) -> None:
+        if not (self.threshold >= 0 and np.isfinite(self.threshold)):
+            raise InputError(f"the margin threshold must be a number of at least 0, not {self.threshold}.")
+
+    def keep_drafting(self, drafted: int, confidence: float) -> bool:
+        return confidence >= self.threshold
+
+
+POLICIES: dict[str, Callable[..., Policy] | str] = {
+    "fixed": FixedLength,
+    "confidence": ConfidenceThreshold,
+    "entropy": EntropyThreshold,
+    "margin": MarginThreshold,
+    "heuristic": "probekit.drafting.round_policies.Heuristic",
+    "del": "probekit.drafting.round_policies.DynamicExit",
+}
+"""By the names that the command line knows; a text says where the policy is."""
 
 
 def policy_named(text: str) -> Policy:
@@ -80,7 +135,8 @@ def policy_named(text: str) -> Policy:
     Raises InputError for a name or numbers that make no policy.
     """
     name, *numbers = text.split(":")
-    make = POLICIES.get(name) or _imported(name)
+    known = POLICIES.get(name, name)
+    make = _imported(known) if isinstance(known, str) else known
     if make is None:
         raise InputError(
             f"there is no policy {name!r}: there are {', '.join(POLICIES)}.",
@@ -114,6 +170,12 @@ def drafts_allowed(policy: Policy, confidence: np.ndarray | None, positions: int
     mismatch, and past the end of the text, a decoder may see another one.
     """
     allowed = np.full(positions, longest, dtype=np.int32)
+    if isinstance(policy, (ConfidenceThreshold, EntropyThreshold, MarginThreshold)) and confidence is not None:
+        # these do not count drafts, so that one look at each position settles all rounds
+        places = np.arange(positions, dtype=np.int32)
+        goes_on = [policy.keep_drafting(1, each) for each in confidence.tolist()]
+        stop = np.where(goes_on, np.int32(positions + longest), places)
+        return np.minimum(np.minimum.accumulate(stop[::-1])[::-1] - places + 1, longest)
     for start in range(positions):
         for drafted in range(1, longest):
             place = start + drafted - 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from probekit.drafting.keys import DrafterKey, check_draft_model
+from probekit.drafting.lookup import TextIndex
 from probekit.drafting.policies import Policy
 from probekit.drafting.trees import DraftTree
 from probekit.errors import InputError
@@ -154,9 +155,13 @@ class DraftHead:
 
     def __call__(self, residual: Tensor) -> Tensor:
         """residual: (rows, 1, width). Returns (rows, vocabulary or F)."""
+        return self.all_rows(residual)[:, -1]
+
+    def all_rows(self, residual: Tensor) -> Tensor:
+        """residual: (..., width). Returns (..., vocabulary or F)."""
         if self._exit_head is not None:
             residual = self._exit_head(residual)
-        return self._head(self._norm(residual))[:, -1]
+        return self._head(self._norm(residual))
 
 
 def check_draft_vocabulary(ids: Tensor, vocabulary: int) -> Tensor:
@@ -223,3 +228,87 @@ class DraftModelProposer:
     def _same_vocabulary(self, logits: Tensor) -> Tensor:
         """The helper's logits, cut or filled up to the model's vocabulary: heads are padded to different sizes."""
         return functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
+
+
+# Nobody, and drafters that copy from the text.
+
+
+class NobodyDrafts:
+    """No drafts at all: a round is a step of autoregressive decoding."""
+
+    def __init__(self, batch: Any, engine: Any) -> None:
+        self.batch = batch
+        self.engine = engine
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        return self.engine.full(prompt, self.engine.places([0], prompt.shape[1]))
+
+    def propose(self, draft_length: int, policy: Policy) -> DraftTree:
+        return DraftTree.chain(self.batch.last, None, [0] * len(self.batch.rows))
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        return self.engine.full(tree.written, self.engine.places(self.batch.positions, 1))
+
+
+class LookupDrafts:
+    """A drafter whose drafts follow from the text: `make` gives each row an index of its own."""
+
+    helpers: Sequence[Loaded] = ()
+
+    def __init__(self, key: DrafterKey, make: Callable[[], TextIndex]) -> None:
+        self.key = key
+        self._make = make
+
+    def open(self, batch: Any, engine: Any, *helpers: Any) -> TextProposer:
+        indices: dict[int, tuple[TextIndex, int]] = {}  # of each prompt: its index, and how much of the output it read
+
+        def drafts(row: Any, most: int) -> list[int]:
+            index, read = indices.get(row.index) or (self._make(), 0)
+            index.read(row.tokens[read:] if read else [*row.prompt_ids, *row.tokens])
+            indices[row.index] = index, len(row.tokens)
+            return index.drafts(most)
+
+        return TextProposer(batch, engine, drafts)
+
+
+class KnownDrafts:
+    """A drafter whose drafts were written down along a known text: (prompt, output index, most) -> tokens."""
+
+    helpers: Sequence[Loaded] = ()
+
+    def __init__(self, key: DrafterKey, drafts: Callable[[int, int, int], list[int]]) -> None:
+        self.key = key
+        self._drafts = drafts
+
+    def open(self, batch: Any, engine: Any, *helpers: Any) -> TextProposer:
+        if not batch.plan.sampling.greedy:
+            raise InputError(
+                f"{self.key.model} is known along greedy texts only, and sampling writes others.", "Decode greedily."
+            )
+        return TextProposer(batch, engine, lambda row, most: self._drafts(row.index, len(row.tokens), most))
+
+
+class TextProposer:
+    """Draft what a function of a row's text says, verify with one pass of the whole model over k + 1 rows.
+
+    drafts: (sequence state, most) -> at most so many tokens.
+    """
+
+    def __init__(self, batch: Any, engine: Any, drafts: Callable[[Any, int], list[int]]) -> None:
+        self.batch = batch
+        self.engine = engine
+        self.drafts = drafts
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        return self.engine.full(prompt, self.engine.places([0], prompt.shape[1]))
+
+    def propose(self, draft_length: int, policy: Policy) -> DraftTree:
+        if policy.needs_confidence:
+            raise InputError(
+                "drafts that are copied from the text come without a confidence, which this policy asks for.",
+                "Draft with a fixed length.",
+            )
+        return self.batch.drafted([self.drafts(row, row.limit(draft_length)) for row in self.batch.rows], policy)
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        return self.engine.full(tree.written, self.engine.places(self.batch.positions, tree.written.shape[1]))

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit.drafting.drafters import Drafter, traced_drafters
-from probekit.drafting.policies import FIXED, FixedLength, Policy, drafts_allowed
+from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlook, sizes_of, traced_drafters
+from probekit.drafting.policies import FIXED, FixedLength, Policy
+from probekit.drafting.round_policies import RoundPolicy
+from probekit.drafting.ways import Way
 from probekit.errors import InputError
 from probekit.prediction.intervals import bootstrap_ratio, interval_or_none
+from probekit.prediction.replay import replay
 from probekit.prediction.rounds import CUT, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
 from probekit.prediction.table import Cell, Prediction, PromptRounds
 from probekit.traces.trace import Trace, as_trace
@@ -71,6 +74,10 @@ def predict(
             "Trace greedily, or draft with a fixed length.",
         )
 
+    # Text drafters draft the same tokens for any text: given the text, nothing about their rounds is left to chance.
+    certain = [each for each in drafters if greedy or isinstance(each, TextDrafter)]
+    chancy = [each for each in drafters if not (greedy or isinstance(each, TextDrafter))]
+
     counted: list[RoundCounts] = []
     rounds: list[PromptRounds] = []
     texts = trace.texts.set_index("prompt").loc[trace.prompts]
@@ -79,19 +86,27 @@ def predict(
     budgets = np.where(texts["ended"] == CUT, tokens, budget)
     for chunk in _chunks(tokens, len(drafters) * len(lengths)):
         prompts = trace.prompts[chunk]
-        signal = _signal(trace, prompts, tokens[chunk], drafters)
-        if greedy:
-            allowed = _allowed(trace, prompts, signal.shape, drafters, policy, int(lengths.max()))
-            walk = walk_rounds(signal, tokens[chunk], lengths, budgets[chunk], first, allowed)
-            counted.append(tally(walk, int(lengths.max())))
+        parts = []
+        if certain:
+            seen = _outlooks(trace, prompts, tokens[chunk], certain, int(lengths.max()))
+            if isinstance(policy, RoundPolicy):
+                walk = _replayed(trace.select(prompts), certain, lengths, policy, first_round)
+            else:
+                allowed = _allowed(trace, prompts, seen, certain, policy, int(lengths.max()))
+                walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], first, allowed)
+            parts.append(tally(walk, int(lengths.max())))
             if with_rounds:
-                rounds += _rounds_of_walk(walk, prompts, drafters, lengths)
-        else:
-            counted.append(expect_rounds(signal, tokens[chunk], lengths, budgets[chunk], first)[0])
+                rounds += _rounds_of_walk(walk, prompts, certain, lengths)
+        if chancy:
+            w = _chances(trace, prompts, tokens[chunk], chancy)
+            parts.append(expect_rounds(w, tokens[chunk], lengths, budgets[chunk], first)[0])
             if with_rounds:
-                rounds += _probabilities(signal, prompts, tokens[chunk], drafters, lengths)
+                rounds += _probabilities(w, prompts, tokens[chunk], chancy, lengths)
+        counted.append(_joined(parts, axis=0))
 
-    counts = RoundCounts(*(np.concatenate(parts, axis=2) for parts in zip(*counted, strict=True)))
+    counts = _joined(counted, axis=2)
+    order = [[*certain, *chancy].index(each) for each in drafters]
+    counts = RoundCounts(*(each[order] for each in counts))
     emitted = np.maximum(tokens.astype(np.int64) - first, 0)
     return Prediction(
         model=trace.manifest.model.name,
@@ -124,34 +139,69 @@ def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(tokens), size))
 
 
-def _signal(trace: Trace, prompts: Sequence[int], tokens: np.ndarray, drafters: Sequence[Drafter]) -> np.ndarray:
-    """(drafters, prompts, N): agreement, bool, for greedy text, else w, float64; nothing beyond a text's end."""
-    dtype = bool if trace.manifest.settings.text == "greedy" else np.float64
-    signal = np.zeros((len(drafters), len(prompts), int(tokens.max())), dtype=dtype)
+def _joined(parts: Sequence[RoundCounts], axis: int) -> RoundCounts:
+    """Counts of the same cells side by side; whole ones become floats beside expected ones."""
+    return RoundCounts(*(np.concatenate(each, axis=axis) for each in zip(*parts, strict=True)))
+
+
+def _outlooks(
+    trace: Trace, prompts: Sequence[int], tokens: np.ndarray, drafters: Sequence[Drafter], longest: int
+) -> Outlook:
+    """(drafters, prompts, N) both; nothing beyond a text's end."""
+    shape = len(drafters), len(prompts), int(tokens.max())
+    seen = Outlook(np.zeros(shape, dtype=np.int32), np.full(shape, longest, dtype=np.int32))
     for place, prompt in enumerate(prompts):
         for row, drafter in enumerate(drafters):
-            signal[row, place, : tokens[place]] = drafter.signal(trace, prompt)
-    return signal
+            here = row, place, slice(tokens[place])
+            seen.run[here], seen.drafted[here] = outlook(drafter, trace, prompt, longest)
+    return seen
+
+
+def _chances(trace: Trace, prompts: Sequence[int], tokens: np.ndarray, drafters: Sequence[Drafter]) -> np.ndarray:
+    """(drafters, prompts, N) float64, w; nothing beyond a text's end."""
+    chances = np.zeros((len(drafters), len(prompts), int(tokens.max())))
+    for place, prompt in enumerate(prompts):
+        for row, drafter in enumerate(drafters):
+            chances[row, place, : tokens[place]] = drafter.signal(trace, prompt)
+    return chances
 
 
 def _allowed(
     trace: Trace,
     prompts: Sequence[int],
-    shape: tuple[int, ...],
+    seen: Outlook,
     drafters: Sequence[Drafter],
     policy: Policy,
     longest: int,
 ) -> np.ndarray | None:
-    """(drafters, prompts, N): the most drafts that a policy lets a round have; None where it is always K."""
+    """(drafters, prompts, N): the most drafts that a drafter has and a policy lets it have; None: always K."""
     if isinstance(policy, FixedLength):
-        return None
-    allowed = np.full(shape, longest, dtype=np.int32)
+        return seen.drafted if any(isinstance(each, TextDrafter) for each in drafters) else None
+    allowed = seen.drafted
     for place, prompt in enumerate(prompts):
         for row, drafter in enumerate(drafters):
-            sure = drafter.confidence(trace, prompt) if policy.needs_confidence else None
-            found = drafts_allowed(policy, sure, len(trace.outputs(prompt)), longest)
-            allowed[row, place, : len(found)] = found
+            found = allowed_by(policy, drafter, trace, prompt, longest)
+            here = row, place, slice(len(found))
+            allowed[here] = np.minimum(allowed[here], found)
     return allowed
+
+
+def _replayed(trace: Trace, drafters: Sequence[Drafter], lengths: np.ndarray, policy: Policy, first_round: str) -> Walk:
+    """The same where a policy decides by what it has seen: round by round, each drafter by itself."""
+    found = [
+        [replay(trace, Way((drafter,), length, policy), first_round).rounds for length in lengths.tolist()]
+        for drafter in drafters
+    ]
+    most = max(len(rounds.start) for cells in found for texts in cells for rounds in texts)
+    walk = Walk(*(np.full((most, len(drafters), len(lengths), len(trace)), fill) for fill in (0, -1, -1, 0)))
+    for row, cells in enumerate(found):
+        for column, texts in enumerate(cells):
+            for place, rounds in enumerate(texts):
+                for array, values in zip(
+                    walk, (rounds.start, rounds.length, rounds.accepted, rounds.emitted), strict=True
+                ):
+                    array[: len(values), row, column, place] = values
+    return walk
 
 
 def _rounds_of_walk(
@@ -162,7 +212,8 @@ def _rounds_of_walk(
         for row, drafter in enumerate(drafters):
             for column, length in enumerate(lengths.tolist()):
                 here = slice(many[row, column, place]), row, column, place
-                drafted, accepted = walk.drafted[here].tolist(), walk.accepted[here].tolist()
+                drafted = sizes_of(drafter, length)[walk.drafted[here]].tolist()
+                accepted = walk.accepted[here].tolist()
                 yield PromptRounds(prompt, drafter.key, length, tuple(drafted), tuple(accepted))
 
 
@@ -186,13 +237,15 @@ def _near_ties(trace: Trace, drafters: Sequence[Drafter]) -> list[int]:
     return totals
 
 
-def _overlaps(trace: Trace, drafters: Sequence[Drafter]) -> list[float]:
-    """Mean over the generated tokens of the sum of min(p, q), for each drafter."""
-    totals = np.zeros(len(drafters))
+def _overlaps(trace: Trace, drafters: Sequence[Drafter]) -> list[float | None]:
+    """Mean over the generated tokens of the sum of min(p, q), for each drafter; None where it has no q."""
+    totals: list[float | None] = [None if isinstance(each, TextDrafter) else 0.0 for each in drafters]
     for prompt in trace.prompts:
         for row, drafter in enumerate(drafters):
-            totals[row] += drafter.overlap(trace, prompt).sum(dtype=np.float64)
-    return (totals / int(trace.texts["new_tokens"].sum())).tolist()
+            if (so_far := totals[row]) is not None:
+                totals[row] = so_far + float(drafter.overlap(trace, prompt).sum(dtype=np.float64))
+    tokens = int(trace.texts["new_tokens"].sum())
+    return [None if total is None else total / tokens for total in totals]
 
 
 def _cells(
@@ -201,10 +254,13 @@ def _cells(
     drafters: Sequence[Drafter],
     lengths: np.ndarray,
     near_ties: Sequence[int] | None,
-    overlaps: Sequence[float] | None,
+    overlaps: Sequence[float | None] | None,
 ) -> Iterator[Cell]:
     rounds = counts.rounds_by_drafted.sum(axis=-1)
-    drafted = counts.rounds_by_drafted @ np.arange(counts.rounds_by_drafted.shape[-1])
+    longest = counts.rounds_by_drafted.shape[-1] - 1
+    drafted = np.stack(
+        [own @ sizes_of(each, longest) for own, each in zip(counts.rounds_by_drafted, drafters, strict=True)]
+    )
     accepted = counts.accepted_by_position.sum(axis=-1)
     rate = bootstrap_ratio(accepted, drafted)
     per_round = bootstrap_ratio(tokens, rounds)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from probekit.drafting.drafters import Outlook, runs_of
 from probekit.errors import InputError
 
 FIRST_START = {"prefill": 1, "draft": 0}
@@ -71,7 +72,7 @@ class ExpectedRounds:
 
 
 def rounds_of(
-    agrees: np.ndarray,
+    agrees: np.ndarray | Outlook,
     draft_length: int,
     budget: int,
     first_round: str = "prefill",
@@ -80,14 +81,17 @@ def rounds_of(
 ) -> Rounds:
     """The rounds of one greedy text.
 
-    agrees: (N,) bool, whether the drafter has the model's token at each output index.
+    agrees: (N,) bool, whether the drafter has the model's token at each output index; or its outlook.
     budget: M, the most tokens that the decoder was allowed; N <= M.
     allowed: (N,) the most drafts of a round that starts at each output index, where a policy has a say.
     """
-    agrees = np.asarray(agrees, dtype=bool)
-    lengths, first = check_lengths([draft_length], budget, first_round, len(agrees))
+    if isinstance(agrees, Outlook):
+        runs, allowed = agrees.run, agrees.drafted if allowed is None else np.minimum(agrees.drafted, allowed)
+    else:
+        runs = runs_of(np.asarray(agrees, dtype=bool))
+    lengths, first = check_lengths([draft_length], budget, first_round, len(runs))
     most = None if allowed is None else np.asarray(allowed, dtype=np.int32)[None, None]
-    walk = walk_rounds(agrees[None, None], np.array([len(agrees)]), lengths, budget, first, most)
+    walk = walk_rounds(runs[None, None], np.array([len(runs)]), lengths, budget, first, most)
     drafted, accepted = walk.drafted[:, 0, 0, 0], walk.accepted[:, 0, 0, 0]
     start, emitted = walk.start[:, 0, 0, 0], walk.emitted[:, 0, 0, 0]
     return Rounds(start, drafted, accepted, emitted)
@@ -148,15 +152,13 @@ def walk_rounds(
 ) -> Walk:
     """Jump from round to round in every text and cell at once.
 
-    agrees: (drafters, prompts, N) bool, False beyond the end of a text. tokens, budgets: (prompts,) N and M of each.
+    agrees: (drafters, prompts, N) bool, False beyond the end of a text; or int32, the run of acceptances of a round
+        that starts at each position, where it depends on the start. tokens, budgets: (prompts,) N and M of each.
     allowed: (drafters, prompts, N) the most drafts of a round that starts at each position, where a policy has a say.
     """
-    drafters, prompts, width = agrees.shape
-    place = np.arange(width, dtype=np.int32)
-    # The next disagreement at or after each position.
-    ahead = np.where(agrees, np.int32(width), place)
-    ahead = np.minimum.accumulate(ahead[..., ::-1], axis=-1)[..., ::-1]
-    flat = np.append(ahead.ravel(), np.int32(0))
+    runs = runs_of(agrees) if agrees.dtype == bool else agrees
+    drafters, prompts, width = runs.shape
+    flat = np.append(runs.ravel(), np.int32(0))
     base = (np.arange(drafters * prompts, dtype=np.int64) * width).reshape(drafters, 1, prompts)
 
     most = None if allowed is None else np.append(allowed.ravel(), np.int32(0))
@@ -170,8 +172,7 @@ def walk_rounds(
         if most is not None:
             drafted = np.minimum(drafted, most[here])
         left = tokens - start
-        run = flat[here] - start
-        accepted = np.minimum(run, drafted)  # a run ends with its text
+        accepted = np.minimum(flat[here], drafted)  # a run ends with its text
         emitted = np.minimum(accepted + 1, left)
         steps.append((start, np.where(going, drafted, -1), np.where(going, accepted, -1), np.where(going, emitted, 0)))
         start = start + steps[-1][3]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from probekit.drafting.drafters import Drafter
+from probekit.drafting.drafters import Drafter, sizes_of
 from probekit.drafting.keys import DrafterKey, NamedByKey
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
@@ -31,7 +31,7 @@ class Cell(NamedByKey):
     ----------
     drafts: who drafts.
     tokens_of_prompt: (prompts,) tokens that rounds emit.
-    rounds_by_drafted: (prompts, K + 1) rounds with 0, 1, ... K drafts.
+    rounds_by_drafted: (prompts, K + 1) rounds with 0, 1, ... K drafts, one after the other; of a tree, levels.
     accepted_at: (prompts, K) rounds that accept their first, second, ... draft.
     rejections_of_prompt: (prompts,) rounds that a rejection ended.
     expected_acceptance: mean over the generated tokens of the sum of min(p, q), the chance that one draft is accepted
@@ -82,7 +82,7 @@ class Cell(NamedByKey):
 
     @property
     def drafted_of_prompt(self) -> np.ndarray:
-        return self.rounds_by_drafted @ np.arange(self.draft_length + 1)
+        return self.rounds_by_drafted @ sizes_of(self.drafts, self.draft_length)
 
     @property
     def accepted_of_prompt(self) -> np.ndarray:

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from probekit.decoding.results import Decoded
-from probekit.drafting.drafters import ExitLayer
-from probekit.drafting.policies import FIXED, FixedLength, Policy, drafts_allowed
+from probekit.drafting.drafters import ExitLayer, Outlook, TextDrafter, allowed_by, outlook, sizes_of
+from probekit.drafting.policies import FIXED, FixedLength, Policy
+from probekit.drafting.round_policies import RoundPolicy
+from probekit.drafting.ways import Way
 from probekit.models.loaded import Loaded
+from probekit.prediction.replay import replay
 from probekit.prediction.table import Cell
 from probekit.traces.trace import Trace
 
@@ -34,32 +37,51 @@ class Difference:
 
 
 class PredictedText(NamedTuple):
-    """What the trace says of one prompt: y, the drafter's agreement, and near-ties of the drafter and of the model.
+    """What the trace says of one prompt: y, and of a round that starts at each output index, (N,), its leading drafts
+    that are the model's own; near-ties of the drafter and of the model.
 
-    allowed: (N,) the most drafts of a round that starts at each output index, where a policy has a say.
+    allowed: (N,) the most drafts of such a round, where the drafter or a policy has a say. remembers: whether that
+    depends on the rounds before it, so that it is known only where a predicted round starts. sizes: of a tree, tokens
+    of a round of 0, 1, .. levels.
     """
 
     prompt: int
     tokens: list[int]
-    agrees: np.ndarray
+    runs: np.ndarray
     drafter_ties: np.ndarray
     model_ties: np.ndarray
     allowed: np.ndarray | None = None
+    remembers: bool = False
+    sizes: np.ndarray | None = None
 
     @classmethod
     def of(cls, trace: Trace, prompt: int, cell: Cell, policy: Policy = FIXED) -> PredictedText:
         tokens, allowed = trace.outputs(prompt).tolist(), None
-        if not isinstance(policy, FixedLength):
-            sure = cell.drafts.confidence(trace, prompt) if policy.needs_confidence else None
-            allowed = drafts_allowed(policy, sure, len(tokens), cell.draft_length)
+        if isinstance(policy, RoundPolicy):
+            allowed = np.full(len(tokens), cell.draft_length, dtype=np.int32)
+            [rounds] = replay(trace.select([prompt]), Way((cell.drafts,), cell.draft_length, policy)).rounds
+            allowed[rounds.start] = rounds.length
+        elif not isinstance(policy, FixedLength):
+            allowed = allowed_by(policy, cell.drafts, trace, prompt, cell.draft_length)
+        seen = outlook(cell.drafts, trace, prompt, cell.draft_length)
+        if isinstance(cell.drafts, TextDrafter):
+            allowed = seen.drafted if allowed is None else np.minimum(allowed, seen.drafted)
         return cls(
             prompt,
             tokens,
-            cell.drafts.signal(trace, prompt),
+            seen.run,
             cell.drafts.near_ties(trace, prompt),
             trace.near_ties(prompt)[-1],
             allowed,
+            isinstance(policy, RoundPolicy),
+            sizes_of(cell.drafts, cell.draft_length) if hasattr(cell.drafts, "shape") else None,
         )
+
+    @property
+    def outlook(self) -> Outlook:
+        """With no bound on its drafts where there is none."""
+        unbounded = np.full(len(self.tokens), np.iinfo(np.int32).max, dtype=np.int32)
+        return Outlook(self.runs, unbounded if self.allowed is None else self.allowed)
 
     def most_drafts(self, start: int, draft_length: int, budget: int) -> int:
         """Drafts of a round that starts at an output index."""
@@ -96,13 +118,13 @@ def differences_of(
         found.append(_difference(text.prompt, "tokens", left, tie, token_at(y, left), token_at(run.tokens, left)))
     i, end = 1, N if left is None else left
     for drafted, accepted in zip(run.drafted, run.accepted, strict=True):
-        if i >= end:
+        if i >= end or (found and text.remembers):
             break
         k = text.most_drafts(i, draft_length, budget)
-        if exact and drafted != k:
-            found.append(_difference(text.prompt, "drafts", i, False, k, drafted))
-        breaks = np.flatnonzero(~text.agrees[i : i + drafted])
-        expected = min(int(breaks[0]) if len(breaks) else drafted, N - i)
+        foreseen = k if text.sizes is None else int(text.sizes[k])
+        if exact and drafted != foreseen:
+            found.append(_difference(text.prompt, "drafts", i, False, foreseen, drafted))
+        expected = min(int(text.runs[i]), drafted if text.sizes is None else k, N - i)
         decided = i + min(accepted, expected)
         if accepted != expected and decided < end:
             tie = bool(text.drafter_ties[decided] or text.model_ties[decided])

@@ -22,7 +22,7 @@ from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded
 from probekit.decoding.self_check import check_decodable
 from probekit.decoding.speculative import Speculative
-from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, traced_drafters
+from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer, equipped, sizes_of, traced_drafters
 from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
@@ -88,7 +88,7 @@ def validate(
     """
     loaded, trace = as_loaded(loaded), as_trace(trace)
     drafter = None if drafter is None else as_loaded(drafter)
-    _check_models(loaded, trace, drafter)
+    check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
@@ -109,9 +109,9 @@ def validate(
         )
         for cell in predicted
     ]
-    costs = costs or _quick_costs(loaded, chosen, predicted, drafter, heads, policy)
+    costs = costs or quick_costs(loaded, chosen, predicted, drafter, heads, policy)
     costs.check_draft_head(cell.key for cell in predicted)
-    plain, *runs = _decode(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
+    plain, *runs = decode_all(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
     greedy = trace.manifest.settings.text == "greedy"
     compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=len(predicted))
     return Validation(
@@ -124,7 +124,7 @@ def validate(
                 prompts=cell.prompts,
                 predicted=cell.counts(),
                 speedup_predicted=speedup,
-                **_speedups_measured(plain, own),
+                **speedups_measured(plain, own),
                 **compare(loaded, chosen, cell, own, plain),
             )
             for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
@@ -135,7 +135,7 @@ def validate(
     )
 
 
-def _check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
+def check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
     """Refuse what was not traced."""
     manifest = trace.manifest
     if manifest.settings.text == "given":
@@ -197,7 +197,7 @@ def _named(known: Sequence[Drafter], name: DrafterKey | int | None, trace: Trace
     return found
 
 
-def _quick_costs(
+def quick_costs(
     loaded: Loaded,
     trace: Trace,
     cells: Sequence[Cell],
@@ -223,7 +223,7 @@ def _quick_costs(
     )
 
 
-def _decode(
+def decode_all(
     trace: Trace, methods: Sequence[Decoder], repeats: int, progress: Progress | None
 ) -> list[list[list[Decoded]]]:
     """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat]."""
@@ -251,7 +251,7 @@ def _decode(
     return found
 
 
-def _speedups_measured(plain: Sequence[Sequence[Decoded]], own: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
+def speedups_measured(plain: Sequence[Sequence[Decoded]], own: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
     """Seconds a token of autoregressive decoding over those of a cell, each prompt by the median of its runs."""
 
     def seconds(runs: Sequence[Decoded], prefill: bool) -> float:
@@ -307,8 +307,8 @@ def _greedy(
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
         text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
-        rounds = rounds_of(text.agrees, cell.draft_length, trace.manifest.settings.max_new_tokens, allowed=text.allowed)
-        drafted, accepted = rounds.drafted.tolist(), rounds.accepted.tolist()
+        rounds = rounds_of(text.outlook, cell.draft_length, trace.manifest.settings.max_new_tokens)
+        drafted, accepted = sizes_of(cell.drafts, cell.draft_length)[rounds.drafted].tolist(), rounds.accepted.tolist()
         rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
         tokens_equal &= run.tokens == reference
         differences += differences_of(
@@ -320,7 +320,7 @@ def _greedy(
         for index, (foreseen, predicted, found, measured) in enumerate(both):
             rows.append((prompt, index, found if foreseen is None else foreseen, predicted, measured))
     return {
-        "measured": _counts([runs[0] for runs in own]),
+        "measured": counts_of([runs[0] for runs in own]),
         "rounds_equal": rounds_equal,
         "tokens_equal": tokens_equal,
         "differences": tuple(dict.fromkeys(differences)),
@@ -329,7 +329,7 @@ def _greedy(
     }
 
 
-def _counts(runs: Iterable[Decoded]) -> dict[str, float]:
+def counts_of(runs: Iterable[Decoded]) -> dict[str, float]:
     totals = {"rounds": 0, "drafted": 0, "accepted": 0, "tokens": 0}
     for run in runs:
         totals["rounds"] += run.rounds
@@ -360,11 +360,11 @@ def _sampled(
     confidence = 1 - 0.05 / (len(_COMPARED) * cells)
     intervals: dict[str, tuple[float, float] | None] = {}
     for name in _COMPARED:
-        measured = np.array([np.mean([_counts([run])[name] for run in runs]) for runs in own])
+        measured = np.array([np.mean([counts_of([run])[name] for run in runs]) for runs in own])
         low, high = bootstrap_ratio(measured - getattr(cell, f"{name}_of_prompt"), share, confidence=confidence)
         intervals[name] = None if np.isnan(low) else (float(low), float(high))
     repeats = len(own[0])
-    total = _counts(run for runs in own for run in runs)
+    total = counts_of(run for runs in own for run in runs)
     return {
         "measured": {name: count / repeats for name, count in total.items()},
         "rounds_equal": None,

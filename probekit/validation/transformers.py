@@ -1,8 +1,8 @@
-"""The rounds of transformers' own early-exit generation, counted from inside."""
+"""The rounds of transformers' own early-exit generation and prompt lookup, counted from inside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,11 +18,12 @@ NO_TOKEN = -1  # as padding: transformers' drafter takes every such token of the
 
 
 class TransformersRounds(NamedTuple):
-    """What transformers' own early-exit generation did: its tokens, and drafted and accepted tokens of each round.
+    """What transformers' own generation did: its tokens, and drafted and accepted tokens of each round.
 
-    `drafted` is as transformers counts: its drafts stop at an end-of-sequence token. `accepted` is corrected: where
-    the text ended with a drafted end-of-sequence token, transformers counts that token as the bonus, and here it is
-    accepted.
+    `drafted` is as transformers counts, within the budget: drafts of its early exit stop at an end-of-sequence token,
+    and what prompt lookup drafts past the budget, where nothing can be accepted, is left out. `accepted` is corrected:
+    where the text ended with a drafted end-of-sequence token, transformers counts that token as the bonus, and here it
+    is accepted.
     """
 
     tokens: list[int]
@@ -31,32 +32,63 @@ class TransformersRounds(NamedTuple):
 
 
 def transformers_accepted(
-    loaded: Loaded, prompt_ids: Sequence[int], exit_layer: int, draft_length: int, max_new_tokens: int
+    loaded: Loaded,
+    prompt_ids: Sequence[int],
+    exit_layer: int,
+    draft_length: int,
+    max_new_tokens: int,
+    schedule: str = "constant",
 ) -> TransformersRounds:
-    """Run `generate(assistant_early_exit=E)`, greedy, with K drafts in every round, and count them.
+    """Run `generate(assistant_early_exit=E)`, greedy, and count its rounds.
+
+    draft_length: K drafts in every round; the first round's K where `schedule` is "heuristic".
 
     Rounds follow the `draft` convention. The draft settings stand on the model's generation_config, for transformers
     ignores them as arguments with early exit; the checkpoint's own generation_config is set aside meanwhile. The model
     comes back as it was, also after an exception.
     """
     loaded.anatomy.check_exit(exit_layer)
-    eos = sorted(loaded.eos_ids)
+    settings = {
+        "num_assistant_tokens": draft_length,
+        "num_assistant_tokens_schedule": schedule,
+        "assistant_confidence_threshold": 0.0,
+    }
+    return _counted(loaded, prompt_ids, max_new_tokens, settings, assistant_early_exit=exit_layer)
+
+
+def transformers_lookup(
+    loaded: Loaded, prompt_ids: Sequence[int], ngram: int, draft_length: int, max_new_tokens: int
+) -> TransformersRounds:
+    """Run `generate(prompt_lookup_num_tokens=K, max_matching_ngram_size=n)`, greedy, and count its rounds.
+
+    Rounds follow the `draft` convention; the rest is as in `transformers_accepted`.
+    """
+    call = {"prompt_lookup_num_tokens": draft_length, "max_matching_ngram_size": ngram}
+    return _counted(loaded, prompt_ids, max_new_tokens, {}, **call)
+
+
+def _counted(
+    loaded: Loaded, prompt_ids: Sequence[int], max_new_tokens: int, settings: Mapping[str, Any], **call: Any
+) -> TransformersRounds:
     ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     candidates: list[tuple[int, Tensor]] = []  # of each round: the length before it, and the text with its drafts
     lengths: list[int] = []  # after each round
-    with _plain_generation(loaded.model, draft_length, eos), _watched(loaded.model, candidates, lengths):
+    with _plain_generation(loaded.model, settings, sorted(loaded.eos_ids)), _watched(loaded.model, candidates, lengths):
         try:
             output = loaded.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                assistant_early_exit=exit_layer,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                **call,
             )
         except IndexError as error:
+            if "assistant_early_exit" not in call:
+                raise
             raise InputError(
                 f"transformers {transformers.__version__} cannot run its own early exit on {loaded.name}: it runs all "
-                f"layers of a {loaded.anatomy.family.model_type!r} model with the cache of the first {exit_layer}.",
+                f"layers of a {loaded.anatomy.family.model_type!r} model with the cache of the first "
+                f"{call['assistant_early_exit']}.",
                 "Compare with probekit's own decoder (validate).",
             ) from error
     text = output[0].tolist()
@@ -65,21 +97,17 @@ def transformers_accepted(
         drafts = proposal[0, before:].tolist()
         emitted = text[before:after]
         ended_in_draft = emitted[-1] in loaded.eos_ids and drafts[: len(emitted)] == emitted
-        drafted.append(len(drafts))
+        drafted.append(min(len(drafts), len(prompt_ids) + max_new_tokens - before - 1))
         accepted.append(len(emitted) - (0 if ended_in_draft else 1))
     return TransformersRounds(text[len(prompt_ids) :], drafted, accepted)
 
 
 @contextmanager
-def _plain_generation(model: Any, draft_length: int, eos: Sequence[int]) -> Iterator[None]:
-    """A generation_config with the draft settings and nothing else; the model's own comes back."""
+def _plain_generation(model: Any, settings: Mapping[str, Any], eos: Sequence[int]) -> Iterator[None]:
+    """A generation_config with these settings and nothing else; the model's own comes back."""
     own, layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = GenerationConfig(
-        eos_token_id=list(eos) or None,
-        pad_token_id=eos[0] if eos else NO_TOKEN,
-        num_assistant_tokens=draft_length,
-        num_assistant_tokens_schedule="constant",
-        assistant_confidence_threshold=0.0,
+        eos_token_id=list(eos) or None, pad_token_id=eos[0] if eos else NO_TOKEN, **settings
     )
     try:
         yield

@@ -28,6 +28,9 @@ class Steps:
     def rounds_seconds(self, exit_layer: int, draft_length: int) -> np.ndarray:
         return 1 + np.arange(draft_length + 1) / 4
 
+    def rounds_seconds_of(self, drafter, draft_length: int) -> np.ndarray:
+        return self.rounds_seconds(drafter.key.exit_layer, draft_length)
+
 
 def test_autocorrelation():
     alternating = toy([[[1, 0, 1, 0, 1, 0, 1, 0]]] * 2)

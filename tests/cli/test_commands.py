@@ -164,6 +164,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "trace": ["trace", tiny_folder, "--prompts", prompts, "-o", other, "--max-new-tokens", 6],
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],
+        "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
         "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
         "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],

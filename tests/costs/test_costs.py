@@ -322,3 +322,27 @@ def test_costs_show_themselves_in_milliseconds():
     draft = costs.early_s[1] + costs.heads_s.get(1, costs.head_s)
     assert f">{1000 * draft:.3g}</td>" in page
     assert f"{1000 * costs.autoregressive_s:.3g}" in page
+
+
+def test_copied_drafts_cost_their_verification_by_the_whole_model(tiny):
+    """A roofline that moves bytes: a pass of the whole model takes what its weights take, whatever its rows."""
+    from probekit.drafting.imported import ImportedDrafter
+    from probekit.drafting.keys import DrafterKey
+    from probekit.drafting.text_drafters import PromptLookup
+
+    costs = roofline_costs(tiny, bandwidth=1e9, flops=1e15)
+    for rows in (1, 2, 9):
+        assert costs.whole_pass_seconds(rows) == pytest.approx(costs.autoregressive_s)
+    lookup = PromptLookup(2)
+    assert costs.knows(lookup.key)
+    assert costs.rounds_seconds_of(lookup, 3).tolist() == pytest.approx([costs.autoregressive_s] * 4)
+    imported = ImportedDrafter("eagle", {}, step_s=0.5)
+    seconds = costs.rounds_seconds_of(imported, 3) - costs.rounds_seconds_of(lookup, 3)
+    assert seconds.tolist() == pytest.approx([0, 0.5, 1.0, 1.5])
+    with_model = roofline_costs(tiny, drafter=tiny, bandwidth=1e9, flops=1e9)
+    assert with_model.whole_pass_seconds(4) == with_model.draft_model.verify_s[4]
+    products = roofline_costs(tiny, bandwidth=1e15, flops=1e9)
+    assert products.whole_pass_seconds(4) == pytest.approx(with_model.draft_model.verify_s[4], rel=1e-6)
+    with pytest.raises(InputError, match="drafts of up to 32 tokens, not 33"):
+        costs.round_seconds(lookup.key, 33)
+    assert not costs.knows(DrafterKey("a word of my own"))

@@ -11,6 +11,8 @@ from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.sampling import warp
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.drafting.policies import ConfidenceThreshold
+from probekit.drafting.round_policies import Heuristic
+from probekit.drafting.text_drafters import PromptLookup
 from probekit.lens.exit_heads import ExitHead
 from probekit.models.synthetic import synthetic
 from probekit.settings import Sampling
@@ -39,10 +41,21 @@ def methods(tiny_chain, chain_draft):
         "draft-vocabulary": SelfSpeculative(tiny_chain, 2, 3, draft_vocabulary=torch.tensor([3, 0])),
         "exit-head": SelfSpeculative(tiny_chain, 2, 3, exit_head=head),
         "speculative": Speculative(tiny_chain, chain_draft, 3),
+        "lookup": Speculative(tiny_chain, PromptLookup(2), 3),
+        "heuristic": SelfSpeculative(tiny_chain, 2, 3, policy=Heuristic(2)),
     }
 
 
-METHODS = ("autoregressive", "self-speculative", "threshold", "draft-vocabulary", "exit-head", "speculative")
+METHODS = (
+    "autoregressive",
+    "self-speculative",
+    "threshold",
+    "draft-vocabulary",
+    "exit-head",
+    "speculative",
+    "lookup",
+    "heuristic",
+)
 
 
 def enumerated(loaded, sampling, layers=None):

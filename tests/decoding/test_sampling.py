@@ -193,12 +193,14 @@ def test_an_empty_residual_falls_back_to_the_target(monkeypatch):
 def test_confidence_is_the_probability_of_the_draft():
     logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
     token, distribution, confidence = Sampler(Sampling()).draft(
-        logits, streams(0, [0]), torch.tensor([1]), confident=True
+        logits, streams(0, [0]), torch.tensor([1]), confidence="probability"
     )
     assert (int(token), distribution) == (0, None)
     torch.testing.assert_close(confidence, torch.tensor([0.7]))
     setting = Sampling(1.0, top_k=2, seed=5)
-    token, distribution, confidence = Sampler(setting).draft(logits, streams(5, [0]), torch.tensor([1]), confident=True)
+    token, distribution, confidence = Sampler(setting).draft(
+        logits, streams(5, [0]), torch.tensor([1]), confidence="probability"
+    )
     assert distribution is not None
     torch.testing.assert_close(confidence, distribution[0, token])
 

@@ -139,7 +139,7 @@ def test_branches_are_refused_by_a_decoder_of_chains(dialled):
 
     decoder = Speculative(dialled, ExitLayer(2), 3)
     decoder.drafts = Branching(decoder.drafts)
-    with pytest.raises(InputError, match="these drafts branch"):
+    with pytest.raises(InputError, match="these drafts branch, and their keys"):
         decoder.decode([[1, 2]], max_new_tokens=9)
     assert not DraftTree(None, (0, 0), None, []).is_chain
 

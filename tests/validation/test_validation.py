@@ -11,6 +11,7 @@ from traces.fabricate import fabricate
 from probekit.costs.roofline import roofline_costs
 from probekit.decoding.results import Decoded
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.drafting.drafters import runs_of
 from probekit.errors import InputError
 from probekit.hooks.sites import open_hooks
 from probekit.models.synthetic import synthetic
@@ -193,7 +194,7 @@ def judged(agrees, drafted, accepted, tokens=None, ties=(), budget=12, draft_len
     """Differences between a run and a trace whose text is 1, 2, 3, ..."""
     y = list(range(1, len(agrees) + 1))
     tied = np.isin(np.arange(len(agrees)), ties)
-    text = PredictedText(0, y, np.array(agrees, dtype=bool), tied, np.zeros(len(agrees), dtype=bool))
+    text = PredictedText(0, y, runs_of(np.array(agrees, dtype=bool)), tied, np.zeros(len(agrees), dtype=bool))
     found = Decoded("self-speculative", 0, [0], tokens or y, "", "budget", list(drafted), list(accepted))
     return differences_of(text, draft_length, budget, found)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from probekit.presentation.paper.round_figures import sweep_of
+from probekit.presentation.paper.way_figures import oracle_rounds, rungs_of
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import lens_table
 
@@ -74,6 +75,21 @@ def of_trace_and_sweep(study: StudyFolder) -> str:
     return (
         "Time to know the acceptance of so many cells (E, K): by running the decoder for one after the other (dashed: "
         "extrapolated from the predicted speedup), and by one trace."
+    )
+
+
+def of_ladder(study: StudyFolder) -> str:
+    costs = " and ".join(sorted({_costs(study, model) for model in study.models}))
+    return (
+        f"What each kind of drafting gains over autoregressive decoding, predicted with {costs}; in grey the best of "
+        "its kind. The oracle, which knows the text, is an upper bound. Bars: 95 % intervals, bootstrap over prompts."
+    )
+
+
+def of_oracle_map(study: StudyFolder) -> str:
+    return (
+        "Where an oracle would exit: texts from top to bottom, each round of the quickest path a bar as long as the "
+        "tokens that it emits, coloured by the exit layer that drafts; grey: a step without drafts."
     )
 
 
@@ -150,6 +166,28 @@ def alt_of_trace_and_sweep(study: StudyFolder) -> str:
                 f"{study.label(model)}: {last[False]:.0f} s by running all cells, {last[True]:.1f} s by one trace"
             )
     return f"Lines on logarithmic scales: a rising one for running cells, a flat one for a trace. {'; '.join(told)}."
+
+
+def alt_of_ladder(study: StudyFolder) -> str:
+    told = []
+    for model in study.models:
+        rungs = rungs_of(study, model)
+        steps = ", ".join(f"{rung} {gain:.2f}" for rung, gain in zip(rungs["rung"], rungs["speedup"], strict=True))
+        told.append(f"{study.label(model)}: {steps}")
+    return f"Points on a scale of predicted speedup. {'; '.join(told)}."
+
+
+def alt_of_oracle_map(study: StudyFolder) -> str:
+    told = []
+    for model in study.models:
+        rounds = oracle_rounds(study, model)
+        drafted = rounds[rounds["exit_layer"] > 0]
+        told.append(
+            f"{study.label(model)}: no round" if rounds.empty
+            else f"{study.label(model)}: {len(drafted) / len(rounds):.0%} of the rounds draft, from "
+            f"{drafted['exit_layer'].nunique()} different layers"
+        )  # fmt: skip
+    return f"A bar for each round of each text, coloured by exit layer. {'; '.join(told)}."
 
 
 # -- pieces

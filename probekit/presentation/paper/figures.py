@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from probekit.presentation.paper import captions, layer_figures, round_figures
+from probekit.presentation.paper import captions, layer_figures, round_figures, way_figures
 from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import StudyFolder
 
@@ -41,5 +41,7 @@ FIGURES: Mapping[str, PaperFigure] = {
     "fig09_trace_and_sweep": PaperFigure(
         round_figures.trace_and_sweep, captions.of_trace_and_sweep, captions.alt_of_trace_and_sweep
     ),
+    "fig10_ladder": PaperFigure(way_figures.ladder, captions.of_ladder, captions.alt_of_ladder),
+    "fig11_oracle_map": PaperFigure(way_figures.oracle_map, captions.of_oracle_map, captions.alt_of_oracle_map),
 }  # fmt: skip
 """In the order of the paper."""

@@ -34,11 +34,13 @@ from probekit.presentation.plots.rounds import (
     trace_against_sweep,
 )
 from probekit.presentation.plots.style import DIVERGING, FAINT, INK, PALETTE, SEQUENTIAL, STYLE, one_legend
+from probekit.presentation.plots.ways import NO_EXIT, exit_colours, exit_map, ladder
 
 __all__ = [
-    "COMPARED", "DIVERGING", "FAINT", "INK", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE",
+    "COMPARED", "DIVERGING", "FAINT", "INK", "NO_EXIT", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE",
     "Statistic", "acceptance_grid", "agreement_by_layer", "by_layer", "colours_of", "drawable", "echo_by_layer",
-    "entropy_and_kl", "entropy_by_layer", "families", "kl_by_layer", "lens_table", "one_bar", "one_legend",
+    "entropy_and_kl", "entropy_by_layer", "exit_colours", "exit_map", "families",
+    "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend",
     "plain", "predicted_against_measured", "run_lengths_against_geometric", "speedup_surface",
     "tokens_per_round_grid", "trace_against_sweep", "write_numbers",
 ]  # fmt: skip

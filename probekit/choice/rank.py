@@ -1,0 +1,382 @@
+"""`rank`: every way of drafting that a trace can answer for, on one scale, and the oracle above them.
+
+Fixed lengths of every drafter; policies at every exit, and among all exits; copied drafts; a draft model and imported
+drafters where there are any; what is learned from the trace is judged on the half of it that it was not learned on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from probekit.choice.choose import decoding_seconds
+from probekit.choice.ranking import Ranked, Ranking
+from probekit.costs.profile import Costs
+from probekit.drafting.drafters import Drafter, ExitLayer, outlook, sizes_of, traced_drafters
+from probekit.drafting.keys import MODEL, DrafterKey
+from probekit.drafting.policies import ConfidenceThreshold, EntropyThreshold, MarginThreshold, Policy
+from probekit.drafting.round_policies import NOBODY, DynamicExit, Heuristic, Planned, RoundPolicy
+from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
+from probekit.drafting.tree_drafters import TreeDrafts
+from probekit.drafting.trees import TreeShape
+from probekit.drafting.ways import Way
+from probekit.errors import InputError
+from probekit.prediction.learning import learn_table
+from probekit.prediction.oracle import best_path, options_of
+from probekit.prediction.predict import predict
+from probekit.prediction.replay import Replay, budget_of, replay
+from probekit.prediction.rounds import FIRST_START
+from probekit.prediction.shapes import candidates
+from probekit.prediction.table import Cell
+from probekit.traces.trace import Trace, as_trace
+
+GROWN = "best shape"
+FIRST = FIRST_START["prefill"]  # as our decoder begins
+LOOKUPS: tuple[Drafter, ...] = (PromptLookup(2), PromptLookup(3), PromptLookup(3, 2, "vllm"), SuffixLookup())
+SHAPES = tuple(map(TreeShape.of_widths, ((3,), (2, 1, 1), (3, 2, 1))))
+DEEPEST = 6  # levels of a tree whose shape is learned
+STOPPING: Mapping[str, Policy] = {
+    "confidence:0.4": ConfidenceThreshold(0.4),
+    "confidence:0.6": ConfidenceThreshold(0.6),
+    "confidence:0.8": ConfidenceThreshold(0.8),
+    "entropy:1": EntropyThreshold(1.0),
+    "entropy:2": EntropyThreshold(2.0),
+    "margin:1": MarginThreshold(1.0),
+    "margin:2": MarginThreshold(2.0),
+    "heuristic:5": Heuristic(5),
+}
+"""Policies that are tried at every exit, by the names that the command line knows."""
+
+
+class _Prices(NamedTuple):
+    """Seconds of a trace's rounds: costs, and the most drafts of a round."""
+
+    costs: Costs
+    longest: int
+
+    @property
+    def plain_s(self) -> float:
+        return self.costs.autoregressive_s
+
+    def of(self, drafters: Sequence[Drafter], longest: int | None = None) -> np.ndarray:
+        """(drafters, K + 1)."""
+        return np.stack([self.costs.rounds_seconds_of(each, longest or self.longest) for each in drafters])
+
+    def watching(self, policy: Policy, drafters: Sequence[Drafter]) -> float:
+        """Seconds that a policy's look at exits takes after each round: a norm and head for each."""
+        if not isinstance(policy, RoundPolicy):
+            return 0.0
+        watched = [drafters[place].key.exit_layer for place in policy.watched([each.key for each in drafters])]
+        return sum(self.costs.heads_s.get(exit_layer, self.costs.head_s) for exit_layer in watched)
+
+
+def rank(
+    trace: Trace,
+    costs: Costs,
+    exit_layers: Iterable[int] | None = None,
+    draft_lengths: Iterable[int] = range(1, 9),
+    *,
+    draft_rows: int | None = None,
+    lookups: Sequence[Drafter] = LOOKUPS,
+    shapes: Sequence[TreeShape] = SHAPES,
+    drafters: Sequence[Drafter] = (),
+    policies: Mapping[str, Policy] = STOPPING,
+    learn: bool = True,
+) -> Ranking:
+    """Rank every way of drafting.
+
+    Parameters
+    ----------
+    exit_layers: 1..L-1 by default. draft_rows: F, for exits that draft among the first F tokens of the trace's draft
+        vocabulary only.
+    draft_lengths: K of fixed drafts; the longest is the most that any policy drafts.
+    lookups: drafters that copy from the text. drafters: others, imported ones for instance.
+    shapes: of trees that are tried at every exit, as far as the costs know passes as wide.
+    policies: what is tried at every exit, by name. Without greedy text only fixed lengths are ranked, and no oracle: a
+        policy sees other rounds in every sampled text.
+    learn: rank learned ways, too, where there are four prompts or more.
+
+    Raises
+    ------
+    InputError: for exits, lengths or costs that do not fit the trace.
+    """
+    trace = as_trace(trace)
+    known = traced_drafters(trace, exit_layers, draft_rows=draft_rows, draft_model=_timed_model(trace, costs))
+    exits = [each for each in known if isinstance(each, ExitLayer)]
+    lengths = sorted(dict.fromkeys(draft_lengths))
+    if lengths and lengths[-1] > costs.longest_draft:
+        raise InputError(
+            f"these costs know drafts of up to {costs.longest_draft} tokens, not {lengths[-1]}.",
+            "Make them with `draft_lengths` as long as you need.",
+        )
+    everyone = [*known, *lookups, *drafters]
+    costs.check_draft_head(each.key for each in known)
+    prices = _Prices(costs, lengths[-1] if lengths else 0)
+    greedy = trace.manifest.settings.text == "greedy"
+    found = list(_fixed(trace, everyone, lengths, prices))
+    trees = _trees(trace, exits, shapes, costs) if greedy else []
+    if not found:
+        raise InputError("there is nothing to rank: no text has a round.", "Trace more tokens.")
+    oracle = of_turns = None
+    grown: list[Drafter] = []
+    if greedy:
+        found += _planted(trace, trees, prices)
+        found += _stopping(trace, exits, policies, prices)
+        if exits:
+            found += _choosing(trace, exits, prices)
+        if learn and exits and len(trace) >= 4:
+            found += _learned(trace, exits, lookups, prices)
+            if trees:
+                best, grown = _grown(trace, exits, found, prices)
+                found.append(best)
+        everyone += [*trees, *grown]
+        takes_turns = [each for each in everyone if each.key.kind != MODEL]
+        oracle, of_turns = _oracles(trace, everyone, takes_turns, prices)
+    found.append(_alone(trace, prices))
+    order = sorted(found, key=lambda way: -way.speedup)
+    kinds = dict(zip(trace.texts["prompt"].tolist(), trace.texts["kind"].tolist(), strict=True))
+    return Ranking(
+        trace.manifest.model.name,
+        trace.manifest.settings.text,
+        tuple(trace.prompts),
+        tuple(str(kinds[prompt]) for prompt in trace.prompts),
+        tuple(order),
+        costs,
+        oracle,
+        of_turns,
+    )
+
+
+def _timed_model(trace: Trace, costs: Costs) -> bool:
+    """Whether the trace has a draft model that these costs know."""
+    return trace.manifest.drafter is not None and costs.drafter == trace.manifest.drafter.name
+
+
+def priced(trace: Trace, way: Way, costs: Costs) -> Ranked:
+    """One way of drafting along the texts of a greedy trace, by these costs."""
+    return _of_replay(replay(trace, way), _Prices(costs, way.draft_length))
+
+
+# Every way in turn.
+
+
+def _fixed(trace: Trace, drafters: Sequence[Drafter], lengths: Sequence[int], prices: _Prices) -> Iterator[Ranked]:
+    table = predict(trace, draft_lengths=lengths, drafters=drafters)
+    for cell in table.cells:
+        if cell.rounds:
+            yield _of_cell(cell, Way((cell.drafts,), cell.draft_length), "fixed", prices, exact=table.exact)
+
+
+def _stopping(
+    trace: Trace, exits: Sequence[Drafter], policies: Mapping[str, Policy], prices: _Prices
+) -> Iterator[Ranked]:
+    """Each policy at each exit. What exits with fewer rows are sure of is not in a trace."""
+    for name, policy in policies.items():
+        if policy.needs_confidence and any(each.key.rows is not None for each in exits):
+            continue
+        if trace.manifest.settings.statistics != "all" and policy.needs_confidence:
+            continue
+        for cell in predict(trace, draft_lengths=[prices.longest], drafters=exits, policy=policy).cells:
+            if cell.rounds:
+                way = Way((cell.drafts,), cell.draft_length, policy, name)
+                yield _of_cell(cell, way, name, prices, exact=policy.exact)
+
+
+def _choosing(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> Iterator[Ranked]:
+    """Among all exits: DEL by layers, as it was published, and by these costs."""
+    seconds = {each.key: tuple(own.tolist()) for each, own in zip(exits, prices.of(exits), strict=True)}
+    for name, policy in (
+        ("del", DynamicExit(trace.depth)),
+        ("del by costs", DynamicExit(trace.depth, seconds=seconds, plain_s=prices.plain_s)),
+    ):
+        yield _of_replay(replay(trace, Way(tuple(exits), prices.longest, policy, name)), prices)
+
+
+def _learned(trace: Trace, exits: Sequence[Drafter], lookups: Sequence[Drafter], prices: _Prices) -> Iterator[Ranked]:
+    """A table over the exits, and one over exits and lookups."""
+    for name, drafters in {"table": exits, "table with lookups": [*exits, *lookups]}.items():
+        if name != "table" and not lookups:
+            continue
+
+        def table(part: Trace, name: str = name, drafters: Sequence[Drafter] = drafters) -> Way:
+            reference = _best_exit(part, exits, prices)
+            watch_s = prices.costs.heads_s.get(exits[reference].key.exit_layer, prices.costs.head_s)
+            seconds, plain_s = prices.of(drafters) + watch_s, prices.plain_s + watch_s
+            return Way(tuple(drafters), prices.longest, learn_table(part, drafters, seconds, plain_s, reference), name)
+
+        yield cross_fitted(trace, table, prices)
+
+
+def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: _Prices) -> Ranked:
+    """A learned way, judged on each half of the prompts as it was learned on the other.
+
+    Its `way` is what the whole trace teaches.
+    """
+    halves = trace.prompts[::2], trace.prompts[1::2]
+    judged: dict[int, tuple[float, float, float, float]] = {}
+    for mine, other in (halves, halves[::-1]):
+        found = replay(trace.select(mine), learn(trace.select(other)))
+        counts = (found.of_prompt(name) for name in ("rounds", "drafted", "accepted"))
+        seconds = _seconds(found, prices)
+        judged |= dict(zip(found.prompts, zip(seconds, *counts, strict=True), strict=True))
+    seconds, rounds, drafted, accepted = np.array([judged[prompt] for prompt in trace.prompts]).T
+    way = learn(trace)
+    tokens = _tokens(trace)
+    return Ranked(
+        way, _who(way), way.name, _exit_of(way), way.draft_length, tokens, seconds, tokens * prices.plain_s,
+        int(rounds.sum()), int(drafted.sum()), int(accepted.sum()), exact=True, cross_fitted=True,
+    )  # fmt: skip
+
+
+def _trees(trace: Trace, exits: Sequence[ExitLayer], shapes: Sequence[TreeShape], costs: Costs) -> list[TreeDrafts]:
+    """Where a trace has ranks, and the costs know verification passes as wide as the trees."""
+    if trace.manifest.settings.statistics != "all":
+        return []
+    known = [shape for shape in shapes if len(shape.paths) <= costs.longest_draft]
+    return [TreeDrafts(each, shape) for each in exits if each.rows is None for shape in known]
+
+
+def _planted(trace: Trace, trees: Sequence[TreeDrafts], prices: _Prices) -> Iterator[Ranked]:
+    """Trees of a given shape, drafted whole."""
+    if not trees:
+        return
+    deepest = max(tree.shape.depth for tree in trees)
+    for cell, tree in zip(predict(trace, draft_lengths=[deepest], drafters=trees).cells, trees, strict=True):
+        if cell.rounds:
+            own = _of_cell(cell, Way((tree,), deepest), "fixed", prices, exact=not trace.rounds_logits)
+            yield replace(own, draft_length=tree.shape.depth, way=Way((tree,), tree.shape.depth))
+
+
+def _grown(
+    trace: Trace, exits: Sequence[ExitLayer], found: Sequence[Ranked], prices: _Prices
+) -> tuple[Ranked, list[Drafter]]:
+    """The best shape for these costs, at the exits that are best with a fixed length and with a given shape.
+
+    With it all trees that it was judged by, each once: an oracle may take them, too.
+    """
+    order = sorted((way for way in found if way.policy == "fixed" and way.exit_layer), key=lambda way: -way.speedup)
+    firsts = {way.drafter == "self": way.exit_layer for way in reversed(order)}  # of chains, and of trees
+    some = [each for each in exits if each.exit_layer in firsts.values()]
+
+    made: dict[DrafterKey, Drafter] = {}
+
+    def shape(part: Trace) -> Way:
+        tree = best_tree(part, some, prices.costs)
+        made[tree.key] = tree
+        return Way((tree,), tree.shape.depth, name=GROWN)
+
+    best = cross_fitted(trace, shape, prices)
+    given = {way.way.keys[0] for way in found if way.way is not None}
+    return best, [tree for key, tree in made.items() if key not in given]
+
+
+def best_tree(trace: Trace, exits: Sequence[ExitLayer], costs: Costs) -> TreeDrafts:
+    """Of the trees that promise most (`prediction.shapes`), the one whose rounds along these texts take least time."""
+    trees = [
+        TreeDrafts(each, shape)
+        for each in exits
+        for shape in candidates(trace, each.exit_layer, costs.longest_draft, DEEPEST)
+    ]
+    if not trees:
+        raise InputError("these costs know no pass over more than two rows.", "Make them with longer `draft_lengths`.")
+    cells = predict(trace, draft_lengths=[DEEPEST], drafters=trees).cells
+    seconds = [float(decoding_seconds(cell, costs).sum()) for cell in cells]
+    return trees[int(np.argmin(seconds))]
+
+
+def _best_exit(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> int:
+    """The place of the exit whose best fixed length is the fastest."""
+    ranked = max(_fixed(trace, exits, range(1, prices.longest + 1), prices), key=lambda way: way.speedup)
+    return [each.key.exit_layer for each in exits].index(ranked.exit_layer or 0)
+
+
+def _oracles(
+    trace: Trace, everyone: Sequence[Drafter], takes_turns: Sequence[Drafter], prices: _Prices
+) -> tuple[Ranked, Ranked]:
+    """The best of all drafters, and of those that a decoder can let take turns."""
+    bound = oracle_of(trace, everyone, prices.costs, prices.longest)
+    if len(takes_turns) == len(everyone):
+        return bound, bound
+    return bound, oracle_of(trace, takes_turns, prices.costs, prices.longest)
+
+
+def oracle_of(trace: Trace, drafters: Sequence[Drafter], costs: Costs, longest: int) -> Ranked:
+    """The best that any policy could do along greedy texts with these drafters and at most `longest` drafts a round.
+
+    Its way plays that plan; None where a draft model is among several drafters, which cannot take turns: then it is a
+    bound.
+    """
+    prices = _Prices(costs, longest)
+    seconds, plans, totals = prices.of(drafters), {}, []
+    sizes = [sizes_of(drafter, prices.longest) for drafter in drafters]
+    rounds = drafted = accepted = 0
+    for prompt in trace.prompts:
+        outlooks = [outlook(drafter, trace, prompt, prices.longest) for drafter in drafters]
+        budget = budget_of(trace, prompt)
+        path = best_path(options_of(outlooks, seconds, prices.plain_s, budget))
+        plans[prompt] = path.plan
+        totals.append(float(path.seconds[FIRST:][:1].sum()))
+        for i in path.starts(FIRST):
+            place, length = path.plan[:, i].tolist()
+            rounds += 1
+            accepted += int(path.options.emitted[path.option[i], i]) - 1
+            if place != NOBODY:
+                levels = max(0, min(length, int(outlooks[place].drafted[i]), budget - i - 1))
+                drafted += int(sizes[place][levels])
+    turns = len(drafters) == 1 or all(each.key.kind != MODEL for each in drafters)
+    way = Way(tuple(drafters), prices.longest, Planned(plans), "oracle") if turns else None
+    tokens = _tokens(trace)
+    return Ranked(
+        way, f"{len(drafters)} drafters in turn", "oracle", None, prices.longest, tokens, np.array(totals),
+        tokens * prices.plain_s, rounds, drafted, accepted, exact=True,
+    )  # fmt: skip
+
+
+def _tokens(trace: Trace) -> np.ndarray:
+    """(prompts,) tokens that rounds emit."""
+    return np.array([max(0, len(trace.outputs(prompt)) - FIRST) for prompt in trace.prompts])
+
+
+def _alone(trace: Trace, prices: _Prices) -> Ranked:
+    tokens = _tokens(trace)
+    seconds = tokens * prices.plain_s
+    return Ranked(
+        None, "autoregressive", "none", None, 0, tokens, seconds, seconds, int(tokens.sum()), 0, 0, exact=True
+    )
+
+
+# From counts to a row.
+
+
+def _of_cell(cell: Cell, way: Way, name: str, prices: _Prices, *, exact: bool) -> Ranked:
+    return Ranked(
+        way, cell.drafter, name, cell.exit_layer, cell.draft_length, cell.tokens_of_prompt,
+        decoding_seconds(cell, prices.costs), cell.tokens_of_prompt * prices.plain_s,
+        cell.rounds, cell.drafted, cell.accepted, exact=exact,
+    )  # fmt: skip
+
+
+def _of_replay(found: Replay, prices: _Prices) -> Ranked:
+    counts = found.counts()
+    return Ranked(
+        found.way, _who(found.way), found.way.name, _exit_of(found.way), found.way.draft_length,
+        found.tokens_of_prompt, _seconds(found, prices), found.tokens_of_prompt * prices.plain_s,
+        counts["rounds"], counts["drafted"], counts["accepted"], exact=found.exact,
+    )  # fmt: skip
+
+
+def _seconds(found: Replay, prices: _Prices) -> np.ndarray:
+    drafters = found.way.drafters
+    seconds = prices.of(drafters, found.way.draft_length)
+    return found.seconds_of_prompt(seconds, prices.plain_s, prices.watching(found.way.policy, drafters))
+
+
+def _who(way: Way) -> str:
+    return way.keys[0].model if len(way.keys) == 1 else f"{len(way.keys)} drafters in turn"
+
+
+def _exit_of(way: Way) -> int | None:
+    return way.keys[0].exit_or_null if len(way.keys) == 1 else None

@@ -1,0 +1,124 @@
+"""`probekit rank`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from probekit.cli import options
+from probekit.cli.choose import MEASURED_CONTEXT, SERVED_CONTEXT, Context, Costs, costs_of
+from probekit.cli.terminal import notice, print_json, print_table, progress_bars
+from probekit.cli.traced_models import models_of
+from probekit.errors import InputError
+
+if TYPE_CHECKING:
+    from probekit.choice.ranking import Ranking
+    from probekit.validation.ways import WaysValidation
+
+TREE_NODES = 16  # the widest tree whose verification is timed
+Imported = Annotated[
+    list[Path] | None,
+    typer.Option("--imported", metavar="FILE", help="A drafter from elsewhere, as Parquet; may be repeated."),
+]
+
+
+def rank(
+    run: options.Run,
+    costs: Costs = "measured",
+    context: Context = None,
+    exit_layers: options.ExitLayers = None,
+    draft_lengths: options.DraftLengths = None,
+    draft_rows: options.DraftRows = None,
+    imported: Imported = None,
+    validate: Annotated[
+        int, typer.Option("--validate", metavar="N", help="Run the N best ways, and hold them against their rounds.")
+    ] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="Validate on the first N prompts only.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Every way of drafting on one scale, and the oracle above them."""
+    from probekit.choice.rank import rank as rank_ways
+    from probekit.drafting.imported import import_drafter
+    from probekit.drafting.policies import FIXED
+    from probekit.traces.trace import Trace
+
+    if costs not in ("measured", "roofline"):
+        raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
+    if context is None:
+        context = MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
+    options.at_least_one(context, "--context")
+    if validate < 0:
+        raise InputError(f"--validate is {validate}; expected 0 or more.")
+    trace = Trace.open(run)
+    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    exits = options.integers(exit_layers, "--exit-layers")
+    others = [import_drafter(path, trace) for path in imported or ()]
+    with progress_bars(quiet or as_json) as bars:
+        widest = [*lengths, TREE_NODES]
+        timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
+    ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
+    checked = None
+    if validate:
+        from probekit.validation.ways import validate_ways
+
+        loaded, drafter = models_of(trace, device, dtype)
+        ways = [each.way for each in ranking.shortlist(validate) if each.way is not None]
+        with progress_bars(quiet or as_json) as bars:
+            checked = validate_ways(loaded, trace, ways, draft_model=drafter, limit=limit, progress=bars)
+    if as_json:
+        document = ranking.to_json()
+        if checked is not None:
+            document["validated"] = [each.to_json() for each in checked.ways]
+        print_json(document)
+    else:
+        _show(ranking, checked)
+    if checked is not None and not checked.holds:
+        raise typer.Exit(1)
+
+
+def _show(ranking: Ranking, checked: WaysValidation | None) -> None:
+    notice(ranking.sentence())
+    costs = ranking.costs
+    above = [ranking.oracle] if ranking.oracle is not None else []
+    print_table(
+        f"costs: {costs.source}, {costs.device}, {costs.dtype}, context {costs.context}",
+        ["drafts", "policy", "length", "tokens per round", "drafted a token", "speedup", "95 %", "of the oracle",
+         "exact"],
+        [
+            [way.label, way.policy, way.draft_length, way.tokens_per_round, way.drafted_per_token, way.speedup,
+             way.interval, ranking.share_of_oracle(way), way.exact]
+            for way in [*above, *ranking.shortlist()]
+        ],
+        "speedup: predicted, over autoregressive decoding on the same engine, decoding only; of each drafter and "
+        "policy the best length. of the oracle: its speed over the oracle's. exact: so are drafted tokens; what a "
+        "policy that looks at drafts lets be drafted behind a mismatch is estimated. Learned ways are judged on the "
+        "half of the prompts that they were not learned on.",
+    )  # fmt: skip
+    kinds = ranking.kinds()
+    if len(kinds) > 1:
+        print_table(
+            "by kind of text",
+            ["kind", "prompts", "best there", "policy", "speedup", "one choice for all", "loses", "oracle"],
+            [
+                [row.kind, row.prompts, row.best.label, row.best.policy, row.best_speedup, row.choice_speedup, row.loss,
+                 row.oracle_speedup]
+                for row in kinds
+            ],
+        )  # fmt: skip
+    if checked is not None:
+        print_table(
+            "run by the decoder",
+            ["drafts", "policy", "rounds equal", "tokens equal", "ties", "drafted", "rounds", "speedup measured"],
+            [
+                [each.way.label, each.way.name, each.rounds_equal, each.tokens_equal, each.near_ties,
+                 f"{each.predicted['drafted']:,} / {each.measured['drafted']:,}",
+                 f"{each.predicted['rounds']:,} / {each.measured['rounds']:,}", each.speedup_measured]
+                for each in checked.ways
+            ],
+            "counts are predicted / measured.",
+        )  # fmt: skip

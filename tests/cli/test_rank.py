@@ -1,0 +1,73 @@
+"""`probekit rank`, as a person and as a program calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from probekit.cli.app import run
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    prompts = tmp_path_factory.mktemp("rank") / "prompts.jsonl"
+    lines = [{"prompt": text, "kind": kind} for text, kind in
+             [("a king", "tale"), ("aaa bbb aaa", "code"), ("the fox", "tale"), ("x = 1; x =", "code")]]  # fmt: skip
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    folder = prompts.parent / "run"
+    words = ["--prompts", str(prompts), "-o", str(folder), "--max-new-tokens", "16", "--quiet"]
+    assert run(["trace", str(tiny_folder), *words]) == 0
+    return folder
+
+
+WORDS = ["--costs", "roofline", "--device", "h100", "--draft-lengths", "2,4"]
+
+
+def test_as_json(folder, capsys, tmp_path):
+    from probekit.traces.trace import Trace
+
+    trace = Trace.open(folder)
+    rows = [
+        (prompt, place, int(token)) for prompt in trace.prompts for place, token in enumerate(trace.outputs(prompt))
+    ]
+    path = tmp_path / "perfect.parquet"
+    pd.DataFrame(rows, columns=["prompt", "output", "token"]).to_parquet(path)
+    assert run(["rank", str(folder), *WORDS, "--imported", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "probekit/rank/1" and document["ways"][0]["drafter"] == "perfect"
+    assert document["oracle"]["speedup"] >= document["ways"][0]["speedup"]
+    assert {row["kind"] for row in document["kinds"]} == {"tale", "code"}
+
+
+def test_the_best_are_run(folder, capsys):
+    words = ["--draft-lengths", "2,4", "--costs", "roofline", "--device", "cpu", "--validate", "5", "--limit", "2"]
+    assert run(["rank", str(folder), *words, "--json"]) == 0
+    validated = json.loads(capsys.readouterr().out)["validated"]
+    assert 3 <= len(validated) <= 5
+    assert all(each["rounds_equal"] and each["tokens_equal"] for each in validated)
+
+
+def test_as_tables(folder, capsys):
+    assert run(["rank", str(folder), *WORDS, "--exit-layers", "2,3"]) == 0
+    shown = capsys.readouterr()
+    for text in ("of the oracle", "by kind of text", "suffix", "autoregressive", "confidence:0.6"):
+        assert text in shown.out
+    assert "An oracle would reach" in " ".join(shown.err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--costs", "guessed"], "--costs is 'guessed'"),
+        (["--validate", "-1"], "--validate is -1"),
+        (["--exit-layers", "99"], "exit layer 99 is out of range"),
+        (["--imported", "nothing.parquet"], "there is no file nothing.parquet"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder, capsys, words, message):
+    given = [*WORDS, *words] if words[0] != "--costs" else words
+    assert run(["rank", str(folder), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
