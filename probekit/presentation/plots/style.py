@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib import colors, font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.textpath import text_to_path
 
 from probekit.presentation.plots.glyphs import families, plain
@@ -25,7 +26,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 8.0,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": matplotlib.cycler(color=sns.color_palette(PALETTE).as_hex()),
+    "axes.prop_cycle": cycler(color=sns.color_palette(PALETTE).as_hex()),
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.labelsize": 8.0,
