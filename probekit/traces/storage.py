@@ -76,7 +76,8 @@ class TablesInParts:
                 raise InputError(
                     f"{path} cannot be read: {error}", "Delete it, and trace again with --resume."
                 ) from None
-        frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+        # Text of which a part has none is written without a type by pandas 2.
+        frame = pa.concat_tables(parts, promote_options="default").unify_dictionaries().to_pandas()
         if "lens" in frame.columns:
             frame["lens"] = frame["lens"].cat.set_categories(LENSES)
         return frame
