@@ -185,7 +185,12 @@ def test_latex_sets_the_labels(study, tmp_path):
 def test_figures_have_captions_and_alternative_texts(made):
     latex = (made[0] / "figures.tex").read_text(encoding="utf-8")
     assert latex.isascii()
-    assert latex.count(r"\includegraphics[alt={") == latex.count(r"\caption{") == latex.count(r"\label{fig:") == 9
+    assert (
+        latex.count(r"\includegraphics[alt={")
+        == latex.count(r"\caption{")
+        == latex.count(r"\label{fig:")
+        == len(FIGURES)
+    )
     alts = re.findall(r"alt=\{(.*?)\}\]\{fig", latex)
     assert all("tales-untied" in alt or "all on the diagonal" in alt for alt in alts)
     cells = open_study(made[0].parent).of("cells", "tales-untied")
