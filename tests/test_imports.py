@@ -26,8 +26,8 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "states", "family", "families", "anatomy", "quantised", "checkpoint", "gguf",
-        "reference", "adapters", "loaded", "synthetic",
+        "linear_kernels", "memory", "states", "family", "families", "anatomy", "quantised", "checkpoint",
+        "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from probekit.errors import InputError, ResourceError
+from probekit.errors import InputError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy
 from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, hash_files, read_folder
 from probekit.models.gguf import read_gguf
+from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
 
@@ -122,6 +123,7 @@ def load(
     adapter: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    cache: str | Path | bool | None = None,
 ) -> Loaded:
     """Load a causal language model of a known family with its tokenizer.
 
@@ -134,6 +136,9 @@ def load(
     device: "cpu", "cuda" or "cuda:N"; by default the GPU where there is one.
     dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and on a GPU the checkpoint's own
         (bfloat16 for quantised GGUF, whose weights are always read as floating-point numbers).
+    cache: the folder that keeps dequantised copies of GGUF files; $XDG_CACHE_HOME/probekit or ~/.cache/probekit by
+        default; False keeps none. Where a copy cannot be written, a Remark says so and the model is loaded all the
+        same.
 
     Raises
     ------
@@ -158,7 +163,11 @@ def load(
     source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
         with _quiet():
-            model, tokenizer, files = (read_gguf if source.gguf else read_folder)(source, place, asked)
+            if source.gguf:
+                model, tokenizer, weights_hash, remark = read_gguf(source, place, asked, cache_folder(cache))
+            else:
+                model, tokenizer, files = read_folder(source, place, asked)
+                weights_hash, remark = hash_files(files), None
             if added is not None:
                 model = put_in(model, added)
     except InputError:
@@ -169,6 +178,8 @@ def load(
         ) from error
     except Exception as error:  # whatever transformers makes of a damaged file
         raise InputError(f"{source.path} cannot be read as a checkpoint: {first_line(error)}") from error
+    if remark is not None:
+        warnings.warn(remark, Remark, stacklevel=2)
     model.requires_grad_(False).eval()
     return Loaded(
         model=model,
@@ -178,7 +189,7 @@ def load(
         reference=source.reference,
         path=source.path,
         revision=source.revision,
-        weights_hash="+".join([hash_files(files), *([] if added is None else [added.weights_hash])]),
+        weights_hash="+".join([weights_hash, *([] if added is None else [added.weights_hash])]),
         adapter=added,
     )
 
