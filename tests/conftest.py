@@ -95,7 +95,6 @@ def real_model_path(name: str) -> Path:
     The cache is PROBEKIT_TEST_CACHE, or ~/.cache/probekit.
     """
     from analyses.fetch_real_models import fetch
-
     from probekit.errors import ResourceError
 
     cache = Path(os.environ.get("PROBEKIT_TEST_CACHE") or Path.home() / ".cache" / "probekit").expanduser()
@@ -109,7 +108,8 @@ def load_real_model(name: str):
     """In float32 on the CPU."""
     from probekit.models.loaded import load
 
-    return load(real_model_path(name), device="cpu", dtype="float32")
+    path = real_model_path(name)
+    return load(path, device="cpu", dtype="float32", cache=path.parent)
 
 
 @pytest.fixture(scope="session")

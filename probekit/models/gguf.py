@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -103,11 +103,10 @@ def readable_architectures() -> frozenset[str]:
     """The architectures, by llama.cpp's names, that this transformers makes a model of."""
     legacy: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     found = set(legacy.GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"}
-    try:
+    with suppress(ImportError, AttributeError):  # before 5.23
         found |= set(import_module("transformers.integrations.gguf").GGUF_ARCHS)
-    except (ImportError, AttributeError):  # before 5.23
-        pass
-    return frozenset(found | {theirs for theirs, ours in MODEL_TYPES.items() if {ours, ours.removesuffix("_text")} & found})
+    found |= {theirs for theirs, ours in MODEL_TYPES.items() if {ours, ours.removesuffix("_text")} & found}
+    return frozenset(found)
 
 
 def read_gguf(source: Source, device: torch.device, asked: torch.dtype | None, copies: Path | None) -> GGUFRead:
@@ -162,7 +161,7 @@ def _from_file(source: Source, header: GGUFHeader, device: torch.device, dtype: 
 
 
 def _plain_weights() -> dict[str, Any]:
-    """Ask for floating-point weights: transformers from 5.23 on may leave them packed, and calls the model quantised."""
+    """Ask for floating-point weights: from 5.23 on transformers else calls the model quantised."""
     settings = getattr(import_module("transformers"), "GgufConfig", None)
     return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 

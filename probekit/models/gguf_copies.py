@@ -101,7 +101,7 @@ class GGUFCopy:
 
 
 def copy_of(root: Path, weights_hash: str, source: Path, dtype: torch.dtype) -> GGUFCopy:
-    """Where the copy of a file belongs. A hash of samples does not see every change, so the file's time goes with it."""
+    """Where the copy of a file belongs. A hash of samples misses some changes, so the file's time goes with it."""
     scheme, _, digits = weights_hash.partition(":")
     record = {
         "schema": SCHEMA,

@@ -214,6 +214,12 @@ def write_gguf(loaded, path: Path, *, tokenizer=True, leave_out="", extra=None, 
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path, monkeypatch):
+    """No test writes into the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 @pytest.fixture
 def spelled():
     """An untied model with a tokenizer, for GGUF."""

@@ -49,8 +49,8 @@ def test_every_round_is_that_of_transformers(real):
     assert len(trace.prompts) >= 24
     for exit_layer, length in CELLS[name]:
         found = count(loaded, trace, exit_layer, length)
-        print(f"\n{loaded.name}, exit {exit_layer}, {length} drafts: {found.equal} of {len(trace.prompts)} texts equal, "
-              f"{found.ties} part at a near-tie; {found.rounds} rounds, {found.accepted} drafts accepted")  # fmt: skip
+        print(f"\n{loaded.name}, exit {exit_layer}, {length} drafts: {found.equal} of {len(trace.prompts)} texts equal")
+        print(f"{found.ties} part at a near-tie; {found.rounds} rounds, {found.accepted} drafts accepted")
         assert found.wrong == []
         assert found.equal + found.ties == len(trace.prompts)
         assert found.ties <= 2
