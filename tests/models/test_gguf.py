@@ -248,12 +248,16 @@ def failing_write(monkeypatch):
     monkeypatch.setattr(gguf_copies, "_write_tokenizer", fail)
 
 
+def other_tokenizer(monkeypatch):
+    monkeypatch.setattr(gguf_copies, "_write_tokenizer", lambda *_: False)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (full_disk, r"has 0 MB left, and it needs"),
         (failing_write, r"cannot be written: No space left on device"),
-        (lambda patch: patch.setattr(gguf_copies, "_write_tokenizer", lambda *_: False), "would not come back the same"),
+        (other_tokenizer, "its tokenizer would not come back the same"),
     ],
 )
 def test_without_room_the_model_is_loaded_with_one_remark(small, tmp_path, monkeypatch, spoil, says):
