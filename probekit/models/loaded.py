@@ -340,7 +340,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "vocabulary": parts.vocabulary,
         "context": parts.context,
-        "rope": getattr(parts.rotary, "rope_type", "default"),
+        "rope": _rope(parts.rotary),
         "tied": parts.tied,
         "parameters": parts.parameters,
         "bytes": parts.bytes,
@@ -353,6 +353,15 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "eos_ids": sorted(loaded.eos_ids),
         "ignored_processors": list(loaded.ignored_processors),
     }
+
+
+def _rope(rotary: Any) -> str:
+    """The kind of rotary embedding; where layers differ in it, of each kind of layer."""
+    kind = getattr(rotary, "rope_type", "default")
+    if not isinstance(kind, dict):
+        return str(kind)
+    kinds = list(dict.fromkeys(kind.values()))
+    return kinds[0] if len(kinds) == 1 else ", ".join(f"{layer}: {kind[layer]}" for layer in kind)
 
 
 @contextmanager
