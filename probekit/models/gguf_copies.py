@@ -12,6 +12,9 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,11 +37,25 @@ BLOCK = 2**22
 SPARE = 64 * 2**20  # bytes that stay free on the disk
 
 
+_chosen: ContextVar[str | Path | bool | None] = ContextVar("cache", default=None)
+
+
+@contextmanager
+def caching(cache: str | Path | bool | None) -> Iterator[None]:
+    """Within it this is the cache of every load that names none: what `--cache` is to a command."""
+    before = _chosen.set(cache)
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
+
+
 def cache_folder(cache: str | Path | bool | None) -> Path | None:
     """The folder that keeps copies; None: none are kept.
 
     cache: a folder; None: $XDG_CACHE_HOME/probekit, or ~/.cache/probekit; False: keep none.
     """
+    cache = _chosen.get() if cache is None else cache
     if cache is False:
         return None
     if cache is not None and cache is not True:
