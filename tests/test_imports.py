@@ -27,7 +27,7 @@ ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
     "models": (
         "linear_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
-        "gguf", "reference", "adapters", "loaded", "synthetic",
+        "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

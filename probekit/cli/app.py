@@ -20,8 +20,8 @@ from typer.exceptions import TyperException
 import probekit
 from probekit.cli import commands, options
 from probekit.cli.signals import Stopped
-from probekit.cli.terminal import err, out, print_json
-from probekit.errors import ProbekitError
+from probekit.cli.terminal import err, out, print_json, warnings_as_notices
+from probekit.errors import ProbekitError, Remark
 
 app = typer.Typer(
     name="probekit",
@@ -38,15 +38,39 @@ def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
     def without(*, debug: bool = False, **given: Any) -> None:
         command(**given)
 
+    return _with_option(without, command, "debug", options.Debug, False)
+
+
+def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with `--cache`, which holds for every model that it loads."""
+
+    @wraps(command)
+    def cached(*, cache: str | None = None, **given: Any) -> None:
+        if cache is None:
+            return command(**given)
+        from probekit.models.gguf_copies import caching
+
+        with caching(False if cache == "none" else cache):
+            command(**given)
+
+    return _with_option(cached, command, "cache", options.Cache, None)
+
+
+def _with_option(
+    wrapped: Callable[..., None], command: Callable[..., None], name: str, annotation: Any, default: Any
+) -> Callable[..., None]:
+    """`wrapped` shows typer the options of `command`, and this one."""
     shown = signature(command, eval_str=True)
-    debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=options.Debug)
-    without.__signature__ = shown.replace(parameters=[*shown.parameters.values(), debug])  # type: ignore[attr-defined]
-    without.__annotations__ = {name: each.annotation for name, each in without.__signature__.parameters.items()}  # type: ignore[attr-defined]
-    return without
+    option = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    wrapped.__signature__ = shown.replace(parameters=[*shown.parameters.values(), option])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {name: each.annotation for name, each in wrapped.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    return wrapped
 
 
+LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
 for command in commands.ALL:
-    app.command(name=commands.name_of(command))(_with_debug(command))
+    name = commands.name_of(command)
+    app.command(name=name)(_with_debug(_with_cache(command) if name in LOADING else command))
 
 
 def _version(asked: bool) -> None:
@@ -93,7 +117,8 @@ def run(arguments: Sequence[str]) -> int:
     for library in ("torchao", "torch.utils._pytree"):  # torchao warns of other devices' kernels when it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
+        with warnings_as_notices("--quiet" in line.words, Remark):
+            status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except ProbekitError as error:

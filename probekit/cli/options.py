@@ -20,6 +20,14 @@ Adapter = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` wrote.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Keeps dequantised copies of GGUF files; none: keep none. [default: ~/.cache/probekit, by XDG]",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", "-v", help="Show the traceback of an error.")]

@@ -51,14 +51,14 @@ def say_remarks(manifest: Any, quiet: bool) -> None:
 
 
 @contextmanager
-def warnings_as_notices(quiet: bool) -> Iterator[None]:
+def warnings_as_notices(quiet: bool, kind: type[Warning] = UserWarning) -> Iterator[None]:
     """What the library warns of, as lines for the person at the terminal; others' warnings go their own way."""
     others = warnings.showwarning
 
     def say(
         message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
-        if category is UserWarning:
+        if category is kind:
             notice(f"remark: {message}", quiet=quiet)
         else:
             others(message, category, filename, lineno, file, line)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from probekit.errors import InputError, ResourceError
+from probekit.errors import InputError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, hash_files, read_folder
 from probekit.models.gguf import read_gguf
+from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
 
@@ -133,6 +134,7 @@ def load(
     adapter: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    cache: str | Path | bool | None = None,
 ) -> Loaded:
     """Load a causal language model of a known family with its tokenizer.
 
@@ -145,6 +147,9 @@ def load(
     device: "cpu", "cuda" or "cuda:N"; by default the GPU where there is one.
     dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and on a GPU the checkpoint's own
         (bfloat16 for quantised GGUF, whose weights are always read as floating-point numbers).
+    cache: the folder that keeps dequantised copies of GGUF files; $XDG_CACHE_HOME/probekit or ~/.cache/probekit by
+        default; False keeps none. Where a copy cannot be written, a Remark says so and the model is loaded all the
+        same.
 
     Raises
     ------
@@ -169,7 +174,11 @@ def load(
     source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
         with _quiet():
-            model, tokenizer, files = (read_gguf if source.gguf else read_folder)(source, place, asked)
+            if source.gguf:
+                model, tokenizer, weights_hash, remark = read_gguf(source, place, asked, cache_folder(cache))
+            else:
+                model, tokenizer, files = read_folder(source, place, asked)
+                weights_hash, remark = hash_files(files), None
             if added is not None:
                 model = put_in(model, added)
     except InputError:
@@ -180,6 +189,8 @@ def load(
         ) from error
     except Exception as error:  # whatever transformers makes of a damaged file
         raise InputError(f"{source.path} cannot be read as a checkpoint: {first_line(error)}") from error
+    if remark is not None:
+        warnings.warn(remark, Remark, stacklevel=2)
     model.requires_grad_(False).eval()
     return Loaded(
         model=model,
@@ -189,7 +200,7 @@ def load(
         reference=source.reference,
         path=source.path,
         revision=source.revision,
-        weights_hash="+".join([hash_files(files), *([] if added is None else [added.weights_hash])]),
+        weights_hash="+".join([weights_hash, *([] if added is None else [added.weights_hash])]),
         adapter=added,
     )
 
@@ -342,7 +353,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "head_dim": parts.head_dim if known else None,
         "vocabulary": parts.vocabulary,
         "context": parts.context,
-        "rope": getattr(parts.rotary, "rope_type", "default"),
+        "rope": _rope(parts.rotary),
         "tied": parts.tied,
         "embeddings": parts.embeddings,
         "parameters": parts.parameters,
@@ -356,6 +367,15 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "eos_ids": sorted(loaded.eos_ids),
         "ignored_processors": list(loaded.ignored_processors),
     }
+
+
+def _rope(rotary: Any) -> str:
+    """The kind of rotary embedding; where layers differ in it, of each kind of layer."""
+    kind = getattr(rotary, "rope_type", "default")
+    if not isinstance(kind, dict):
+        return str(kind)
+    kinds = list(dict.fromkeys(kind.values()))
+    return kinds[0] if len(kinds) == 1 else ", ".join(f"{layer}: {kind[layer]}" for layer in kind)
 
 
 @contextmanager
