@@ -102,6 +102,16 @@ def rank(
     Raises
     ------
     InputError: for exits, lengths or costs that do not fit the trace.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> from probekit.costs.roofline import roofline_costs
+    >>> trace = probekit.trace("tales-layerskip", ["Once upon a time", "The king"], max_new_tokens=16)
+    >>> costs = roofline_costs(trace, device="h100", dtype="bfloat16")
+    >>> ranking = probekit.rank(trace, costs, exit_layers=[2, 3], draft_lengths=[2, 4])
+    >>> ranking.to_pandas()["speedup"].max() >= 1
+    np.True_
     """
     trace = as_trace(trace)
     known = traced_drafters(trace, exit_layers, draft_rows=draft_rows, draft_model=_timed_model(trace, costs))

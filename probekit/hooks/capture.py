@@ -28,6 +28,16 @@ class Capture(HookContext):
     reduce: called as `reduce(site, residual)` while the model runs; nothing is then kept here.
     into: a preallocated buffer, (sites, batch, positions, width); each pass is copied into its first
         `positions` places. Only device work happens in the hook, so that it can be recorded into a CUDA graph.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> loaded = probekit.load("tales-tied", device="cpu")
+    >>> ids = loaded.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> with probekit.Capture(loaded.model, [0, 6, 12]) as capture:
+    ...     _ = loaded.model(ids)
+    >>> tuple(capture[6].shape)  # batch, positions, width
+    (1, 4, 128)
     """
 
     turn = Turn.CAPTURE

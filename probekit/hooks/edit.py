@@ -24,6 +24,17 @@ class Edit(HookContext):
     skip: numbers of layers (0..L-1) that hand their input on unchanged.
     replace: {layer: function}; `function(residual_in, residual_out)` returns the residual that the layer
         shall write instead, (batch, positions, width).
+
+    Examples
+    --------
+    >>> import probekit
+    >>> loaded = probekit.load("tales-tied", device="cpu")
+    >>> ids = loaded.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> before = loaded.model(ids).logits
+    >>> with probekit.Edit(loaded.model, skip=[5], replace={7: lambda was, written: was + 0.5 * (written - was)}):
+    ...     edited = loaded.model(ids).logits
+    >>> bool((edited != before).any()), bool((loaded.model(ids).logits == before).all())
+    (True, True)
     """
 
     turn = Turn.EDIT

@@ -33,6 +33,16 @@ class Stop(HookContext):
     before the site one by one on the embedding output. The caller computes what the model's own forward would:
     `position_embeddings` and the additive 4D `attention_mask` (None where none is needed); where layers take
     different ones, `each` lists the inputs of every layer of the model. Other hooks on the layers fire as usual.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> loaded = probekit.load("tales-tied", device="cpu")
+    >>> ids = loaded.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> with probekit.Stop(loaded.model, 4) as stop:
+    ...     residual = stop(input_ids=ids)  # layers 0..3 ran
+    >>> tuple(residual.shape)
+    (1, 4, 128)
     """
 
     turn = Turn.STOP
@@ -72,6 +82,18 @@ class Resume(HookContext):
 
     `resume.direct(residual, **inputs)` is the same with less overhead, and needs no open context: it calls the
     layers behind the site one by one, then the final norm. Its inputs are those of `Stop.direct`.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> loaded = probekit.load("tales-tied", device="cpu")
+    >>> ids = loaded.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> with probekit.Stop(loaded.model, 4) as stop:
+    ...     residual = stop(input_ids=ids)
+    >>> with probekit.Resume(loaded.model, 4) as resume:
+    ...     last = resume(residual)  # layers 4..11, and the norm
+    >>> bool((loaded.model.lm_head(last) == loaded.model(ids).logits).all())
+    True
     """
 
     turn = Turn.RESUME

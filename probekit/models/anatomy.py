@@ -181,6 +181,13 @@ def anatomy(model: Any) -> Anatomy:
     does not decode: its parts were found by transformers' accessors.
 
     Raises InputError, which names the family, where the model has no such parts.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> parts = probekit.anatomy(probekit.load("tales-tied", device="cpu").model)
+    >>> parts.depth, parts.width, parts.vocabulary, parts.tied
+    (12, 128, 4096, True)
     """
     known = model if isinstance(model, Anatomy) else getattr(model, "anatomy", None)
     if isinstance(known, Anatomy):

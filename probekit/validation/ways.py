@@ -116,6 +116,16 @@ def validate_ways(
     repeats: how often each prompt is decoded. progress: called as `progress("validate", done, total)`.
 
     Raises InputError for text that is not greedy, for other models than the traced ones, and without a way.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> from probekit.drafting.drafters import ExitLayer
+    >>> from probekit.drafting.ways import Way
+    >>> trace = probekit.trace("tales-layerskip", ["Once upon a time"], max_new_tokens=16)
+    >>> found = probekit.validate_ways("tales-layerskip", trace, [Way((ExitLayer(3),), 2)])
+    >>> found.holds
+    True
     """
     loaded, trace = as_loaded(loaded), as_trace(trace)
     if trace.manifest.settings.text != "greedy":
