@@ -172,6 +172,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("compare", greedy, sampled),
         ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2"),
         ("report", study),
+        ("figures", study, "-o", folder / "figures", "--format", "svg"),
     ):
         made.setdefault(command, []).append(printed([command, *map(str, words)]))
     made["study folder"] = [study]

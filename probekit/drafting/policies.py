@@ -114,8 +114,8 @@ class MarginThreshold:
         if not (self.threshold >= 0 and np.isfinite(self.threshold)):
             raise InputError(f"the margin threshold must be a number of at least 0, not {self.threshold}.")
 
-    def keep_drafting(self, drafted: int, confidence: float) -> bool:
-        return confidence >= self.threshold
+    def keep_drafting(self, drafted: int, margin: float) -> bool:
+        return margin >= self.threshold
 
 
 POLICIES: dict[str, Callable[..., Policy] | str] = {

@@ -19,7 +19,7 @@ def whole_numbers(tiny, seed, rows):
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
     head.weight.copy_(torch.randint(-1, 2, head.weight.shape, generator=generator))
-    parts = replace(tiny.anatomy, norm=nn.Identity(), head=head)
+    parts = replace(tiny.anatomy, norm=nn.Identity(), head=head, sizes=None)
     return parts, torch.randint(-1, 2, (DEPTH + 1, rows, WIDTH), generator=generator).float()
 
 

@@ -9,6 +9,7 @@ import warnings
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import seaborn as sns
@@ -33,6 +34,11 @@ SWEEP = pd.DataFrame(
     {"cells": [1, 2, 3, 1, 2, 3], "seconds": [1.0, 2.0, 3.0, 0.5, 0.5, 0.5],
      "source": ["measured", "measured", "extrapolated", "trace", "trace", "trace"]}
 )  # fmt: skip
+RUNGS = pd.DataFrame(
+    {"rung": ["plain", "best fixed pair", "oracle"], "way": ["", "layer 2, K_$1$ & 2", ""], "speedup": [1.0, 1.2, 1.6],
+     "speedup_low": [1.0, 1.1, np.nan], "speedup_high": [1.0, 1.3, np.nan]}
+)  # fmt: skip
+ROUNDS = pd.DataFrame({"prompt": [0, 0, 1], "start": [1, 3, 1], "emitted": [2, 3, 4], "exit_layer": [1, 0, 2]})
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +61,14 @@ def drawn():
         plots.predicted_against_measured: VALIDATION,
         plots.run_lengths_against_geometric: tables.run_lengths_table(trace, [1, 2]),
         plots.trace_against_sweep: SWEEP,
+        plots.ladder: RUNGS,
+        plots.exit_map: ROUNDS,
     }
 
 
 def draw(plot, table, **options) -> Axes:
-    return plot(table, "agreement", **options) if plot is plots.by_layer else plot(table, **options)
+    more = {plots.by_layer: ("agreement",), plots.exit_map: (3,)}.get(plot, ())
+    return plot(table, *more, **options)
 
 
 def defaults():
@@ -175,6 +184,8 @@ def test_ground_without_a_colour_is_what_text_contrasts_with():
 def test_the_old_order_still_works_and_warns(drawn):
     heat_maps = {plots.lens_table, plots.acceptance_grid, plots.tokens_per_round_grid, plots.speedup_surface}
     for plot, table in drawn.items():
+        if plot in (plots.ladder, plots.exit_map):
+            continue  # younger than the old order
         ax = Figure(figsize=(5, 3)).subplots()
         with pytest.warns(DeprecationWarning, match=rf"{plot.__name__}\(table, ax=ax\)"):
             found = plot(ax, table, "agreement") if plot is plots.by_layer else plot(ax, table)

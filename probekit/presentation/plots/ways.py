@@ -57,16 +57,17 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @plot("prompt", "start", "emitted", "exit_layer")
-def exit_map(rounds: pd.DataFrame, exits: int, *, ax: Axes | None = None) -> Axes:
+def exit_map(rounds: pd.DataFrame, exits: int | None = None, *, ax: Axes | None = None) -> Axes:
     """Each text a line, each round a bar as long as the tokens that it emits, coloured by the exit that drafts.
 
-    rounds: columns prompt, start, emitted, exit_layer (NO_EXIT: no drafts, light grey). exits: the last exit layer.
-    `exit_colours(exits)` is what a colour bar needs.
+    rounds: columns prompt, start, emitted, exit_layer (NO_EXIT: no drafts, light grey). exits: the last exit layer;
+    by default the last that drafts. `exit_colours(exits)` is what a colour bar needs.
     """
-    ax, mappable = axes_or_current(ax), exit_colours(exits)
+    ax = axes_or_current(ax)
     if rounds.empty:
         nothing_to_show(ax, "no text has a round")
         return ax
+    mappable = exit_colours(max(1, int(rounds["exit_layer"].max())) if exits is None else exits)
     lines = {prompt: line for line, prompt in enumerate(dict.fromkeys(rounds["prompt"]))}
     for prompt, own in rounds.groupby("prompt", sort=False):
         spans = list(zip(own["start"] - 0.5, own["emitted"], strict=True))
