@@ -17,6 +17,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from presentation.fabricate_study import fabricate_study
 
+from probekit.presentation.paper.figures import FIGURES
+from probekit.presentation.study_folder import TABLES
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -105,7 +108,7 @@ def test_the_wheel_runs_from_an_empty_folder(installed, tmp_path):
     assert (tmp_path / "lens.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     study = fabricate_study(tmp_path / "study", ("tales-tied",), depth=3, prompts=4, tokens=8, draft_lengths=(1, 2))
     made = json.loads(probekit("figures", study, "--format", "svg", "--json"))["files"]
-    assert len(made) == 9 + 6 + 1
+    assert len(made) == len(FIGURES) + len(TABLES) + 1
     probekit("report", study)
     assert {path.name for path in tmp_path.iterdir()} == {"lens.html", "study"}, "nothing else is left in the folder"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from probekit.presentation.plots.calling import axes_or_current, plot
 from probekit.presentation.plots.glyphs import plain
-from probekit.presentation.plots.style import FAINT, INK, PALETTE, SEQUENTIAL, colormap, nothing_to_show
+from probekit.presentation.plots.style import SEQUENTIAL, colormap, faint, ground_of, nothing_to_show
 
 NO_EXIT = -1
 """In place of an exit layer: a round without drafts."""
@@ -29,22 +30,22 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if rungs.empty:
         nothing_to_show(ax, "nothing was ranked")
         return ax
-    heights, colour = np.arange(len(rungs)), sns.color_palette(PALETTE)[0]
+    heights, colour, pale = np.arange(len(rungs)), sns.color_palette(n_colors=1)[0], faint(ax)
+    small = 0.8 * matplotlib.rcParams["font.size"]
     speedup, low, high = (rungs[name].to_numpy(dtype=float) for name in ("speedup", "speedup_low", "speedup_high"))
     ends = np.where(np.isfinite(high), high, speedup)
     ax.hlines(heights, np.where(np.isfinite(low), low, speedup), ends, color=colour, linewidth=1.6, alpha=0.5)
     for height, (gain, end, way) in enumerate(zip(speedup, ends, rungs["way"], strict=True)):
         ax.annotate(
-            f"{gain:.2f}", (end, height), xytext=(5, 0), textcoords="offset points", va="center", color=INK,
-            fontsize=6.5,
+            f"{gain:.2f}", (end, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=small,
         )  # fmt: skip
         if way:
             ax.annotate(
-                plain(way), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center", color=FAINT,
-                fontsize=5.5,
+                plain(way), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center", color=pale,
+                fontsize=0.85 * small,
             )  # fmt: skip
     ax.scatter(speedup, heights, s=20, color=colour, zorder=3)
-    ax.axvline(1.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
+    ax.axvline(1.0, color=pale, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
     ax.set_yticks(heights, [plain(rung) for rung in rungs["rung"]])
     ax.grid(visible=False, axis="y")
     reach = float(ends.max())
@@ -52,7 +53,7 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(least - 0.06 * (reach - least + 0.1), reach + 0.3 * (reach - least + 0.1))  # room for the numbers
     ax.set_ylim(-0.8, len(rungs) - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.set_xlabel("predicted speedup (×)")
+    ax.set_xlabel(plain("predicted speedup (×)"))
     return ax
 
 
@@ -72,7 +73,7 @@ def exit_map(rounds: pd.DataFrame, exits: int | None = None, *, ax: Axes | None 
     for prompt, own in rounds.groupby("prompt", sort=False):
         spans = list(zip(own["start"] - 0.5, own["emitted"], strict=True))
         colours = [_NOTHING if layer == NO_EXIT else mappable.to_rgba(layer) for layer in own["exit_layer"]]
-        ax.broken_barh(spans, (lines[prompt] - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=0.4)
+        ax.broken_barh(spans, (lines[prompt] - 0.4, 0.8), facecolors=colours, edgecolor=ground_of(ax), linewidth=0.4)
     ax.set_ylim(len(lines) - 0.4, -0.6)
     ax.set_xlim(0.0, float((rounds["start"] + rounds["emitted"]).max()))
     ax.set_yticks(list(lines.values()), [str(prompt) for prompt in lines])
