@@ -32,6 +32,10 @@ def test_the_ladder_has_a_point_and_its_number_for_each_rung(ax):
     texts = [text.get_text() for text in ax.texts]
     assert all(f"{gain:.2f}" in texts for gain in rungs["speedup"])
     assert [label.get_text() for label in ax.get_yticklabels()] == rungs["rung"].tolist()
+    assert (
+        ax.get_xlim()[0] < rungs[["speedup", "speedup_low"]].min(axis=None)
+        and ax.get_xlim()[1] > rungs["speedup_high"].max()
+    )
 
 
 def test_the_map_covers_each_text_once(ax):

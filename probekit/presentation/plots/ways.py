@@ -38,6 +38,7 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for height, (gain, end, way) in enumerate(zip(speedup, ends, rungs["way"], strict=True)):
         ax.annotate(
             f"{gain:.2f}", (end, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=small,
+            bbox={"facecolor": ground_of(ax), "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
         if way:
             ax.annotate(
@@ -49,7 +50,7 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(heights, [plain(rung) for rung in rungs["rung"]])
     ax.grid(visible=False, axis="y")
     reach = float(ends.max())
-    least = min(1.0, float(speedup.min()))
+    least = min(1.0, float(np.fmin(low, speedup).min()))
     ax.set_xlim(least - 0.06 * (reach - least + 0.1), reach + 0.3 * (reach - least + 0.1))  # room for the numbers
     ax.set_ylim(-0.8, len(rungs) - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
