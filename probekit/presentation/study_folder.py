@@ -30,6 +30,8 @@ TABLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The study's tables, and the columns without which a file is another program's, or an older version's."""
 
+MAY_BE_EMPTY = ("rounds",)  # sampled text has expected rounds only
+
 _RUN_AGAIN = "Run `probekit study` on that folder again: finished steps are kept."
 
 
@@ -104,7 +106,7 @@ class StudyFolder:
         if missing:
             raise InputError(f"{path} has no column {', '.join(missing)}.", _RUN_AGAIN)
         unknown = sorted(set(self.models) - set(table["model"]))
-        if unknown:
+        if unknown and not (name in MAY_BE_EMPTY and table.empty):
             raise InputError(f"{path} says nothing of {', '.join(unknown)}.", _RUN_AGAIN)
         table["model"] = table["model"].map({model: self.label(model) for model in self.models})
         return table.dropna(subset=["model"])

@@ -33,6 +33,19 @@ LIBRARIES = ("torch", "transformers", "numpy", "nnsight")
 MISSED = 0.15  # a prediction that is further off than this share is remarked on
 
 
+ROUND_COLUMNS = (
+    "model",
+    "exit_layer",
+    "draft_length",
+    "drafter",
+    "prompt",
+    "round",
+    "drafted",
+    "accepted_predicted",
+    "accepted_measured",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelStudy:
     """What the phases made of one model. timings: of its trace beside its text; seconds: of each phase."""
@@ -95,6 +108,8 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
     parts: dict[str, list[pd.DataFrame]] = {}
     for study in studies:
         rounds = pd.DataFrame([{"model": study.name, **row} for row in study.validated.rounds])
+        if rounds.empty:  # sampled text has none; the table is there all the same
+            rounds = pd.DataFrame(columns=list(ROUND_COLUMNS))
         for name, table in (
             ("layers", tables.layers_table(study.trace, study.name)),
             ("cells", tables.cells_table(study.prediction, study.choice, study.name)),

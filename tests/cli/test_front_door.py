@@ -326,6 +326,9 @@ def test_a_study_of_sampled_text_from_end_to_end(capsys, tiny_folder, prompts, t
     assert run(["choose", str(tmp_path / "study")]) == 0
     assert model["sentence"].split(":")[0] in capsys.readouterr().out
     assert "one of its runs" in fails(capsys, "choose", tmp_path / "study", "--export", tmp_path / "x")
+    drawn = ["figures", tmp_path / "study", "-o", tmp_path / "paper", "--only", "fig02", "--format", "svg", "--quiet"]
+    assert run(list(map(str, drawn))) == 0  # sampled text has no single rounds; its tables are there all the same
+    assert (tmp_path / "paper" / "tables" / "rounds.tex").is_file()
     # other settings are named; the same ones resume
     assert "sampling" in fails(capsys, *words[:-1], "--seed", "5")
 
