@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import probekit
 from probekit.cli.app import run
 from probekit.errors import InputError
+from probekit.presentation.study_folder import open_study
 
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(probekit.__file__).parents[1])}
 
@@ -328,7 +329,8 @@ def test_a_study_of_sampled_text_from_end_to_end(capsys, tiny_folder, prompts, t
     assert "one of its runs" in fails(capsys, "choose", tmp_path / "study", "--export", tmp_path / "x")
     drawn = ["figures", tmp_path / "study", "-o", tmp_path / "paper", "--only", "fig02", "--format", "svg", "--quiet"]
     assert run(list(map(str, drawn))) == 0  # sampled text has no single rounds; its tables are there all the same
-    assert (tmp_path / "paper" / "tables" / "rounds.tex").is_file()
+    assert (tmp_path / "paper" / "fig02_agreement.svg").is_file()
+    assert open_study(tmp_path / "study").table("rounds").empty
     # other settings are named; the same ones resume
     assert "sampling" in fails(capsys, *words[:-1], "--seed", "5")
 
