@@ -112,9 +112,9 @@ class Resume(HookContext):
                 "a Resume with a cache needs position_ids and an additive attention mask of "
                 "(batch, 1, positions, keys): the caches of the layers may differ in length."
             )
-        self._given = residual
+        self._given = residual  # and a copy for what a model may scale in place
         try:
-            return self.anatomy.decoder(inputs_embeds=residual, **inputs).last_hidden_state
+            return self.anatomy.decoder(inputs_embeds=residual.clone(), **inputs).last_hidden_state
         finally:
             self._given = None
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from probekit.models.family import Family
 
@@ -35,7 +34,7 @@ def text_config(model: Any) -> Any:
 def locate(model: Any) -> Located | str:
     """The parts of `model`, or why it has none that the lens could read, as the end of a sentence."""
     config = text_config(model)
-    if not isinstance(model, PreTrainedModel) or config is None:
+    if not hasattr(model, "get_output_embeddings") or config is None:
         return "it is no language model of transformers"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, not a causal decoder"

@@ -287,7 +287,8 @@ def as_loaded(given: Loaded | str | Path) -> Loaded:
     """What every public function does with the model that it is given: a loaded one as it is, a reference is loaded.
 
     Raises InputError for anything else, and says how it becomes one; and for a wrapped model whose modules or adapters
-    are others since: it is another model, which nothing here knows yet; and under autocast.
+    are others since, or any model whose layers, embedding, norm or head are: it is another model, which nothing
+    here knows yet; and under autocast.
     """
     if isinstance(given, (str, Path)):
         return load(given)
@@ -303,6 +304,7 @@ def as_loaded(given: Loaded | str | Path) -> Loaded:
             f"{given.name} has changed since it was wrapped: its modules, or the state of its adapters, are others.",
             "Wrap it again.",
         )
+    check_unchanged(given.anatomy)
     return given
 
 
