@@ -131,7 +131,8 @@ def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, s
     printed, line = process.communicate(timeout=60)
     assert process.returncode == status
     assert printed == ""
-    [line] = line.strip().splitlines()
+    assert "Traceback" not in line
+    line = line.strip().splitlines()[-1]  # libraries may remark on the machine first
     assert line.startswith(f"probekit trace: {said}")
     assert "of 400 prompts are kept in" in line
     assert line.endswith("4 --resume")
@@ -147,7 +148,8 @@ def test_a_signal_in_json(tmp_path):
     process.send_signal(signal.SIGTERM)
     printed, line = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert line == ""
+    assert "Traceback" not in line
+    assert "probekit" not in line
     document = json.loads(printed)
     assert document["schema"] == "probekit/study/1"
     assert document["hint"].startswith("Go on with: probekit study tales-tied -o ")
@@ -173,7 +175,7 @@ def test_what_predict_would_refuse_is_refused_before_the_trace(capsys, tiny_fold
 
 
 def test_a_target_that_cannot_be_written_is_refused_before_the_work(capsys, sampled_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("probekit.costs.measure.measure_costs", lambda *_, **__: pytest.fail("timed before it looked"))
+    monkeypatch.setattr("probekit.cli.choose.costs_of", lambda *_, **__: pytest.fail("timed before it looked"))
     (tmp_path / "mine.txt").write_text("mine")
     assert "holds other files" in fails(capsys, "choose", sampled_run, "--export", tmp_path)
     assert "no folder" in fails(capsys, "lens", "tales-tied", "Once", "--html", tmp_path / "no" / "x.html")
