@@ -148,7 +148,7 @@ def test_rounds_are_the_decoders_and_transformers_own(tales_layerskip, run):
     hold(tales_layerskip, run, 2, LOOKUPS[:4])
 
 
-@pytest.mark.second
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["tales-untied", "tales-tied", "tales-layerskip"])
 def test_rounds_on_the_bundled_models(name):
     loaded = probekit.load(name)
