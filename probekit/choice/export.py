@@ -63,7 +63,7 @@ def transformers_settings(choice: Choice) -> dict[str, dict[str, Any]]:
     The draft settings go on the generation_config of the model that drafts: passed to `generate` together with
     `assistant_early_exit`, transformers ignores them and drafts 20 tokens at a confidence of 0.4.
     """
-    sampling = {} if choice.sampling.greedy else _sampling_arguments(choice.sampling)
+    sampling = {} if choice.sampling.greedy else sampling_arguments(choice.sampling)
     if not choice.speculate:
         return {"generate": sampling, "generation_config": {}}
     drafts = {
@@ -75,7 +75,7 @@ def transformers_settings(choice: Choice) -> dict[str, dict[str, Any]]:
     return {"generate": call | sampling, "generation_config": drafts}
 
 
-def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling) -> dict[str, Any]:
     """As `generate` takes them; each is named, for a checkpoint's own generation_config may say otherwise."""
     return {
         "do_sample": True,
@@ -123,7 +123,7 @@ def _readme(choice: Choice, pretrained: Pretrained) -> str:
         load += f"assistant = AutoModelForCausalLM.from_pretrained({pretrained.drafter})  # {choice.drafter}\n"
         added = pretrained.drafter_adapter
         load += "" if added is None else f"assistant.load_adapter({added})\n"
-    sampling = {"do_sample": False} if choice.sampling.greedy else _sampling_arguments(choice.sampling)
+    sampling = {"do_sample": False} if choice.sampling.greedy else sampling_arguments(choice.sampling)
     arguments = ", ".join(f"{name}={value!r}" for name, value in sampling.items())
     return (
         f"# {choice.model}\n\n{choice.sentence()}\n\n"

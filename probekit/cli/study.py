@@ -63,11 +63,10 @@ def study(
 ) -> None:  # fmt: skip
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
     from probekit.choice.export import check_export
-    from probekit.models.reference import TALES
-    from probekit.settings import Sampling, StudySettings
+    from probekit.settings import Sampling
     from probekit.study.estimate import estimate_study
     from probekit.study.log_to import check_tracker, log_study
-    from probekit.study.plan import plan_study
+    from probekit.study.plan import plan_study, study_settings
     from probekit.study.run import run_study
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -83,11 +82,10 @@ def study(
         out.print(config_text(context), markup=False, soft_wrap=True, end="")
         return
     if plan_only:
-        settings = StudySettings(
-            models=tuple(models or TALES), prompts=str(prompts) if prompts else None, max_new_tokens=max_new_tokens,
-            draft_lengths=tuple(lengths), draft_model=draft_model, draft_rows=draft_rows, fit_heads=fit_heads,
-            chat=chat, device=device, dtype=dtype, sampling=sampling, context=step_context,
-            exit_layers=None if exits is None else tuple(exits), batch_size=batch_size,
+        settings = study_settings(
+            models, prompts=prompts, max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model,
+            draft_rows=draft_rows, fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling,
+            context=step_context, exit_layers=exits, batch_size=batch_size, adapter=adapter,
         )  # fmt: skip
         with progress_bars(quiet or as_json) as bars:
             estimates = estimate_study(plan_study(settings, output), bars)

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from probekit.choice.export import sampling_arguments
+from probekit.settings import Sampling
 from probekit.traces.manifest import RunSettings
 
+GREEDY = Sampling()
 
-def next_steps(entry: Mapping[str, Any], run: Path) -> dict[str, Any]:
+
+def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY) -> dict[str, Any]:
     """{"words", "commands", "snippet"} for one model.
 
-    entry: what the study's summary says of the model. run: the folder of its trace.
+    entry: what the study's summary says of the model. run: the folder of its trace. sampling: how its text was chosen.
     """
     choice, name = entry.get("choice") or {}, str(entry["name"])
     reference = str(entry.get("reference") or name)
@@ -39,20 +43,21 @@ def next_steps(entry: Mapping[str, Any], run: Path) -> dict[str, Any]:
             shlex.join(["probekit", "choose", str(run), "--export", f"{name}-choice"]),
             shlex.join(["probekit", "validate", str(run), *exits, "--draft-lengths", str(choice["draft_length"])]),
         ],
-        "snippet": _snippet(choice),
+        "snippet": _snippet(choice, sampling),
     }
 
 
-def _snippet(choice: Mapping[str, Any]) -> str:
+def _snippet(choice: Mapping[str, Any], sampling: Sampling) -> str:
     """Settings for transformers."""
     two_models = choice["exit_layer"] is None
+    chosen = [] if sampling.greedy else [f"{name}={value!r}" for name, value in sampling_arguments(sampling).items()]
     holder = "assistant" if two_models else "model"
     argument = "assistant_model=assistant" if two_models else f"assistant_early_exit={choice['exit_layer']}"
     return (
         f"{holder}.generation_config.num_assistant_tokens = {choice['draft_length']}\n"
         f'{holder}.generation_config.num_assistant_tokens_schedule = "constant"\n'
         f"{holder}.generation_config.assistant_confidence_threshold = 0.0\n"
-        f"model.generate(**inputs, {argument})"
+        f"model.generate(**inputs, {', '.join([argument, *chosen])})"
     )
 
 

@@ -99,7 +99,7 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
         "interval": choice.get("interval") if pair else None,
         "measured": cell.get("speedup_measured"),
         "measured_span": cell.get("speedup_measured_quantiles"),
-        "next": next_steps(entry, study.folder / str(entry["trace"])),
+        "next": next_steps(entry, study.folder / str(entry["trace"]), study.trace(model).sampling),
         "runners_up": [
             {
                 "words": f"E {drafter_name(each['exit_layer'], each)}, K {each['draft_length']}",

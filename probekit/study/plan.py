@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import check_device, check_dtype
-from probekit.models.reference import find_checkpoint
+from probekit.models.reference import TALES, find_checkpoint
 from probekit.settings import StudySettings
 from probekit.traces.storage import atomic_text
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
@@ -30,6 +31,26 @@ class StudyPlan:
     folder: Path
     learned: tuple[Prompt, ...]
     traced: tuple[Prompt, ...]
+
+
+def study_settings(
+    models: Sequence[str] | None,
+    *,
+    prompts: str | Path | None,
+    exit_layers: Iterable[int] | None,
+    draft_lengths: Iterable[int],
+    adapter: str | Path | None,
+    **others: Any,
+) -> StudySettings:
+    """Settings from what callers give: the bundled models by default, paths as text, numbers in order, each once."""
+    return StudySettings(
+        models=tuple(models or TALES),
+        prompts=str(prompts) if prompts else None,
+        exit_layers=None if exit_layers is None else tuple(sorted(set(exit_layers))),
+        draft_lengths=tuple(sorted(set(draft_lengths))),
+        adapter=None if adapter is None else str(adapter),
+        **others,
+    )
 
 
 def plan_study(settings: StudySettings, folder: str | Path) -> StudyPlan:

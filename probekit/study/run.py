@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from probekit.presentation.model_card import write_card
 from probekit.presentation.report import write_report
 from probekit.progress import STUDY, Progress, usual_progress
-from probekit.settings import Sampling, StudySettings, digest
+from probekit.settings import Sampling, digest
 from probekit.study import phases
 from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
-from probekit.study.plan import StudyPlan, label_of, open_folder, plan_study
+from probekit.study.plan import StudyPlan, label_of, open_folder, plan_study, study_settings
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
 
 Made = TypeVar("Made")
@@ -73,15 +73,11 @@ def run_study(
     >>> (folder / "study" / "report.html").is_file(), len(study.to_pandas())
     (True, 1)
     """
-    from probekit.models.reference import TALES
-
     started = time.perf_counter()
-    settings = StudySettings(
-        models=tuple(models or TALES), prompts=str(prompts) if prompts else None, max_new_tokens=max_new_tokens,
-        draft_lengths=tuple(sorted(set(draft_lengths))), draft_model=draft_model, draft_rows=draft_rows,
-        fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling, context=context,
-        exit_layers=None if exit_layers is None else tuple(sorted(set(exit_layers))), batch_size=batch_size,
-        adapter=None if adapter is None else str(adapter),
+    settings = study_settings(
+        models, prompts=prompts, max_new_tokens=max_new_tokens, draft_lengths=draft_lengths, draft_model=draft_model,
+        draft_rows=draft_rows, fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling,
+        context=context, exit_layers=exit_layers, batch_size=batch_size, adapter=adapter,
     )  # fmt: skip
     plan = plan_study(settings, folder)
     open_folder(plan)

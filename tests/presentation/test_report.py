@@ -24,6 +24,7 @@ from probekit.errors import InputError
 from probekit.presentation.next_steps import next_steps
 from probekit.presentation.report import joined_scripts, write_lens_page, write_report
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
+from probekit.settings import Sampling
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
 
@@ -244,6 +245,8 @@ def test_few_texts_and_hostile_names_in_the_next_steps():
         assert shlex.split(command)[:2] in (["probekit", "choose"], ["probekit", "validate"])
         assert "a study/traces/a'; rm" in shlex.split(command)
     compile(steps["snippet"], "snippet", "exec")
+    sampled = next_steps(entry, Path("a"), Sampling(0.7, top_p=0.9))["snippet"]
+    assert "assistant_early_exit=2, do_sample=True, temperature=0.7, top_k=0, top_p=0.9)" in sampled
 
 
 def test_do_not_speculate_is_said(study, tmp_path):
