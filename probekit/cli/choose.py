@@ -44,11 +44,7 @@ def choose(
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
-    if costs not in ("measured", "roofline"):
-        raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
-    if context is None:
-        context = MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
-    options.at_least_one(context, "--context")
+    context = context_of(costs, context)
     if export is not None:
         check_export(export)  # before minutes of timing
     if (run / "study.json").is_file():
@@ -74,6 +70,15 @@ def choose(
         [[row.label, row.draft_length, row.speedup, row.interval] for row in choice.ranking[:10]],
         "speedup: time of autoregressive decoding on the same engine / time with drafts, decoding only.",
     )
+
+
+def context_of(costs: str, context: int | None) -> int:
+    """Tokens in the cache of a step, by default those that suit where the costs come from. Raises InputError."""
+    if costs not in ("measured", "roofline"):
+        raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
+    if context is None:
+        return MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
+    return options.at_least_one(context, "--context")
 
 
 def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.choose import MEASURED_CONTEXT, SERVED_CONTEXT, Context, Costs, costs_of
+from probekit.cli.choose import Context, Costs, context_of, costs_of
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
@@ -47,11 +47,7 @@ def rank(
     from probekit.drafting.policies import FIXED
     from probekit.traces.trace import Trace
 
-    if costs not in ("measured", "roofline"):
-        raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
-    if context is None:
-        context = MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
-    options.at_least_one(context, "--context")
+    context = context_of(costs, context)
     if validate < 0:
         raise InputError(f"--validate is {validate}; expected 0 or more.")
     trace = Trace.open(run)
