@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.results import Decoded, Piece
-from probekit.decoding.speculative import SelfSpeculative, Speculative
-from probekit.drafting.drafters import Drafter, equipped
+from probekit.decoding.speculative import Speculative
+from probekit.drafting.drafters import Drafter, ExitLayer, equipped
 from probekit.drafting.policies import Policy
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
@@ -159,24 +159,25 @@ def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder
             raise InputError(f"{method} decoding needs {name}.")
         if name not in (*_NEEDS[method], *_DRAFTING.get(method, ())) and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
-    exit_layer, draft_length, policy = given["exit_layer"], given["draft_length"], given["policy"]
-    if method == "self-speculative":
-        head = None if given["exit_heads"] is None else _exit_head(given["exit_heads"], exit_layer, loaded)
-        ids = given["draft_vocabulary"]
-        return SelfSpeculative(loaded, exit_layer, draft_length, policy=policy, exit_head=head, draft_vocabulary=ids)
-    if method == "speculative":
-        return Speculative(loaded, given["draft_model"], draft_length, policy=policy)
-    return EarlyExit(loaded, exit_layer) if method == "early-exit" else Autoregressive(loaded)
+    if method in _DRAFTING:
+        drafter = given["draft_model"] or _exit_drafter(loaded, given)
+        return Speculative(loaded, drafter, given["draft_length"], policy=given["policy"])
+    return EarlyExit(loaded, given["exit_layer"]) if method == "early-exit" else Autoregressive(loaded)
+
+
+def _exit_drafter(loaded: Loaded, given: Mapping[str, Any]) -> Drafter:
+    """The exit layer that was asked for, with its draft vocabulary and exit head."""
+    ids = given["draft_vocabulary"]
+    drafter = ExitLayer(given["exit_layer"], rows=None if ids is None else len(ids), draft_ids=ids)
+    if given["exit_heads"] is None:
+        return drafter
+    heads = _heads(given["exit_heads"], loaded)
+    if loaded.anatomy.check_exit(drafter.exit_layer) not in heads:
+        known = ", ".join(map(str, heads))
+        raise InputError(f"there is no exit head of layer {drafter.exit_layer} among these: they have {known}.", "Fit one.")
+    return equipped(drafter, exit_heads=heads)
 
 
 def _heads(given: Mapping[int, ExitHead] | str | Path, loaded: Loaded) -> dict[int, ExitHead]:
     parts = loaded.anatomy
     return load_heads(given, parts) if isinstance(given, (str, Path)) else check_heads(given, parts)
-
-
-def _exit_head(given: Mapping[int, ExitHead] | str | Path, exit_layer: int, loaded: Loaded) -> ExitHead:
-    heads = _heads(given, loaded)
-    if loaded.anatomy.check_exit(exit_layer) not in heads:
-        known = ", ".join(map(str, heads))
-        raise InputError(f"there is no exit head of layer {exit_layer} among these: they have {known}.", "Fit one.")
-    return heads[exit_layer]

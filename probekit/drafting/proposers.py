@@ -76,7 +76,7 @@ class ExitLayerDrafts:
         self.head = DraftHead(parts, exit_head, ids)
 
     def open(self, batch: Any, engine: Any, *helpers: Any) -> ExitLayerProposer:
-        return ExitLayerProposer(batch, engine, self.exit_layer, self.head.with_engine(engine))
+        return ExitLayerProposer(batch, engine, self)
 
 
 class ExitLayerProposer:
@@ -86,11 +86,11 @@ class ExitLayerProposer:
     head over k + 1 rows. (The extra early pass gives the last draft's residual.)
     """
 
-    def __init__(self, batch: Any, engine: Any, exit_layer: int, head: DraftHead) -> None:
+    def __init__(self, batch: Any, engine: Any, drafts: ExitLayerDrafts) -> None:
         self.batch = batch
         self.engine = engine
-        self.exit_layer = exit_layer
-        self.head = head
+        self.exit_layer = drafts.exit_layer
+        self.head = drafts.head.with_engine(engine)
         self.residuals: list[Tensor] = []  # of this round, (rows, 1, width) each
 
     def prefill(self, prompt: Tensor) -> Tensor:

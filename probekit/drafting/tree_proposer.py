@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probekit.drafting.keys import DrafterKey
 from probekit.drafting.policies import Policy
-from probekit.drafting.proposers import DraftHead, ExitLayerDrafts
+from probekit.drafting.proposers import ExitLayerDrafts
 from probekit.drafting.trees import DraftTree, TreeShape
 from probekit.errors import InputError
 from probekit.lens.reductions import block_maxima, topk_lowest_id
@@ -31,8 +31,7 @@ class ExitTreeDrafts:
     def open(self, batch: Any, engine: Any, *helpers: Any) -> ExitTreeProposer:
         if not batch.plan.sampling.greedy:
             raise InputError("a tree is verified greedily only.", "Decode greedily, or draft a chain.")
-        drafts = self.exit_drafts
-        return ExitTreeProposer(batch, engine, drafts.exit_layer, drafts.head.with_engine(engine), self.shape)
+        return ExitTreeProposer(batch, engine, self.exit_drafts, self.shape)
 
 
 class ExitTreeProposer:
@@ -42,11 +41,11 @@ class ExitTreeProposer:
     the last, over those with children, and one pass of the late layers with the head over all nodes.
     """
 
-    def __init__(self, batch: Any, engine: Any, exit_layer: int, head: DraftHead, shape: TreeShape) -> None:
+    def __init__(self, batch: Any, engine: Any, drafts: ExitLayerDrafts, shape: TreeShape) -> None:
         self.batch = batch
         self.engine = engine
-        self.exit_layer = exit_layer
-        self.head = head
+        self.exit_layer = drafts.exit_layer
+        self.head = drafts.head.with_engine(engine)
         self.shape = shape
         self.residuals: list[Tensor] = []  # of each level, (rows, nodes, width)
 
