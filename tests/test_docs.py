@@ -175,6 +175,8 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("figures", study, "-o", folder / "figures", "--format", "svg"),
     ):
         made.setdefault(command, []).append(printed([command, *map(str, words)]))
+    made["choose"].append(printed(["choose", str(study)]))
+    made["plan"] = [printed(["study", str(tiny_folder), "-o", str(folder / "planned"), *map(str, traced), "--plan"])]
     made["study folder"] = [study]
     return made
 
