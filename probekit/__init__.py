@@ -27,6 +27,7 @@ _ROOMS = {
     "decode": "probekit.decoding.decode",
     "inspect_prompt": "probekit.tracing.inspect_prompt",
     "load": "probekit.models.loaded",
+    "load_log": "probekit.tracing.prompts",
     "load_prompts": "probekit.tracing.prompts",
     "look_inside": "probekit.tracing.inspect_prompt",
     "measure_costs": "probekit.costs.measure",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from probekit.traces.trace import Trace as Trace
     from probekit.tracing.inspect_prompt import inspect_prompt as inspect_prompt
     from probekit.tracing.inspect_prompt import look_inside as look_inside
+    from probekit.tracing.prompts import load_log as load_log
     from probekit.tracing.prompts import load_prompts as load_prompts
     from probekit.tracing.tracer import trace as trace
     from probekit.validation.run import validate as validate

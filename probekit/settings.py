@@ -74,6 +74,7 @@ class TraceSettings:
     batch_size: int | None = None
     top_prompts: int = 1
     skip_long: bool = False
+    logged: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("new tokens", self.max_new_tokens)
@@ -83,6 +84,13 @@ class TraceSettings:
             raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
         if self.given and not self.sampling.greedy:
             raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
+        if self.given and self.logged:
+            raise InputError("a text is either given or out of a log of the model's own.", "Choose one.")
+
+    @property
+    def written(self) -> bool:
+        """Whether the text comes with the prompts."""
+        return self.given or self.logged
 
     @property
     def text(self) -> str:

@@ -24,7 +24,7 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
+    "foreign": ("json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
         "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
@@ -49,8 +49,8 @@ ROWS = {
         "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
-        "part_tables", "tracer", "self_generated", "inspect_prompt",
+        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
+        "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("profile", "timing", "measure", "roofline"),
     "choice": ("choose", "export", "robustness", "ranking", "rank"),

@@ -11,6 +11,7 @@ from probekit.cli import options
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
 from probekit.errors import InputError
+from probekit.traces.manifest import Manifest
 
 
 def trace(
@@ -23,6 +24,10 @@ def trace(
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
     given: Annotated[bool, typer.Option("--given", help="Score the given text instead of generating one.")] = False,
+    from_logprobs: Annotated[
+        Path | None,
+        typer.Option("--from-logprobs", metavar="FILE", help="An engine's log of token ids: the model's text."),
+    ] = None,
     statistics: Annotated[str, typer.Option("--statistics", help="all, or agreement (several times faster).")] = "all",
     keep_residuals: Annotated[
         str | None, typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12.")
@@ -46,7 +51,7 @@ def trace(
     """Continue each prompt, read every layer of every token once, and keep the figures."""
     from probekit.models.loaded import load
     from probekit.settings import Sampling
-    from probekit.tracing.prompts import bundled_prompts_for, load_prompts
+    from probekit.tracing.prompts import bundled_prompts_for, load_log, load_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -58,7 +63,11 @@ def trace(
             "Leave out --statistics agreement.",
         )
     layers = options.integers(keep_residuals, "--keep-residuals") or ()
+    if from_logprobs and prompts:
+        raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
     given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
+    if from_logprobs:
+        given_prompts = load_log(from_logprobs)
     loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
     with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
@@ -79,6 +88,7 @@ def trace(
             chat=chat,
             batch_size=batch_size,
             skip_long=skip_long,
+            logged=from_logprobs is not None,
             progress=bars,
         )
     if loaded.remark:
@@ -96,6 +106,8 @@ def trace(
         )
         return
     say_remarks(manifest, quiet)
+    if from_logprobs:
+        notice(_of_log(manifest), quiet=quiet)
     asked = len(given_prompts) if given_prompts is not None else manifest.prompt_count
     if asked > manifest.prompt_count:
         notice(f"left out {asked - manifest.prompt_count} of {asked} prompts, which are too long.", quiet=quiet)
@@ -108,6 +120,18 @@ def trace(
         spared = manifest.measured.savings["products_avoided"]
         notice(f"Witnesses spared {spared:.1%} of the products with the head; the bits are the same.", quiet=quiet)
     notice(f"Next: probekit predict {output}", quiet=quiet)
+
+
+def _of_log(manifest: Manifest) -> str:
+    """How much of a log's text is this model's own, as it was loaded here."""
+    tokens, unlike = (sum(int(each[name]) for each in manifest.measured.logged) for name in ("tokens", "unlike"))
+    if not unlike:
+        return f"All {tokens:,} tokens of the log are this model's own."
+    furthest = max(each["largest_gap"] for each in manifest.measured.logged)
+    return (
+        f"{unlike:,} of {tokens:,} tokens of the log are not this model's own here (the furthest lies {furthest:.3g} "
+        "logits below it): rounds that meet them can differ, and predictions are not called exact."
+    )
 
 
 def kept_of(folder: Path) -> str:

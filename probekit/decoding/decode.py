@@ -174,7 +174,8 @@ def _exit_drafter(loaded: Loaded, given: Mapping[str, Any]) -> Drafter:
     heads = _heads(given["exit_heads"], loaded)
     if loaded.anatomy.check_exit(drafter.exit_layer) not in heads:
         known = ", ".join(map(str, heads))
-        raise InputError(f"there is no exit head of layer {drafter.exit_layer} among these: they have {known}.", "Fit one.")
+        wanted = f"there is no exit head of layer {drafter.exit_layer} among these"
+        raise InputError(f"{wanted}: they have {known}.", "Fit one.")
     return equipped(drafter, exit_heads=heads)
 
 

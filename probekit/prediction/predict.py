@@ -114,7 +114,7 @@ def predict(
         decoding=dict(trace.manifest.settings.decoding),
         first_round=first_round,
         budget=budget,
-        exact=trace.manifest.settings.text != "given" and policy.exact,
+        exact=trace.manifest.own_text and policy.exact,
         prompts=tuple(trace.prompts),
         cells=tuple(
             _cells(

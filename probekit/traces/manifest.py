@@ -154,6 +154,8 @@ class Measured:
         rows ("read").
     savings: of the agreement-only method: {"rows", "full", "candidates", "vocabulary", "witnessed_share",
         "products_avoided"}; see `probekit.lens.agreement.WorkSkipped`. None with all statistics.
+    logged: of text out of another system's log, for each batch: {"batch", "tokens", "unlike", "largest_gap"}: how many
+        tokens the model would not have written here, and how far, in logits, the worst lies below its own.
     timings: {"generation_s", "trace_s", "tokens"}; seconds, and generated tokens.
     """
 
@@ -161,6 +163,7 @@ class Measured:
     drafter_noise: Finite | None = None
     backoffs: tuple[Mapping[str, Any], ...] = ()
     savings: Mapping[str, int | float] | None = None
+    logged: tuple[Mapping[str, int | float], ...] = ()
     timings: Mapping[str, int | float] = field(
         default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
     )
@@ -175,7 +178,7 @@ _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
     "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals", "top_prompts",
     "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings",
-    "versions", "timings",
+    "logged", "versions", "timings",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (
@@ -225,6 +228,11 @@ class Manifest:
     def heads_name(self) -> str | None:
         """The fingerprint of the exit heads, None without any: what names them in predictions and costs."""
         return None if self.settings.exit_heads is None else self.settings.exit_heads.fingerprint
+
+    @property
+    def own_text(self) -> bool:
+        """Whether every token of the text is the model's own, as it was loaded here."""
+        return self.settings.text != "given" and not any(each["unlike"] for each in self.measured.logged)
 
     @property
     def prompt_count(self) -> int:

@@ -40,8 +40,8 @@ def continued(plan: TracePlan, prompts: Sequence[Encoded], back_off: BackOff) ->
 
     Raises ResourceError where not even one prompt can be continued.
     """
-    if plan.given:
-        yield [ContinuedText(one.prompt.index, one.ids, one.context, "given") for one in prompts]
+    if plan.written:
+        yield [ContinuedText(one.prompt.index, one.ids, one.context, _end(plan, one)) for one in prompts]
         return
     if not reproduces(plan.loaded):
         yield from _by_generate(plan, prompts)
@@ -69,6 +69,15 @@ def continued(plan: TracePlan, prompts: Sequence[Encoded], back_off: BackOff) ->
             for one, text in zip(group, decoded, strict=True)
         ]
         prompts = prompts[most:]
+
+
+def _end(plan: TracePlan, one: Encoded) -> str:
+    """Why a text that comes with its prompt ends; one out of a log, shorter than the longest, was stopped."""
+    if not plan.logged:
+        return "given"
+    if one.ids[-1] in plan.loaded.eos_ids:
+        return "eos"
+    return "budget" if len(one.ids) - one.context == plan.manifest.settings.max_new_tokens else "stop"
 
 
 def _by_generate(plan: TracePlan, prompts: Sequence[Encoded]) -> Iterator[list[ContinuedText]]:

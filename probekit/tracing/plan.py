@@ -48,6 +48,7 @@ class TracePlan:
     """A trace after all checks that need no forward pass.
 
     heads: {exit: head} of the final-norm lens. encoded: each prompt's ids, by its index. sampling: of the text.
+    written: whether the texts come with the prompts: given, or out of a log of the model's own, which is checked.
     warp: logits -> log-probabilities of the decoder; None for greedy text. manifest: the run's settings and its
         batches; `segment_rows` is the row budget.
     """
@@ -59,10 +60,8 @@ class TracePlan:
     sampling: Sampling
     warp: Callable[[Tensor], Tensor] | None
     manifest: Manifest
-
-    @property
-    def given(self) -> bool:
-        return self.manifest.settings.text == "given"
+    written: bool = False
+    logged: bool = False
 
 
 def plan_trace(
@@ -80,7 +79,7 @@ def plan_trace(
     for reader in (loaded, draft_model):
         if isinstance(reader, Loaded) and check_unchanged(reader.anatomy).family.decodes:
             reader.anatomy.family.kinds(reader.anatomy.config)  # raises for a window that no cache keeps to
-    given, sampling, max_new_tokens = settings.given, settings.sampling, settings.max_new_tokens
+    given, sampling, max_new_tokens = settings.written, settings.sampling, settings.max_new_tokens
     if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(
             "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
@@ -90,6 +89,9 @@ def plan_trace(
     sites = tuple(sorted({loaded.anatomy.check_site(site) for site in settings.keep_residuals}))
     chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
     chosen = as_prompts(chosen, chat=settings.chat, given=given)
+    for prompt in chosen if settings.logged else ():
+        if not prompt.response_ids:
+            raise InputError(f"prompt {prompt.index} has no text of token ids, as a log has.", "Read one by load_log.")
     drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
     encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
     if settings.skip_long:
@@ -103,7 +105,7 @@ def plan_trace(
     rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
     row_budget = _row_budget(loaded)
     libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend == "nnsight" else []))
-    decoding = Sampling(temperature=1.0) if given else sampling
+    decoding = Sampling(temperature=1.0) if settings.given else sampling
     manifest = Manifest.of(
         model=_record(loaded),
         drafter=None if drafter is None else _record(drafter),
@@ -130,7 +132,7 @@ def plan_trace(
         | {name: version(name) for name in libraries},
     )
     warping = None if settings.text == "greedy" else partial(warp, sampling=decoding)
-    return TracePlan(loaded, drafter, heads, encoded, sampling, warping, manifest)
+    return TracePlan(loaded, drafter, heads, encoded, sampling, warping, manifest, settings.written, settings.logged)
 
 
 def _draft_vocabulary(
@@ -181,7 +183,7 @@ def _that_fit(
     prompts: Sequence[Prompt], encoded: Mapping[int, Encoded], readers: Sequence[Loaded], settings: TraceSettings
 ) -> tuple[list[Prompt], dict[int, Encoded]]:
     """The prompts that every model can read with their new tokens. Raises InputError where none is left."""
-    room = min(reader.anatomy.context for reader in readers) - (0 if settings.given else settings.max_new_tokens)
+    room = min(reader.anatomy.context for reader in readers) - (0 if settings.written else settings.max_new_tokens)
     kept = {index: one for index, one in encoded.items() if len(one.ids) <= room}
     if not kept:
         raise InputError(f"every prompt is longer than the {room} tokens that are left for one.", "Shorten them.")

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.foreign.engine_logs import read_log
 from probekit.foreign.prompt_files import READERS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
 
@@ -94,6 +95,30 @@ def load_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: boo
     ]
     if not prompts:
         raise InputError(f"{path} holds no prompt: it is empty.", "Write at least one prompt into it.")
+    return prompts
+
+
+def load_log(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Read texts that the model wrote elsewhere, as token ids, from the answers of an engine.
+
+    path: `.jsonl` or `.json`, in the forms of `probekit.foreign.engine_logs`. Trace them with `logged=True`.
+
+    Raises InputError, which names the line, for a record without token ids.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import probekit
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "log.jsonl")
+    >>> _ = file.write_text('{"prompt_token_ids": [1, 5, 9], "token_ids": [7, 2]}\\n')
+    >>> [(prompt.ids, prompt.response_ids) for prompt in probekit.load_log(file)]
+    [((1, 5, 9), (7, 2))]
+    """
+    prompts = []
+    for index, logged in enumerate(read_log(Path(path))):
+        ids = None if isinstance(logged.prompt, str) else logged.prompt
+        text = logged.prompt if isinstance(logged.prompt, str) else ""
+        prompts.append(Prompt(index, text, logged.kind, ids=ids, response_ids=logged.ids, source=str(path)))
     return prompts
 
 
@@ -180,7 +205,8 @@ def _again(prompt: Prompt, *, chat: bool, given: bool) -> Prompt:
         return prompt
     words = {"prompt": prompt.text} if prompt.messages is None else {"messages": list(prompt.messages)}
     record = {**words, "kind": prompt.kind, "response": prompt.response}
-    return replace(_prompt(prompt.index, record, where, chat=chat, given=given), source=prompt.source)
+    made = _prompt(prompt.index, record, where, chat=chat, given=given)
+    return replace(made, source=prompt.source, response_ids=prompt.response_ids)
 
 
 def prompts_source(prompts: Iterable[Prompt]) -> str:
@@ -263,6 +289,8 @@ def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False) -> Encoded:
     ids = _ids(tokenizer, text, special)
     if not given:
         return Encoded(prompt, text, ids, len(ids))
+    if prompt.response_ids is not None:
+        return Encoded(prompt, text, ids + prompt.response_ids, len(ids))
     if prompt.response is None:
         return Encoded(prompt, text, ids, 1)
     whole = _ids(tokenizer, text + prompt.response, special)

@@ -21,6 +21,7 @@ from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
 from probekit.tracing.backend import Backend, HooksBackend, Reading
 from probekit.tracing.continuation import BackOff, ContinuedText, out_of_memory
+from probekit.tracing.logged_text import gaps
 from probekit.tracing.plan import TracePlan
 
 TOP = 10  # places of the `top` table
@@ -41,6 +42,7 @@ class RowBlock:
 
     statistics: (lenses, layers + 1, rows) each. top: of the first prompts only. drafter: (rows,) each.
     draft_head: of the generated rows only, (layers + 1, generated rows) each. residuals: {"layer_l": (rows, width)}.
+    gaps: of text out of a log, (generated rows,): how far its tokens lie below the model's own.
     """
 
     keys: dict[str, np.ndarray]
@@ -49,6 +51,7 @@ class RowBlock:
     drafter: dict[str, Tensor] | None
     draft_head: dict[str, Tensor] | None
     residuals: dict[str, Tensor]
+    gaps: Tensor | None = None
 
 
 class LayerReader:
@@ -118,6 +121,7 @@ class LayerReader:
                     f"layer_{site}": reading.residuals[site].to("cpu", copy=True)
                     for site in manifest.settings.keep_residuals
                 },
+                gaps=self._gaps(reading, piece) if self.plan.logged else None,
             )
 
     def _statistics(
@@ -167,6 +171,12 @@ class LayerReader:
             noise = manifest.measured.drafter_noise or 0.0
             pieces.append(drafter_statistics(q, p, text_ids[here], self.plan.warp, noise, self.rounded))
         return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+
+    def _gaps(self, reading: Reading, keys: Mapping[str, np.ndarray]) -> Tensor:
+        generated = tensor_of(np.flatnonzero(keys["output"] >= 0), self.loaded)
+        text_ids = tensor_of(keys["text_id"], self.loaded)[generated]
+        own = reading.residuals[-1, generated]
+        return gaps(self.parts, own, text_ids, self.plan.warp, self.rounded).cpu()
 
     def _draft_head(
         self, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest

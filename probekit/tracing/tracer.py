@@ -26,6 +26,7 @@ from probekit.traces.trace import Trace
 from probekit.tracing.backend import Backend
 from probekit.tracing.backends import open_backend
 from probekit.tracing.continuation import ContinuedText, continued
+from probekit.tracing.logged_text import account
 from probekit.tracing.part_tables import PartTables
 from probekit.tracing.plan import MOST_ROWS, TracePlan, plan_trace
 from probekit.tracing.prompts import Prompt
@@ -52,6 +53,7 @@ def trace(
     batch_size: int | None = None,
     top_prompts: int = 1,
     skip_long: bool = False,
+    logged: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
     """Continue each prompt with the model and read every layer of every token, once.
@@ -76,6 +78,9 @@ def trace(
     batch_size: most prompts in a batch; by default from the memory at hand.
     top_prompts: the first so many prompts get a table of their ten most probable tokens.
     skip_long: leave out prompts that do not fit into the context, instead of refusing all.
+    logged: the prompts come out of another system's log (`load_log`), with the text that this very model wrote there:
+        it is read as the model's own, and each token is checked. Where some are not what the model writes here,
+        they are counted in the manifest, and predictions are no longer called exact.
     progress: called as `progress(phase, done, total, tokens_per_second=..)`; done and total count prompts.
 
     Raises
@@ -96,7 +101,7 @@ def trace(
     settings = TraceSettings(
         max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
         keep_residuals=tuple(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
-        top_prompts=top_prompts, skip_long=skip_long,
+        top_prompts=top_prompts, skip_long=skip_long, logged=logged,
     )  # fmt: skip
     loaded = as_loaded(loaded)
     plan = plan_trace(
@@ -144,9 +149,9 @@ class TraceRun:
         began, texts = perf_counter(), list[ContinuedText]()
         for group in continued(self.plan, encoded, partial(self._back_off, part, "continue")):
             texts += group
-            if not self.plan.given:
+            if not self.plan.written:
                 self._report("continuing prompts", part, len(texts), began, texts)
-        if not self.plan.given:
+        if not self.plan.written:
             self.seconds["generation_s"] += perf_counter() - began
         return texts
 
@@ -160,6 +165,8 @@ class TraceRun:
                 blocks += found
                 done += len(group)
                 self._report("reading layers", part, done, began, texts[:done])
+        if self.plan.logged:
+            self._account(part, blocks)
         frames = self.tables.frames(texts, blocks)
         residuals = self.tables.shard(blocks)
         self.seconds["trace_s"] += perf_counter() - began - checks
@@ -167,6 +174,13 @@ class TraceRun:
         skipped = None if self.reader.search is None else self.reader.search.savings.to_json()
         self.writer.update(timings=dict(self.seconds), savings=skipped)
         self.writer.write(part, frames, residuals=residuals)
+
+    def _account(self, part: int, blocks: Sequence[RowBlock]) -> None:
+        """How many of a log's tokens are the model's own; refused before a part is written where they are too few."""
+        below = torch.cat([block.gaps for block in blocks if block.gaps is not None])
+        mine = account(part, below, self.plan.loaded.name, self.plan.manifest.provenance.prompts_source)
+        before = [each for each in self.writer.manifest.measured.logged if each["batch"] != part]
+        self.writer.update(logged=(*before, mine))
 
     def _measure_noise(self, texts: Sequence[ContinuedText]) -> float:
         """Measure the noise, unless the manifest has it. Returns the seconds that it took."""
