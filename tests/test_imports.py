@@ -18,7 +18,7 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
+    "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
     "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "tying", "presentation",
     "study", "cli", "__main__",
 )  # fmt: skip
@@ -70,7 +70,7 @@ ROWS = {
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
-    "probekit", "probekit.errors", "probekit.progress", "probekit.settings", "probekit.foreign",
+    "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",

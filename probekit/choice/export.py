@@ -9,8 +9,8 @@ from typing import Any
 
 from probekit.choice.choose import Choice
 from probekit.errors import InputError
+from probekit.files import atomic_text
 from probekit.settings import Sampling
-from probekit.traces.storage import atomic_text
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,10 @@ def trace(
     quiet: options.Quiet = False,
 ) -> None:
     """Continue each prompt, read every layer of every token once, and keep the figures."""
+    from probekit.files import check_unlocked
     from probekit.models.loaded import load
     from probekit.settings import Sampling
+    from probekit.traces.storage import check_run_target
     from probekit.tracing.prompts import bundled_prompts_for, load_log, load_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
@@ -62,6 +64,8 @@ def trace(
             f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
             "Leave out --statistics agreement.",
         )
+    check_unlocked(output)
+    check_run_target(output, resume=resume)
     layers = options.integers(keep_residuals, "--keep-residuals") or ()
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")

@@ -25,6 +25,7 @@ from probekit.models.quantised import check_dtypes, check_runs, quantised_by
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE, INDEX = "model.safetensors", ".safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 FULL_HASH_BYTES = 4 * 10**9
 
@@ -152,18 +153,27 @@ def _not_traced(config: dict[str, Any]) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads from a checkpoint folder; those of an index may be missing.
 
-    A single file comes before an index, as in transformers. Raises InputError for an index that names files elsewhere.
+    As in transformers, a file or index that the configuration names (`transformers_weights`) comes first, then
+    model.safetensors, then the index. Raises InputError for names of files elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
+    named = named_weights(folder)
+    if named is not None and not named.endswith(INDEX):
+        return [folder / named]
+    if named is None and (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / (named or f"{SINGLE}{INDEX.removeprefix('.safetensors')}")
+    if named is not None or index.is_file():
         try:
             names = set(read_json(index)["weight_map"].values())
         except (LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{index} cannot be read: {first_line(error)}") from error
-        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise InputError(f"{index} names a file elsewhere: {strange[0]!r}.", "Only files beside it are read.")
+        if strange := sorted((name for name in names if not _plain(name)), key=str):
+            raise InputError(
+                f"{index} names a file elsewhere, or none that holds weights: {strange[0]!r}.",
+                "Only .safetensors files beside it are read.",
+            )
+        if not names:
+            raise InputError(f"{index} names no file.")
         return [folder / name for name in sorted(names)]
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         raise InputError(
@@ -178,6 +188,29 @@ def weight_files(folder: Path) -> list[Path]:
             "Convert it to safetensors, or take a revision that has them.",
         )
     raise InputError(f"{folder} holds no weights: it has no model.safetensors.")
+
+
+def named_weights(folder: Path) -> str | None:
+    """The file of weights, or the index of several, that a configuration names. Raises InputError for one elsewhere."""
+    path = folder / "config.json"
+    named = config_of(folder).get("transformers_weights") if path.is_file() else None
+    if named is None:
+        return None
+    if not _plain(named) and not (isinstance(named, str) and named.endswith(INDEX) and _beside(named)):
+        raise InputError(
+            f"{path} names weights elsewhere, or none that are read: transformers_weights is {named!r}.",
+            "Only a .safetensors file, or an index of some, beside it is read.",
+        )
+    return str(named)
+
+
+def _plain(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and _beside(name)
+
+
+def _beside(name: str) -> bool:
+    """Whether a name is that of a file in the same folder, on any system."""
+    return not set(name) & set("/\\:\0") and not name.startswith(".") and name.isprintable()
 
 
 def read_folder(source: Source, device: torch.device, asked: torch.dtype | None) -> tuple[Any, Any, list[Path]]:

@@ -20,7 +20,16 @@ from safetensors import safe_open
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
-from probekit.models.checkpoint import PICKLES, Source, check_family, check_folder, config_of, first_line, weight_files
+from probekit.models.checkpoint import (
+    PICKLES,
+    Source,
+    check_family,
+    check_folder,
+    config_of,
+    first_line,
+    named_weights,
+    weight_files,
+)
 from probekit.models.gguf import check_gguf
 from probekit.models.quantised import check_runs
 
@@ -91,7 +100,7 @@ def _from_hub(reference: str, repository: str, revision: str | None) -> Source:
             raise InputError(f"{repository} on Hugging Face holds no model: it has no config.json.")
         check_family(config_of(folder), repository, decoded=False)
         check_runs(config_of(folder), repository)
-        indexed = (folder / "model.safetensors.index.json").is_file()
+        indexed = (folder / "model.safetensors.index.json").is_file() or named_weights(folder) is not None
         wanted = [path.name for path in weight_files(folder)] if indexed else ["model.safetensors"]
         snapshot_download(repository, revision=folder.name, allow_patterns=wanted)
     except GatedRepoError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from probekit.traces.storage import atomic_text
+from probekit.files import atomic_text
 
 
 def write_card(folder: Path, summary: Mapping[str, Any]) -> Path:

@@ -16,9 +16,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probekit.files import atomic_bytes
 from probekit.presentation import plots
 from probekit.presentation.tables import lens_table
-from probekit.traces.storage import atomic_bytes
 from probekit.traces.trace import Trace
 
 KINDS = ("pdf", "svg", "png")

@@ -20,6 +20,7 @@ import jinja2
 
 import probekit
 from probekit.errors import InputError
+from probekit.files import atomic_text
 from probekit.presentation.report_data import Source, number, pack_models, safe_json
 from probekit.presentation.report_text import (
     DEFINITIONS,
@@ -34,7 +35,6 @@ from probekit.presentation.report_text import (
     validated_cells,
 )
 from probekit.presentation.study_folder import StudyFolder, open_study
-from probekit.traces.storage import atomic_text
 from probekit.traces.trace import Trace
 
 ASSETS = files("probekit.presentation") / "assets"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from probekit.errors import InputError
+from probekit.files import atomic_text
 from probekit.foreign.json import read_json
-from probekit.traces.storage import atomic_text
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from probekit.errors import InputError
+from probekit.files import atomic_text
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import check_device, check_dtype
 from probekit.models.reference import TALES, find_checkpoint
 from probekit.settings import StudySettings
-from probekit.traces.storage import atomic_text
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 
 SCHEMA = "probekit/study/1"

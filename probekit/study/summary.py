@@ -21,12 +21,12 @@ import torch
 import probekit
 from probekit.choice.choose import Choice
 from probekit.costs.profile import Costs
+from probekit.files import atomic_text
 from probekit.prediction.table import Prediction
 from probekit.presentation import tables
 from probekit.presentation.previews import draw_previews
 from probekit.study.phases import Validated
 from probekit.study.plan import SCHEMA, StudyPlan
-from probekit.traces.storage import atomic_text
 from probekit.traces.trace import Trace
 
 LIBRARIES = ("torch", "transformers", "numpy", "nnsight")

@@ -157,6 +157,8 @@ class Measured:
     logged: of text out of another system's log, for each batch: {"batch", "tokens", "unlike", "largest_gap"}: how many
         tokens the model would not have written here, and how far, in logits, the worst lies below its own.
     timings: {"generation_s", "trace_s", "tokens"}; seconds, and generated tokens.
+    files: the run's files with their SHA-256, hexadecimal; a part counts when all of its files are listed. None in
+        memory, and in runs of earlier versions.
     """
 
     noise: Finite | None = None
@@ -167,6 +169,7 @@ class Measured:
     timings: Mapping[str, int | float] = field(
         default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
     )
+    files: Mapping[str, str] | None = None
 
 
 _PARTS: Mapping[str, type] = {
@@ -178,7 +181,7 @@ _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
     "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals", "top_prompts",
     "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings",
-    "logged", "versions", "timings",
+    "logged", "versions", "timings", "files",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (
@@ -235,6 +238,11 @@ class Manifest:
         return self.settings.text != "given" and not any(each["unlike"] for each in self.measured.logged)
 
     @property
+    def files(self) -> Mapping[str, str] | None:
+        """The run's files with their checksums, as far as they are written; None where none were noted."""
+        return self.measured.files
+
+    @property
     def prompt_count(self) -> int:
         return sum(len(batch) for batch in self.plan.batches)
 
@@ -271,8 +279,9 @@ class Manifest:
         return [f"{name}: {here}, {there}" for name, here, there in pairs if here != there]
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a run folder. Raises InputError when there is none, or it is of another schema."""
+def read_manifest(folder: str | os.PathLike[str], hint: str = "Trace again.") -> Manifest:
+    """The manifest of a run folder. Raises InputError, with `hint`, when there is none, it is damaged, or of another
+    schema."""
     folder = Path(folder)
     path = folder / "manifest.json"
     if not folder.is_dir():
@@ -283,13 +292,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise InputError(
             f"{folder} is not a run folder: it has no manifest.json.", "Name the -o of a `probekit trace`."
         )
-    document = read_json(path)
+    document = read_json(path, hint)
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema!r}; this probekit reads {SCHEMA!r}.", "Trace again.")
+        raise InputError(f"{path} has schema {schema!r}; this probekit reads {SCHEMA!r}.", hint)
     try:
         return Manifest.from_json(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise InputError(f"{path} is not a whole manifest: {where}: {first['msg']}.", "Trace again.") from None
+        raise InputError(f"{path} is not a whole manifest: {where}: {first['msg']}.", hint) from None

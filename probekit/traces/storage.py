@@ -1,15 +1,19 @@
 """The folder of a run: parts that are written whole or not at all, and are read again.
 
-A run folder holds `manifest.json` and one set of Parquet parts for each batch of its plan. Each file is written
-under another name and then renamed, `layers` last: a part counts when all of its files are there, so a run that
-was killed goes on where it stopped.
+A run folder holds `manifest.json` and one set of Parquet parts for each batch of its plan. A part counts when the
+manifest lists its files, with their checksums, and they are there; so a run that was killed goes on where it stopped,
+and what is damaged, or of another run, is found.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +21,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from probekit.errors import InputError
+from probekit.errors import InputError, Remark
+from probekit.files import (
+    atomic_bytes,
+    atomic_text,
+    check_folder_target,
+    check_unlocked,
+    entries,
+    locked,
+    make_folder,
+    sha256_of,
+)
 from probekit.traces.manifest import Manifest, read_manifest
 from probekit.traces.schema import LENSES, REQUIRED, checked, conform, require_columns
 
 EXIT_HEADS = "exit_heads.safetensors"  # beside the manifest, where the run was read through some
-_UNFINISHED = ".unfinished"
+_MADE_ANEW = "Run the same `probekit trace` command again with --resume: it is made anew."
 
 
 class Tables(Protocol):
@@ -67,15 +81,13 @@ class TablesInParts:
     def _load(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         parts = []
         for part in range(len(self._manifest.plan.batches)):
-            path = self._folder / part_name(table, part)
+            path = checked_file(self._folder, self._manifest, part_name(table, part))
             try:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
                 read = pq.read_table(path, columns=None if columns is None else list(columns))
                 parts.append(checked(table, read, str(path)))
             except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(
-                    f"{path} cannot be read: {error}", "Delete it, and trace again with --resume."
-                ) from None
+                raise InputError(f"{path} cannot be read: {error}", _MADE_ANEW) from None
         # Text of which a part has none is written without a type by pandas 2.
         frame = pa.concat_tables(parts, promote_options="default").unify_dictionaries().to_pandas()
         if "lens" in frame.columns:
@@ -97,17 +109,52 @@ def part_name(table: str, part: int) -> str:
     return f"{table}-{part:05d}.{'safetensors' if table == 'residuals' else 'parquet'}"
 
 
-def is_done(folder: Path, manifest: Manifest, part: int) -> bool:
+def files_of(manifest: Manifest, part: int) -> list[str]:
+    """The names of a part's files."""
     tables = tables_of(manifest) + (["residuals"] if manifest.settings.keep_residuals else [])
-    return all((folder / part_name(table, part)).is_file() for table in tables)
+    return [part_name(table, part) for table in tables]
+
+
+def is_done(folder: Path, manifest: Manifest, part: int, *, there: bool = True) -> bool:
+    """Whether a part's files are listed, and (`there`) in the folder. Checksums are compared when a file is read."""
+    listed, names = manifest.files, files_of(manifest, part)
+    return (listed is None or all(name in listed for name in names)) and (
+        not there or all((folder / name).is_file() for name in names)
+    )
+
+
+def checked_file(folder: Path, manifest: Manifest, name: str) -> Path:
+    """A file of a run, after its checksum was compared with the manifest's (runs of earlier versions list none).
+
+    Raises InputError, which names it, where it is missing, damaged, or of another run.
+    """
+    path = folder / name
+    if wrong := what_is_wrong(folder, manifest, name):
+        raise InputError(f"{path} {wrong}.", _MADE_ANEW)
+    return path
+
+
+def what_is_wrong(folder: Path, manifest: Manifest, name: str) -> str:
+    """What is wrong with a file of a run, as the end of a sentence that begins with its name; empty: nothing."""
+    path, listed = folder / name, manifest.files
+    try:
+        if path.is_symlink() or not path.is_file():
+            return "is a link" if path.is_symlink() else "is missing"
+        if listed is not None and name not in listed:
+            return "is not listed in the manifest"
+        if listed is not None and sha256_of(path) != listed[name]:
+            return "is damaged or of another run: its checksum is not the one that the manifest lists"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return ""
 
 
 class TraceWriter:
     """Writes the parts of one run, each whole or not at all; without a folder, keeps them in memory.
 
-    `resume` goes on with the run in the folder, by the batch plan of its manifest; a run of other settings is
-    refused, and they are named. Without `resume`, the folder must be absent or empty. Nothing is written before the
-    first part.
+    `resume` goes on with the run in the folder, by the batch plan of its manifest, and makes parts that are damaged
+    anew; a run of other settings is refused, and they are named. Without `resume`, the folder must be absent or empty.
+    Nothing is written before the first part. One writer a folder: hold `probekit.files.locked` meanwhile.
     """
 
     def __init__(
@@ -123,6 +170,8 @@ class TraceWriter:
         self.manifest = manifest
         self._memory: dict[int, dict[str, pd.DataFrame]] = {}
         self._begun = False
+        self._done: set[int] = set()
+        self.remade: set[int] = set()  # parts that were written before, and are damaged
         if self.folder is None:
             if manifest.settings.keep_residuals:
                 raise InputError("kept residuals are written to files: name a folder for this run.")
@@ -130,14 +179,32 @@ class TraceWriter:
         present = check_run_folder(self.folder, manifest, resume=resume)
         if present is not None:
             self.manifest, self._begun = present, True
+            self._find_whole_parts()
+            if self.exit_heads is not None and EXIT_HEADS not in (self.manifest.files or {}):
+                self.update(files={**(self.manifest.files or {}), **self._write_file(EXIT_HEADS, self.exit_heads)})
 
     @property
     def pending(self) -> list[int]:
         """Parts of the plan that are not written yet."""
-        parts = range(len(self.manifest.plan.batches))
-        if self.folder is None:
-            return [part for part in parts if part not in self._memory]
-        return [part for part in parts if not is_done(self.folder, self.manifest, part)]
+        done = self._memory if self.folder is None else self._done
+        return [part for part in range(len(self.manifest.plan.batches)) if part not in done]
+
+    def _find_whole_parts(self) -> None:
+        """Which parts are as they were written. Files that are not are named, and taken off the manifest."""
+        folder, listed, parts = self.folder, self.manifest.files, range(len(self.manifest.plan.batches))
+        if folder is None:
+            return
+        if listed is None:
+            warnings.warn(f"{folder} lists no checksums; its parts are made anew.", Remark, stacklevel=4)
+        before = {part for part in parts if listed and is_done(folder, self.manifest, part, there=False)}
+        wrong = {name: what_is_wrong(folder, self.manifest, name) for name in listed or ()}
+        for name, what in wrong.items():
+            if what:
+                warnings.warn(f"{folder / name} {what}; it is made anew.", Remark, stacklevel=4)
+        kept = {name: digest for name, digest in (listed or {}).items() if not wrong[name]}
+        self.manifest = self.manifest.but(files=kept)
+        self._done = {part for part in parts if is_done(folder, self.manifest, part)}
+        self.remade = before - self._done
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest, on disk too once the run has begun."""
@@ -146,33 +213,90 @@ class TraceWriter:
             text = json.dumps(self.manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
             atomic_text(self.folder / "manifest.json", text)
 
-    def write(self, part: int, frames: Mapping[str, pd.DataFrame], *, residuals: bytes | None = None) -> None:
-        """Write one part: a frame for each table of the run, and the residuals' shard where they are kept."""
+    def write(
+        self, part: int, frames: Mapping[str, pd.DataFrame], *, residuals: bytes | None = None, **measured: Any
+    ) -> None:
+        """Write one part: a frame for each table of the run, and the residuals' shard where they are kept.
+
+        measured: fields of the manifest that change with this part, and only if it was written.
+        """
         tables = tables_of(self.manifest)
         if set(frames) != set(tables) or (residuals is not None) != bool(self.manifest.settings.keep_residuals):
             raise ValueError(f"a part of this run has the tables {tables}, not {sorted(frames)}")
         whole = {name: conform(name, frames[name]) for name in tables}
         if self.folder is None:
             self._memory[part] = whole
+            self.update(**measured)
             return
         if not self._begun:
+            make_folder(self.folder)
             self._begun = True
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.update()
-        if self.exit_heads is not None and not (self.folder / EXIT_HEADS).is_file():
-            atomic_bytes(self.folder / EXIT_HEADS, self.exit_heads)
+            self.update(files={})
+        files = dict(self.manifest.files or {})
+        if self.exit_heads is not None and EXIT_HEADS not in files:
+            files |= self._write_file(EXIT_HEADS, self.exit_heads)
         if residuals is not None:
-            atomic_bytes(self.folder / part_name("residuals", part), residuals)
-        for name in tables:
+            files |= self._write_file(part_name("residuals", part), residuals)
+        for table in tables:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pandas(whole[name], preserve_index=False), sink, compression="zstd")
-            atomic_bytes(self.folder / part_name(name, part), sink.getvalue())
+            pq.write_table(pa.Table.from_pandas(whole[table], preserve_index=False), sink, compression="zstd")
+            files |= self._write_file(part_name(table, part), sink.getvalue())
+        self.update(files=dict(sorted(files.items())), **measured)  # now, and not before, the part counts
+        self._done.add(part)
+
+    def _write_file(self, name: str, content: Any) -> dict[str, str]:
+        """Write a file of the run; returns {its name: its checksum}."""
+        if self.folder is None:
+            raise ValueError("a run in memory has no files")
+        atomic_bytes(self.folder / name, content)
+        return {name: sha256(content).hexdigest()}
 
     @property
     def written(self) -> Mapping[str, pd.DataFrame]:
         """The tables of a run in memory, part after part."""
         parts = [self._memory[part] for part in range(len(self.manifest.plan.batches))]
         return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+
+
+def _part_of_a_run(name: str) -> bool:
+    return name == EXIT_HEADS or re.fullmatch(r"[a-z_]+-\d{5,}\.(parquet|safetensors)", name) is not None
+
+
+@contextmanager
+def writing_run(
+    folder: str | os.PathLike[str] | None,
+    manifest: Manifest,
+    *,
+    resume: bool = False,
+    exit_heads: bytes | None = None,
+) -> Iterator[TraceWriter]:
+    """A writer of this run, which alone writes to its folder. Raises InputError as TraceWriter, and while another
+    process writes there."""
+    if folder is None:
+        yield TraceWriter(None, manifest, exit_heads=exit_heads)
+        return
+    check_unlocked(folder)
+    check_run_folder(folder, manifest, resume=resume)
+    with locked(folder):
+        yield TraceWriter(folder, manifest, resume=resume, exit_heads=exit_heads)
+
+
+def check_run_target(folder: str | os.PathLike[str], *, resume: bool) -> bool:
+    """Whether a run is in a folder that one can be written to; what can be known without its settings. Writes nothing.
+
+    Raises InputError for a path that is a file, may not be written, or holds something else.
+    """
+    folder = check_folder_target(folder)
+    if not folder.exists():
+        return False
+    there = entries(folder)
+    if there and not (folder / "manifest.json").is_file():
+        if any(_part_of_a_run(path.name) for path in there):
+            raise InputError(f"{folder} holds parts of a run, and no manifest.json.", "Delete it, or name another one.")
+        raise InputError(f"{folder} holds other files and is not a run folder.", "Name a new or an empty folder.")
+    if there and not resume:
+        raise InputError(f"{folder} already holds a run.", "Go on with it (--resume), or name another folder.")
+    return bool(there)
 
 
 def check_run_folder(folder: str | os.PathLike[str], manifest: Manifest, *, resume: bool) -> Manifest | None:
@@ -182,18 +306,9 @@ def check_run_folder(folder: str | os.PathLike[str], manifest: Manifest, *, resu
     settings (named).
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a run is written to a folder.", "Name another one.")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not check_run_target(folder, resume=resume):
         return None
-    if not (folder / "manifest.json").is_file():
-        leftovers = [path for path in folder.iterdir() if not path.name.endswith(_UNFINISHED)]
-        if leftovers:
-            raise InputError(f"{folder} holds other files and is not a run folder.", "Name a new or an empty folder.")
-        return None
-    present = read_manifest(folder)
-    if not resume:
-        raise InputError(f"{folder} already holds a run.", "Go on with it (--resume), or name another folder.")
+    present = read_manifest(folder, f"Delete {folder} and trace again, or name another folder.")
     different = present.differences(manifest)
     if different:
         raise InputError(
@@ -201,18 +316,3 @@ def check_run_folder(folder: str | os.PathLike[str], manifest: Manifest, *, resu
             "Give the same settings, or name another folder.",
         )
     return present
-
-
-def atomic_text(path: Path, text: str) -> None:
-    """Write a text file, UTF-8, whole or not at all."""
-    atomic_bytes(path, text.encode())
-
-
-def atomic_bytes(path: Path, content: Any) -> None:
-    """Write under another name, then rename: a file of this name is always whole."""
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

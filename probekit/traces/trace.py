@@ -5,9 +5,8 @@ last token: P + N - 1 rows. The row at `position` s reads token s (`input_id`) a
 the output token of index `output` = s - (P - 1). Rows with output < 0 belong to the prompt and never enter a rate.
 Layers run from 0 (the embedding) to L (the model itself).
 
-A run folder holds `manifest.json` and one set of Parquet parts for each batch of its plan. Each file is written
-under another name and then renamed, `layers` last: a part counts when all of its files are there, so a run that
-was killed goes on where it stopped. Nothing here needs torch.
+A run folder holds `manifest.json` and one set of Parquet parts for each batch of its plan. A part counts when the
+manifest lists its files, with their checksums, and they are there. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -26,7 +25,18 @@ from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.manifest import Manifest, read_manifest
 from probekit.traces.residuals import Residuals, read_residuals
 from probekit.traces.schema import COLUMNS, LENSES, LensName, conform
-from probekit.traces.storage import EXIT_HEADS, Tables, TablesInMemory, TablesInParts, TraceWriter, is_done, tables_of
+from probekit.traces.storage import (
+    EXIT_HEADS,
+    Tables,
+    TablesInMemory,
+    TablesInParts,
+    TraceWriter,
+    checked_file,
+    is_done,
+    part_name,
+    tables_of,
+    writing_run,
+)
 from probekit.traces.token_text import LOOP_TOKENS
 
 
@@ -168,7 +178,7 @@ class Trace:
         """The exit heads that the run was read through, as `probekit.lens.exit_heads.pack_heads` writes them."""
         if self.manifest.settings.exit_heads is None or self._exit_heads is not None or self.folder is None:
             return self._exit_heads
-        path = self.folder / EXIT_HEADS
+        path = checked_file(self.folder, self.manifest, EXIT_HEADS)
         try:
             return path.read_bytes()
         except OSError as error:
@@ -296,6 +306,8 @@ class Trace:
             raise InputError(
                 f"this run has no residuals of layer {layer!r}: {there}.", f"Trace again with --keep-residuals {layer}."
             )
+        for part in range(len(self.manifest.plan.batches)):
+            checked_file(self.folder, self.manifest, part_name("residuals", part))
         frame = self.tokens.set_index(["prompt", "position"])[["output", "generated"]]
         return read_residuals(self.folder, len(self.manifest.plan.batches), layer, frame)
 
@@ -319,10 +331,10 @@ class Trace:
             raise InputError("a selection of prompts is not a run: save the whole trace.")
         if self.manifest.settings.keep_residuals:
             raise InputError("this trace keeps residuals beside its tables.", "Copy its folder instead.")
-        writer = TraceWriter(folder, self.manifest, exit_heads=self.exit_heads)
-        for part, batch in enumerate(self.manifest.plan.batches):
-            frames = {name: self._table(name) for name in tables_of(self.manifest)}
-            writer.write(part, {name: frame[frame["prompt"].isin(batch)] for name, frame in frames.items()})
+        with writing_run(folder, self.manifest, exit_heads=self.exit_heads) as writer:
+            for part, batch in enumerate(self.manifest.plan.batches):
+                frames = {name: self._table(name) for name in tables_of(self.manifest)}
+                writer.write(part, {name: frame[frame["prompt"].isin(batch)] for name, frame in frames.items()})
         return Trace.of_writer(writer)
 
     @property

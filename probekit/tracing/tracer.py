@@ -21,7 +21,7 @@ from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress, usual_progress
 from probekit.settings import Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
-from probekit.traces.storage import TraceWriter
+from probekit.traces.storage import TraceWriter, writing_run
 from probekit.traces.trace import Trace
 from probekit.tracing.backend import Backend
 from probekit.tracing.backends import open_backend
@@ -108,14 +108,14 @@ def trace(
         loaded, prompts, settings, draft_model=draft_model, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
     )
     packed = None if plan.heads is None else pack_heads(plan.heads)
-    writer = TraceWriter(folder, plan.manifest, resume=resume, exit_heads=packed)
-    if writer.pending:
-        run = TraceRun(plan, writer, open_backend(backend, loaded), usual_progress(progress))
-        with torch.inference_mode():
-            run.check_model()
-            for part in writer.pending:
-                texts = run.continue_prompts(part)
-                run.read_layers(part, texts)
+    with writing_run(folder, plan.manifest, resume=resume, exit_heads=packed) as writer:
+        if writer.pending:
+            run = TraceRun(plan, writer, open_backend(backend, loaded), usual_progress(progress))
+            with torch.inference_mode():
+                run.check_model()
+                for part in writer.pending:
+                    texts = run.continue_prompts(part)
+                    run.read_layers(part, texts)
     return Trace.of_writer(writer)
 
 
@@ -165,22 +165,23 @@ class TraceRun:
                 blocks += found
                 done += len(group)
                 self._report("reading layers", part, done, began, texts[:done])
-        if self.plan.logged:
-            self._account(part, blocks)
+        logged = self._account(part, blocks) if self.plan.logged else ()
         frames = self.tables.frames(texts, blocks)
         residuals = self.tables.shard(blocks)
         self.seconds["trace_s"] += perf_counter() - began - checks
         self.seconds["tokens"] += sum(len(text.tokens) for text in texts)
         skipped = None if self.reader.search is None else self.reader.search.savings.to_json()
-        self.writer.update(timings=dict(self.seconds), savings=skipped)
-        self.writer.write(part, frames, residuals=residuals)
+        measured = {"timings": dict(self.seconds), "savings": skipped}
+        if part in self.writer.remade:  # a damaged part was counted when it was made first
+            measured, self.seconds = {}, dict(self.writer.manifest.measured.timings)
+        self.writer.write(part, frames, residuals=residuals, logged=logged, **measured)
 
-    def _account(self, part: int, blocks: Sequence[RowBlock]) -> None:
+    def _account(self, part: int, blocks: Sequence[RowBlock]) -> tuple[Mapping[str, Any], ...]:
         """How many of a log's tokens are the model's own; refused before a part is written where they are too few."""
         below = torch.cat([block.gaps for block in blocks if block.gaps is not None])
         mine = account(part, below, self.plan.loaded.name, self.plan.manifest.provenance.prompts_source)
         before = [each for each in self.writer.manifest.measured.logged if each["batch"] != part]
-        self.writer.update(logged=(*before, mine))
+        return (*before, mine)
 
     def _measure_noise(self, texts: Sequence[ContinuedText]) -> float:
         """Measure the noise, unless the manifest has it. Returns the seconds that it took."""

@@ -14,10 +14,10 @@ from traces.fabricate import fabricate
 
 from probekit.choice.choose import Choice, choose
 from probekit.costs.profile import Costs, DraftModelCosts
+from probekit.files import atomic_text
 from probekit.prediction.predict import predict
 from probekit.presentation import tables
 from probekit.study.summary import recommendation
-from probekit.traces.storage import atomic_text
 from probekit.traces.trace import Trace
 
 MODELS = ("tales-untied", "tales-tied", "tales-layerskip")

@@ -129,7 +129,11 @@ def test_a_trace_its_folder_or_ids_name_the_order(tiny, tmp_path):
         pd.testing.assert_frame_equal(other.draft_head, by_trace.draft_head)
         assert other.draft_head_ids(97).tolist() == by_trace.draft_head_ids(97).tolist()
     saved = by_trace.save(tmp_path / "saved")
-    assert saved.manifest == by_trace.manifest == Manifest.from_json(by_trace.manifest.to_json())
+    assert (
+        saved.manifest.but(files=by_trace.manifest.files)
+        == by_trace.manifest
+        == Manifest.from_json(by_trace.manifest.to_json())
+    )
 
 
 def test_a_run_goes_on_with_its_own_order_only(tiny, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from traces.fabricate import list_again
 
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
+from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
 
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
@@ -68,5 +70,8 @@ def test_a_damaged_file_is_named(tiny, tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-8], b"\xff" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="cannot be read as residuals"):
+        with pytest.raises(InputError, match=r"residuals-00000\.safetensors is damaged or of another run"):
             run.residuals(1)
+        list_again(tmp_path / "run")  # a file that was written so, of another program
+        with pytest.raises(InputError, match="cannot be read as residuals"):
+            Trace.open(tmp_path / "run").residuals(1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.sampling import warp
-from probekit.errors import InputError, ResourceError
+from probekit.errors import InputError, Remark, ResourceError
 from probekit.models.synthetic import synthetic
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
@@ -288,7 +289,16 @@ def test_agreement_only_says_what_it_spared(tiny, tmp_path) -> None:
     assert Trace.open(tmp_path / "run").manifest.measured.savings == savings
     assert trace(tiny, TEXTS[:1], max_new_tokens=3).manifest.measured.savings is None
 
-    (tmp_path / "run" / "layers-00001.parquet").unlink()  # a resumed run goes on counting
+    (tmp_path / "run" / "layers-00001.parquet").unlink()  # what is made anew was counted before
+    with pytest.warns(Remark, match=r"layers-00001\.parquet is missing"):
+        again = trace(tiny, TEXTS, tmp_path / "run", resume=True, **settings)
+    assert again.manifest.measured.savings == savings
+    assert again.manifest.measured.timings == first.manifest.measured.timings
+
+    path = tmp_path / "run" / "manifest.json"  # a resumed run goes on counting
+    document = json.loads(path.read_text())
+    document["files"] = {name: digest for name, digest in document["files"].items() if "-00001" not in name}
+    path.write_text(json.dumps(document))
     again = trace(tiny, TEXTS, tmp_path / "run", resume=True, **settings)
     more = again.tokens["prompt"].isin(again.manifest.plan.batches[1]).sum()
     assert again.manifest.measured.savings["rows"] == savings["rows"] + (tiny.depth + 1) * more

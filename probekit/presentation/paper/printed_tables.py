@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from probekit.files import atomic_text
 from probekit.presentation.latex import to_latex
 from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import TABLES, StudyFolder
-from probekit.traces.storage import atomic_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_pgf import LatexError
 from matplotlib.figure import Figure
 
 from probekit.errors import InputError
-from probekit.traces.storage import atomic_bytes
+from probekit.files import atomic_bytes
 
 # No dates, no versions: a figure changes only when what it shows does.
 _METADATA: dict[str, dict[str, Any]] = {
