@@ -38,7 +38,7 @@ ROWS = {
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
     "drafting": (
         "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
-        "tree_proposer", "tree_drafters", "ways",
+        "tree_proposer", "tree_drafters", "named", "ways",
     ),
     "prediction": (
         "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
@@ -74,7 +74,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
-    "probekit.drafting.round_policies", "probekit.drafting.ways",
+    "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

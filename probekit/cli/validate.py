@@ -15,6 +15,7 @@ def validate(
     run: options.Run,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
+    drafter: options.Drafter = None,
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
@@ -24,22 +25,27 @@ def validate(
     quiet: options.Quiet = False,
 ) -> None:
     """Run the decoder and hold it against the prediction, round by round and token by token."""
+    from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
     from probekit.traces.trace import Trace
     from probekit.validation.run import validate as validate_cells
 
     trace = Trace.open(run)
-    loaded, drafter = models_of(trace, device, dtype)
+    exits = options.integers(exit_layers, "--exit-layers")
+    named = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
+    lengths = levels_of(named or (), options.integers(draft_lengths, "--draft-lengths"))
+    loaded, draft_model = models_of(trace, device, dtype)
     if limit is not None:
         options.at_least_one(limit, "--limit")
     with progress_bars(quiet or as_json) as bars:
         validation = validate_cells(
             loaded,
             trace,
-            exit_layers=options.integers(exit_layers, "--exit-layers"),
-            draft_lengths=options.integers(draft_lengths, "--draft-lengths"),
+            exit_layers=exits,
+            draft_lengths=lengths,
             limit=limit,
-            drafter=drafter,
+            drafter=draft_model,
+            drafters=named,
             draft_rows=draft_rows,
             policy=policy_named(policy),
             progress=bars,
