@@ -169,6 +169,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("decode", tiny_folder, "abc", "--max-new-tokens", 4),
         ("validate", greedy, *cell),
         ("validate", sampled, *cell),
+        ("validate", greedy, "--ways", "--draft-lengths", 2, "--limit", 1),
         ("compare", greedy, sampled),
         ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2"),
         ("report", study),

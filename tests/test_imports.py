@@ -53,7 +53,7 @@ ROWS = {
         "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("profile", "timing", "measure", "roofline"),
-    "choice": ("choose", "export", "robustness", "ranking", "rank"),
+    "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
