@@ -288,8 +288,9 @@ class Ranking:
             {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
             for row in self.ladder().to_dict("records")
         ]
-        document = {name: value for name, value in self.to_json().items() if name != "costs"}
-        return {**document, "ways": [self._json(way) for way in self.shortlist()], "ladder": rungs}
+        whole = self.to_json()
+        kept = {name: whole[name] for name in ("sentence", "held_out", "oracle", "kinds")}
+        return {**kept, "ways": [self._json(way) for way in self.shortlist()], "ladder": rungs}
 
     def _json(self, way: Ranked) -> dict[str, Any]:
         return {

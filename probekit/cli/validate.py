@@ -95,7 +95,7 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
         widest = with_trees(trace, lengths, middle)
         costs = costs_of(trace, "measured", middle, widest, draft_rows, FIXED, device, dtype, bars)
         ranking = rank(trace, costs, options.integers(exit_layers, "--exit-layers"), lengths, draft_rows=draft_rows)
-        chosen = [each.way for each in ranking.to_run()]
+        chosen = [each.way for each in ranking.to_run() if each.way is not None]
         checked = validate_ways(
             loaded, trace, chosen, draft_model=draft_model, limit=limit, costs=costs, progress=bars
         )  # fmt: skip
