@@ -147,7 +147,7 @@ def test_study_resumes_and_refuses(capsys, tiny_folder, prompts, tmp_path):
     assert len(summary["models"]) == 1
     assert summary["models"][0]["sentence"]
     ways = summary["models"][0]["ways"]
-    assert {row["policy"] for row in ways["ways"]} >= {"fixed", "none", "heuristic:5"}
+    assert {row["policy"] for row in ways["ways"]} >= {"fixed", "none"}
     assert ways["oracle"]["speedup"] >= ways["ways"][0]["speedup"] and ways["ladder"][-1]["rung"] == "oracle"
     assert len(ways["validated"]) == 10
     assert all(row["rounds_equal"] and row["tokens_equal"] for row in ways["validated"])
