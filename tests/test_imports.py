@@ -52,7 +52,7 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
         "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("profile", "timing", "measure", "roofline"),
+    "costs": ("trees", "profile", "timing", "measure", "roofline"),
     "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
