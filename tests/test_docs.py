@@ -169,6 +169,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("decode", tiny_folder, "abc", "--max-new-tokens", 4),
         ("validate", greedy, *cell),
         ("validate", sampled, *cell),
+        ("validate", greedy, "--ways", "--draft-lengths", 2, "--limit", 1),
         ("compare", greedy, sampled),
         ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2"),
         ("report", study),
@@ -227,7 +228,7 @@ def is_part(path: str, key: str) -> bool:
 def test_the_files_page_has_the_tables_of_a_study(documents):
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
     tables = sorted((documents["study folder"][0] / "tables").glob("*.csv"))
-    assert len(tables) == 6
+    assert len(tables) == 7
     for path in tables:
         row = re.search(rf"^\| `{re.escape(path.name)}` \| (.*) \|$", page, re.MULTILINE)
         assert row is not None, f"{path.name} is not on the page"

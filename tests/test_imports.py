@@ -38,7 +38,7 @@ ROWS = {
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
     "drafting": (
         "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
-        "tree_proposer", "tree_drafters", "ways",
+        "tree_proposer", "tree_drafters", "named", "ways",
     ),
     "prediction": (
         "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
@@ -52,13 +52,13 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("profile", "timing", "measure", "roofline"),
-    "choice": ("choose", "export", "robustness", "ranking", "rank"),
+    "costs": ("trees", "profile", "timing", "measure", "roofline"),
+    "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
-        "report_data", "report_text", "report", "model_card",
+        "report_data", "report_text", "report_ways", "report", "model_card",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (
@@ -74,7 +74,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
-    "probekit.drafting.round_policies", "probekit.drafting.ways",
+    "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",
 )  # fmt: skip
 # Rooms whose `__init__` holds more than a docstring: the plots are called as `plots.NAME`.
 OFFERS = {"probekit", "probekit.cli", "probekit.presentation.plots", "probekit.hooks", "probekit.study"}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter
 from probekit.drafting.keys import DrafterKey
@@ -95,9 +96,10 @@ class Choice:
 
     ranking: every way of drafting, the fastest first. methods: the best of each method, the fastest first;
     autoregressive decoding is among them, at 1. prompts: how many it was made on. policy: when rounds stop drafting
-    early. sampling: how the text was chosen; its seed is none of the choice's.
+    early. sampling: how the text was chosen; its seed is none of the choice's. ways: every other way of drafting beside
+    these, with the same costs on the same texts; None where nobody ranked them.
 
-    A decoder takes it as it is: `probekit.decode(model, prompt, choice)`.
+    A decoder takes it as it is: `probekit.decode(model, prompt, choice)`; and `choice.ways` for the best of all ways.
     """
 
     model: str
@@ -107,6 +109,7 @@ class Choice:
     prompts: int
     policy: Policy = FIXED
     sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    ways: Ranking | None = None
 
     def __repr__(self) -> str:
         return f"Choice({self.sentence()})"
@@ -166,6 +169,11 @@ class Choice:
         return self.ranking[first : first + RUNNERS_UP]
 
     @property
+    def way(self) -> Ranked | None:
+        """The fastest of all ways, lookups, policies and trees among them; None where nobody ranked them."""
+        return None if self.ways is None else self.ways.best
+
+    @property
     def methods(self) -> tuple[Candidate, ...]:
         best: dict[str, Candidate] = {"autoregressive": NO_DRAFTS}
         for candidate in self.ranking:
@@ -174,6 +182,14 @@ class Choice:
 
     def sentence(self) -> str:
         """The recommendation, in one plain sentence or two."""
+        return self.pair_sentence() + self.ways_sentence()
+
+    def ways_sentence(self) -> str:
+        """What all other ways add, to follow the pair's sentence; empty where nobody ranked them."""
+        return "" if self.ways is None else self.ways.beside(self.speedup)
+
+    def pair_sentence(self) -> str:
+        """The recommendation among exit layers, draft lengths and the draft model."""
         costs = self.costs
         where = f"on {costs.device} in {costs.dtype} ({costs.source} costs, context {costs.context})"
         if not self.speculate:
@@ -223,6 +239,7 @@ class Choice:
             "prompts": self.prompts,
             "few_prompts": self.few_prompts,
             "sentence": self.sentence(),
+            **({} if self.ways is None else self.ways.for_choice()),
             "costs": self.costs.to_json(),
         }
 
@@ -266,13 +283,14 @@ def _times(candidate: Candidate) -> str:
     return f"{candidate.speedup:.2f}x [{candidate.interval[0]:.2f}, {candidate.interval[1]:.2f}]"
 
 
-def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
+def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None = None) -> Choice:
     """Rank no drafting, self-speculative decoding at every pair and, where there is a draft model, two-model decoding.
 
     Cells that the costs do not know, and cells without a round, are left out.
 
     prediction: of `predict`; a trace is predicted first, at every exit layer and draft length.
     costs: of `measure_costs` or `roofline_costs`.
+    ways: of `rank`, on the same texts and costs, to choose among all ways of drafting as well.
 
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
 
@@ -293,6 +311,12 @@ def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
     if not isinstance(prediction, Prediction):
         prediction = predict(as_trace(prediction))
     costs.check_draft_head(prediction.keys)
+    if ways is not None and (ways.model, ways.text, ways.prompts) != (
+        prediction.model,
+        prediction.text,
+        prediction.prompts,
+    ):
+        raise InputError("these ways were ranked on other texts than the prediction.", "Rank the same trace.")
     unknown = sorted(key.exit_layer for key in prediction.keys if key.is_exit and not costs.knows(key))
     if unknown:
         raise InputError(
@@ -328,7 +352,7 @@ def choose(prediction: Prediction | Trace, costs: Costs) -> Choice:
     how = prediction.decoding
     return Choice(
         prediction.model, prediction.text, ranking, costs, len(prediction.prompts), prediction.policy,
-        Sampling(how["temperature"], int(how.get("top_k", 0)), how.get("top_p", 1.0)),
+        Sampling(how["temperature"], int(how.get("top_k", 0)), how.get("top_p", 1.0)), ways,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ GROWN = "best shape"
 FIRST = FIRST_START["prefill"]  # as our decoder begins
 LOOKUPS: tuple[Drafter, ...] = (PromptLookup(2), PromptLookup(3), PromptLookup(3, 2, "vllm"), SuffixLookup())
 SHAPES = tuple(map(TreeShape.of_widths, ((3,), (2, 1, 1), (3, 2, 1))))
+TREE_NODES = 16  # of the widest tree whose verification commands time
 DEEPEST = 6  # levels of a tree whose shape is learned
 STOPPING: Mapping[str, Policy] = {
     "confidence:0.4": ConfidenceThreshold(0.4),
@@ -158,6 +159,13 @@ def rank(
         oracle,
         of_turns,
     )
+
+
+def with_trees(trace: Trace, draft_lengths: Iterable[int], context: int) -> list[int]:
+    """These draft lengths, and the widest tree's nodes where its models read so far beyond the context: for costs."""
+    known = [record for record in (trace.manifest.model, trace.manifest.drafter) if record is not None]
+    fits = all(context + TREE_NODES + 1 <= record.context for record in known)
+    return [*draft_lengths, *([TREE_NODES] if fits else [])]
 
 
 def _timed_model(trace: Trace, costs: Costs) -> bool:

@@ -15,9 +15,10 @@ from probekit.drafting.drafters import Drafter
 from probekit.drafting.policies import FIXED, Policy
 from probekit.drafting.ways import Way
 from probekit.html_tables import HtmlCell, html_table
-from probekit.prediction.intervals import bootstrap_ratio, interval_or_none, listed
+from probekit.prediction.intervals import bootstrap_ratio, interval_of, listed
 
 SCHEMA = "probekit/rank/1"
+RUNNERS_UP = 4  # beside the best way, in a choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Ranked:
     def interval(self) -> tuple[float, float] | None:
         """95 % of the speedup, over prompts."""
         low, high = bootstrap_ratio(self.plain_s_of_prompt, self.seconds_of_prompt)
-        return interval_or_none(float(low), float(high))
+        return interval_of(float(low), float(high), len(self.seconds_of_prompt))
 
     @property
     def tokens_per_round(self) -> float:
@@ -105,6 +106,16 @@ class KindOfText(NamedTuple):
         return 1 - self.choice_speedup / self.best_speedup
 
 
+class HeldOut(NamedTuple):
+    """What choosing gains: on each half of the prompts the way that was the fastest on the other half.
+
+    interval: None with fewer than four prompts.
+    """
+
+    speedup: float
+    interval: tuple[float, float] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """Ways of drafting, the fastest first; autoregressive decoding is among them, at 1.
@@ -131,6 +142,10 @@ class Ranking:
     def best(self) -> Ranked:
         return self.ways[0]
 
+    def best_on(self, chosen: np.ndarray) -> Ranked:
+        """The fastest way on some prompts. chosen: (prompts,) bool."""
+        return max(self.ways, key=lambda way: way.speedup_on(chosen))
+
     @property
     def policy(self) -> Policy:
         """Of the best way."""
@@ -153,6 +168,13 @@ class Ranking:
             found.setdefault((way.drafter, way.exit_layer, way.policy), way)
         kept = list(found.values())[:most]
         return kept + [way for way in self.ways if way.way is None and way not in kept]
+
+    def to_run(self, best: int = 5, others: int = 5) -> list[Ranked]:
+        """What a validation runs: the best of the shortlist, and a spread of others down to the slowest."""
+        able = [way for way in self.shortlist(len(self.ways)) if way.way is not None]
+        rest = able[best:]
+        places = np.unique(np.linspace(0, len(rest) - 1, min(others, len(rest))).round().astype(int))
+        return able[:best] + [rest[place] for place in places.tolist()]
 
     def ladder(self) -> pd.DataFrame:
         """The best of each kind, from decoding alone to the oracle: rung, way, speedup, speedup_low, speedup_high."""
@@ -178,12 +200,45 @@ class Ranking:
         rows, of = [], np.array(self.kind_of_prompt)
         for kind in dict.fromkeys(self.kind_of_prompt):
             chosen = of == kind
-            best = max(self.ways, key=lambda way: way.speedup_on(chosen))
+            best = self.best_on(chosen)
             oracle = None if self.oracle is None else self.oracle.speedup_on(chosen)
             rows.append(
                 KindOfText(kind, int(chosen.sum()), best, best.speedup_on(chosen), self.best.speedup_on(chosen), oracle)
             )
         return rows
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The speedup of the choice among all ways, free of the winner's luck; no way is judged where it was chosen."""
+        plain, seconds = self.best.plain_s_of_prompt.copy(), self.best.seconds_of_prompt.copy()
+        of_first = np.arange(len(self.prompts)) % 2 == 0
+        for chosen in (of_first, ~of_first) if len(self.prompts) > 1 else ():
+            best = self.best_on(chosen)
+            plain[~chosen], seconds[~chosen] = best.plain_s_of_prompt[~chosen], best.seconds_of_prompt[~chosen]
+        low, high = bootstrap_ratio(plain, seconds)
+        pair = interval_of(float(low), float(high), len(self.prompts))
+        return HeldOut(float(plain.sum() / seconds.sum()), pair)
+
+    def beside(self, pair_speedup: float) -> str:
+        """A sentence or two that follow a choice of pairs of that speedup: what all other ways add."""
+        best = self.best
+        if best.speedup <= pair_speedup * (1 + 1e-12):
+            return " No other way of drafting is faster."
+        held = self.held_out
+        return (
+            f" Of all ways, {named(best)} is predicted to be the fastest: {_times(best)}; ways that were chosen on one "
+            f"half of the prompts reach {held.speedup:.2f}x on the other."
+        )
+
+    def for_choice(self) -> dict[str, Any]:
+        """The keys that a choice among all ways adds to a choice of pairs."""
+        held = self.held_out
+        return {
+            "way": self._json(self.best),
+            "way_runners_up": [self._json(way) for way in self.ways[1 : 1 + RUNNERS_UP]],
+            "way_held_out": {"speedup": held.speedup, "interval": listed(held.interval)},
+            "oracle": None if self.oracle is None else self._json(self.oracle),
+        }
 
     def sentence(self) -> str:
         """The outcome in a plain sentence or two."""
@@ -201,12 +256,14 @@ class Ranking:
         return sentence
 
     def to_json(self) -> dict[str, Any]:
+        held = self.held_out
         return {
             "schema": SCHEMA,
             "model": self.model,
             "text": self.text,
             "prompts": len(self.prompts),
             "sentence": self.sentence(),
+            "held_out": {"speedup": held.speedup, "interval": listed(held.interval)},
             "ways": [self._json(way) for way in self.ways],
             "oracle": None if self.oracle is None else self._json(self.oracle),
             "oracle_of_turns": None if self.oracle_of_turns is None else self._json(self.oracle_of_turns),
@@ -224,6 +281,16 @@ class Ranking:
             ],
             "costs": self.costs.to_json(),
         }
+
+    def brief(self) -> dict[str, Any]:
+        """The same for a report: the best length of each drafter and policy only, and the ladder; without the costs."""
+        rungs = [
+            {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
+            for row in self.ladder().to_dict("records")
+        ]
+        whole = self.to_json()
+        kept = {name: whole[name] for name in ("sentence", "held_out", "oracle", "kinds")}
+        return {**kept, "ways": [self._json(way) for way in self.shortlist()], "ladder": rungs}
 
     def _json(self, way: Ranked) -> dict[str, Any]:
         return {
@@ -266,7 +333,9 @@ class Ranking:
 
 def named(way: Ranked) -> str:
     """A way in words."""
-    tokens = f"{'up to ' if way.policy != 'fixed' else ''}{way.draft_length} tokens at a time"
+    what = "level" if way.drafter.startswith("tree") else "token"
+    upto = "" if way.policy in ("fixed", "best shape") else "up to "
+    tokens = f"{upto}{way.draft_length} {what}{'' if way.draft_length == 1 else 's'} at a time"
     by = "" if way.policy == "fixed" else f" by {way.policy}"
     return f"drafting with {way.label}{by}, {tokens},"
 

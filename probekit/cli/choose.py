@@ -22,6 +22,11 @@ Context = Annotated[
     typer.Option("--context", help="Tokens in the cache of a step. [default: 128, of a roofline 1024]"),
 ]
 
+Imported = Annotated[
+    list[Path] | None,
+    typer.Option("--imported", metavar="FILE", help="A drafter from elsewhere, as Parquet; may be repeated."),
+]
+
 
 def choose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` or `study` wrote.")],
@@ -32,15 +37,19 @@ def choose(
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
+    imported: Imported = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Choose the exit layer and draft length with the greatest speedup, or neither."""
+    """Choose the exit layer and draft length with the greatest speedup, or neither; and the best way of all."""
     from probekit.choice.choose import choose as choose_pair
     from probekit.choice.export import check_export, export_choice
-    from probekit.drafting.policies import policy_named
+    from probekit.choice.rank import rank as rank_ways
+    from probekit.choice.rank import with_trees
+    from probekit.drafting.imported import import_drafter
+    from probekit.drafting.policies import FIXED, policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
@@ -54,10 +63,16 @@ def choose(
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
     when_to_stop = policy_named(policy)
+    others = [import_drafter(path, trace) for path in imported or ()]
     prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows, policy=when_to_stop)
     with progress_bars(quiet or as_json) as bars:
-        timed = costs_of(trace, costs, context, lengths, draft_rows, when_to_stop, device, dtype, bars)
-    choice = choose_pair(prediction, timed)
+        timed = costs_of(
+            trace, costs, context, with_trees(trace, lengths, context), draft_rows, when_to_stop, device, dtype, bars
+        )
+    ways = None
+    if when_to_stop == FIXED:  # a policy that was asked for is the only one, and these costs hold its time
+        ways = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
+    choice = choose_pair(prediction, timed, ways=ways)
     if export is not None:
         export_choice(choice, export, pretrained_of(trace))
     if as_json:
@@ -70,6 +85,16 @@ def choose(
         [[row.label, row.draft_length, row.speedup, row.interval] for row in choice.ranking[:10]],
         "speedup: time of autoregressive decoding on the same engine / time with drafts, decoding only.",
     )
+    if ways is not None:
+        print_table(
+            "all ways of drafting; `probekit rank` shows more",
+            ["drafts", "policy", "length", "tokens per round", "speedup", "95 %", "of the oracle"],
+            [
+                [row.label, row.policy, row.draft_length, row.tokens_per_round, row.speedup, row.interval,
+                 ways.share_of_oracle(row)]
+                for row in ways.shortlist(5)
+            ],
+        )  # fmt: skip
 
 
 def context_of(costs: str, context: int | None) -> int:

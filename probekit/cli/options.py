@@ -63,6 +63,14 @@ Policy = Annotated[
         help="When a round stops drafting early: fixed (never), confidence:0.6, or your own module.Class.",
     ),
 ]
+Drafter = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter",
+        help="Who drafts: exit, model, ngram:N, suffix, imported:FILE or tree:4x2x1. "
+        "[default: every exit, and the run's draft model]",
+    ),
+]
 ExitHeads = Annotated[
     Path | None,
     typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these; see `probekit fit-heads`."),

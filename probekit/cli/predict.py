@@ -19,6 +19,7 @@ def predict(
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     first_round: FirstRound = "prefill",
+    drafter: options.Drafter = None,
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
     rounds: Annotated[bool, typer.Option("--rounds", help="Every round of every prompt, too.")] = False,
@@ -27,18 +28,22 @@ def predict(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Predict the acceptance of every exit layer and draft length from one trace."""
+    """Predict the acceptance of every exit layer and draft length, or of another drafter, from one trace."""
+    from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
+    trace, exits = Trace.open(run), options.integers(exit_layers, "--exit-layers")
+    drafters = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
     prediction = predict_rounds(
-        Trace.open(run),
-        exit_layers=options.integers(exit_layers, "--exit-layers"),
-        draft_lengths=options.integers(draft_lengths, "--draft-lengths") or range(1, 9),
+        trace,
+        exit_layers=exits,
+        draft_lengths=levels_of(drafters or (), options.integers(draft_lengths, "--draft-lengths")),
         first_round=first_round,
         with_rounds=rounds,
         draft_rows=draft_rows,
+        drafters=drafters,
         policy=policy_named(policy),
     )
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from probekit.cli import options
-from probekit.cli.choose import Context, Costs, context_of, costs_of
+from probekit.cli.choose import Context, Costs, Imported, context_of, costs_of
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
@@ -16,12 +15,6 @@ from probekit.errors import InputError
 if TYPE_CHECKING:
     from probekit.choice.ranking import Ranking
     from probekit.validation.ways import WaysValidation
-
-TREE_NODES = 16  # the widest tree whose verification is timed
-Imported = Annotated[
-    list[Path] | None,
-    typer.Option("--imported", metavar="FILE", help="A drafter from elsewhere, as Parquet; may be repeated."),
-]
 
 
 def rank(
@@ -43,6 +36,7 @@ def rank(
 ) -> None:
     """Every way of drafting on one scale, and the oracle above them."""
     from probekit.choice.rank import rank as rank_ways
+    from probekit.choice.rank import with_trees
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED
     from probekit.traces.trace import Trace
@@ -55,7 +49,7 @@ def rank(
     exits = options.integers(exit_layers, "--exit-layers")
     others = [import_drafter(path, trace) for path in imported or ()]
     with progress_bars(quiet or as_json) as bars:
-        widest = [*lengths, TREE_NODES]
+        widest = with_trees(trace, lengths, context)
         timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
     ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
     checked = None
@@ -65,7 +59,7 @@ def rank(
         loaded, drafter = models_of(trace, device, dtype)
         ways = [each.way for each in ranking.shortlist(validate) if each.way is not None]
         with progress_bars(quiet or as_json) as bars:
-            checked = validate_ways(loaded, trace, ways, draft_model=drafter, limit=limit, progress=bars)
+            checked = validate_ways(loaded, trace, ways, draft_model=drafter, limit=limit, costs=timed, progress=bars)
     if as_json:
         document = ranking.to_json()
         if checked is not None:
@@ -107,14 +101,21 @@ def _show(ranking: Ranking, checked: WaysValidation | None) -> None:
             ],
         )  # fmt: skip
     if checked is not None:
-        print_table(
-            "run by the decoder",
-            ["drafts", "policy", "rounds equal", "tokens equal", "ties", "drafted", "rounds", "speedup measured"],
-            [
-                [each.way.label, each.way.name, each.rounds_equal, each.tokens_equal, each.near_ties,
-                 f"{each.predicted['drafted']:,} / {each.measured['drafted']:,}",
-                 f"{each.predicted['rounds']:,} / {each.measured['rounds']:,}", each.speedup_measured]
-                for each in checked.ways
-            ],
-            "counts are predicted / measured.",
-        )  # fmt: skip
+        show_run(checked)
+
+
+def show_run(checked: WaysValidation) -> None:
+    """What the decoder did, beside what was predicted."""
+    print_table(
+        "run by the decoder",
+        ["drafts", "policy", "length", "rounds equal", "tokens equal", "ties", "drafted", "rounds", "speedup predicted",
+         "measured"],
+        [
+            [each.way.label, each.way.name, each.way.draft_length, each.rounds_equal, each.tokens_equal, each.near_ties,
+             f"{each.predicted['drafted']:,} / {each.measured['drafted']:,}",
+             f"{each.predicted['rounds']:,} / {each.measured['rounds']:,}", each.speedup_predicted,
+             each.speedup_measured]
+            for each in checked.ways
+        ],
+        "counts are predicted / measured.",
+    )  # fmt: skip

@@ -7,16 +7,23 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
+from probekit.cli.choose import costs_of
+from probekit.cli.rank import show_run
 from probekit.cli.terminal import print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
+from probekit.errors import InputError
 
 
 def validate(
     run: options.Run,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
+    drafter: options.Drafter = None,
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
+    ways: Annotated[
+        bool, typer.Option("--ways", help="Rank all ways of drafting; run the best five and a spread of others.")
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -24,22 +31,32 @@ def validate(
     quiet: options.Quiet = False,
 ) -> None:
     """Run the decoder and hold it against the prediction, round by round and token by token."""
+    from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
     from probekit.traces.trace import Trace
     from probekit.validation.run import validate as validate_cells
 
     trace = Trace.open(run)
-    loaded, drafter = models_of(trace, device, dtype)
     if limit is not None:
         options.at_least_one(limit, "--limit")
+    if ways:
+        if drafter is not None or policy != "fixed":
+            raise InputError("--ways ranks every drafter and policy; one was named.", "Leave one of them out.")
+        _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, as_json, quiet)
+        return
+    exits = options.integers(exit_layers, "--exit-layers")
+    named = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
+    lengths = levels_of(named or (), options.integers(draft_lengths, "--draft-lengths"))
+    loaded, draft_model = models_of(trace, device, dtype)
     with progress_bars(quiet or as_json) as bars:
         validation = validate_cells(
             loaded,
             trace,
-            exit_layers=options.integers(exit_layers, "--exit-layers"),
-            draft_lengths=options.integers(draft_lengths, "--draft-lengths"),
+            exit_layers=exits,
+            draft_lengths=lengths,
             limit=limit,
-            drafter=drafter,
+            drafter=draft_model,
+            drafters=named,
             draft_rows=draft_rows,
             policy=policy_named(policy),
             progress=bars,
@@ -62,6 +79,31 @@ def validate(
             "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax.",
         )  # fmt: skip
     if not validation.holds:
+        raise typer.Exit(1)
+
+
+def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, as_json, quiet):
+    """Rank with costs of this device at the context of these texts, run the best and a spread of others."""
+    from probekit.choice.rank import rank, with_trees
+    from probekit.drafting.policies import FIXED
+    from probekit.validation.ways import validate_ways
+
+    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    loaded, draft_model = models_of(trace, device, dtype)
+    middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
+    with progress_bars(quiet or as_json) as bars:
+        widest = with_trees(trace, lengths, middle)
+        costs = costs_of(trace, "measured", middle, widest, draft_rows, FIXED, device, dtype, bars)
+        ranking = rank(trace, costs, options.integers(exit_layers, "--exit-layers"), lengths, draft_rows=draft_rows)
+        chosen = [each.way for each in ranking.to_run() if each.way is not None]
+        checked = validate_ways(
+            loaded, trace, chosen, draft_model=draft_model, limit=limit, costs=costs, progress=bars
+        )  # fmt: skip
+    if as_json:
+        print_json({"schema": "probekit/validate/1", "cells": [], "ways": [each.to_json() for each in checked.ways]})
+    else:
+        show_run(checked)
+    if not checked.holds:
         raise typer.Exit(1)
 
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probekit.costs.profile import Costs, DraftHeadKey, DraftModelCosts
+from probekit.costs.trees import assemble_trees, timed_exits, timed_shapes
 from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.keys import check_draft_model
 from probekit.drafting.policies import FIXED, Policy
+from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.errors import InputError
 from probekit.progress import Progress, usual_progress
 from probekit.settings import Sampling, whole_number
@@ -100,6 +102,12 @@ def measure_costs(
     ]
     if drafter is not None:
         drafters.append(DraftModel(drafter.name, drafter))
+    if (sampling or Sampling()).greedy and (policy or FIXED) == FIXED and head.rows is None:
+        drafters += [
+            TreeDrafts(ExitLayer(exit_layer, exit_heads=head.exit_heads, exit_head=heads.get(exit_layer)), shape)
+            for exit_layer in timed_exits(loaded.depth)
+            for shape in timed_shapes(longest)
+        ]
     for model in [loaded] if drafter is None else [loaded, check_draft_model(loaded, drafter)]:
         if context + longest + 1 > model.anatomy.context:
             raise InputError(
@@ -175,6 +183,9 @@ def assemble(
     verify = np.array([[median[f"verify {exit_layer} {count}"] for count in rows] for exit_layer in exits])
     by_exit = np.stack([np.interp(every, exits, column) for column in verify.T], axis=1)  # (exits, timed widths)
     by_width = np.stack([np.interp(widths, rows, row) for row in by_exit])  # (exits, widths)
+    verify_s = {
+        (exit_layer, count): float(by_width[exit_layer - 1, count - 1]) for exit_layer in every for count in widths
+    }
     drafted = min(rows[-1] - 1, MOST_DRAFTS)
     # "booking" is what the accounting of a round is called in the quantiles that profiles keep
     accounting = max(0.0, (median[f"booking {drafted}"] - median["booking 0"]) / drafted)
@@ -194,12 +205,11 @@ def assemble(
         early_s=dict(zip(every, np.interp(every, exits, early).tolist(), strict=True)),
         head_s=float(np.median(heads)),
         heads_s=dict(zip(every, np.interp(every, exits, heads).tolist(), strict=True)),
-        verify_s={
-            (exit_layer, count): float(by_width[exit_layer - 1, count - 1]) for exit_layer in every for count in widths
-        },
+        verify_s=verify_s,
         overhead_s=median["booking 0"],
         cold_s=dict(zip(every, np.interp(every, exits, colder).tolist(), strict=True)),
         draft_model=helper,
+        trees=assemble_trees(median, costs.depth, verify_s),
         quantiles={step: np.quantile(each, QUANTILES).tolist() for step, each in sorted(times.items())},
         fit_error=max(errors) if len(exits) > 2 else None,
     )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.costs.trees import TreeCosts
 from probekit.drafting.drafters import Drafter
 from probekit.drafting.keys import MODEL, NO_PASSES, TREE, DrafterKey
 from probekit.drafting.trees import TreeShape
@@ -70,6 +71,7 @@ class Costs:
     cold_s: {E: what the first pass and head of a round take longer than the next: the late layers were in the caches}.
     draft_head: what exit layers draft with; it is in `head_s` and `heads_s`.
     draft_model: what rounds of a draft model cost; None without one.
+    trees: the steps of rounds that draft a tree; None where nobody timed them: they are then read off the others.
     quantiles: {step: [20 %, 50 %, 80 %] in seconds} of what was measured.
     fit_error: largest relative distance of a measured time from the straight line in the number of layers.
     seconds, sweeps: how long the calibration took, and how often it measured each step.
@@ -89,6 +91,7 @@ class Costs:
     cold_s: Mapping[int, float] = field(default_factory=dict)
     draft_head: DraftHeadKey = DraftHeadKey()
     draft_model: DraftModelCosts | None = None
+    trees: TreeCosts | None = None
     quantiles: Mapping[str, Sequence[float]] = field(default_factory=dict)
     fit_error: float | None = None
     seconds: float = 0.0
@@ -173,11 +176,14 @@ class Costs:
     def tree_seconds(self, exit_layer: int, shape: TreeShape, levels: int) -> float:
         """Seconds of a round that drafts the first levels of a tree with an exit.
 
-        Passes of the early layers, and heads, over several rows were not timed by themselves: they are read off the
-        verification passes, which have as many rows, and take no less than over one row.
+        Where no tree was timed, passes of the early layers, and heads, over several rows are read off the verification
+        passes, which have as many rows, and take no less than over one row.
         """
         nodes = int(shape.sizes[levels])
         self._check(DrafterKey.exit(exit_layer), nodes)
+        if self.trees is not None:
+            verifying = self.verify_s[exit_layer, nodes + 1] + self.trees.longer_seconds(nodes)
+            return self.trees.drafting_seconds(exit_layer, shape, levels) + verifying
         early, head = self.early_s[exit_layer], self.heads_s.get(exit_layer, self.head_s)
         total = self.verify_s[exit_layer, nodes + 1] + self.overhead_s + self.cold_s.get(exit_layer, 0.0)
         for level in range(levels + 1):
@@ -243,6 +249,7 @@ class Costs:
             "verify_all_s": None
             if helper is None
             else [{"rows": rows, "seconds": each} for rows, each in helper.verify_s.items()],
+            **({} if self.trees is None else {"trees": self.trees.to_json()}),
             "quantiles": {name: list(each) for name, each in self.quantiles.items()},
             "fit_error": self.fit_error,
             "seconds": self.seconds,
@@ -262,6 +269,8 @@ class Costs:
         if name is not None:
             widths = {row["rows"]: row["seconds"] for row in verify}
             values["draft_model"] = DraftModelCosts(name, step, first, widths)
+        if values.get("trees") is not None:
+            values["trees"] = TreeCosts.from_json(values["trees"])
         return cls(**values)
 
     def __repr__(self) -> str:

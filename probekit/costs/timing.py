@@ -17,7 +17,7 @@ from torch import Tensor
 from probekit.decoding.batch import DecodeBatch, DecodePlan
 from probekit.decoding.engine import Engine
 from probekit.decoding.sequence import SequenceState
-from probekit.drafting.keys import DrafterKey
+from probekit.drafting.keys import TREE, DrafterKey
 from probekit.drafting.policies import Policy, looks_at
 from probekit.drafting.proposers import BoundDrafter, ExitLayerProposer, Proposer
 from probekit.drafting.trees import DraftTree
@@ -85,6 +85,7 @@ class RoundTimer:
         self.most_drafts = most_drafts
         self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
         self.batch = _StandingBatch(DecodePlan([[0] * context], [0], _ENDLESS, sampling, (), None), loaded, context)
+        self.batch.engines = [self.engine]  # whose cache a tree's accepted path moves in
         self._wait = torch.cuda.synchronize if loaded.device.type == "cuda" else None
         self._laps: dict[str, list[float]] = {}
         self.proposers = {key: self._opened(drafts, context + longest + 1) for key, drafts in drafters.items()}
@@ -92,7 +93,7 @@ class RoundTimer:
     def _opened(self, drafts: BoundDrafter, length: int) -> Proposer:
         helpers = [Engine(helper.anatomy, 1, length) for helper in drafts.helpers]
         proposer: Any = drafts.open(self.batch, self.engine, *helpers)
-        for name in ("early", "head", "step"):
+        for name in ("early", "head", "step", "best"):
             if hasattr(proposer, name):
                 setattr(proposer, name, self._timed(name, getattr(proposer, name)))
         return proposer
@@ -115,7 +116,11 @@ class RoundTimer:
         return time.perf_counter()
 
     def measure(self, key: DrafterKey, widths: Sequence[int]) -> Iterator[tuple[str, float]]:
-        """(step, seconds) of a round for each width of its verification, autoregressive steps among them."""
+        """(step, seconds) of a round for each width of its verification, autoregressive steps among them; a tree has
+        one width of its own."""
+        if key.kind == TREE:
+            yield from self._tree(key)
+            return
         for place, rows in enumerate(widths):
             yield from self._round(key, rows)
             if place % 3 == 0:
@@ -139,6 +144,23 @@ class RoundTimer:
         started = self.clock()
         self.batch.verify(tree, self.engine.logits(proposer.verify(tree)))
         yield f"verify {key.exit_layer if key.is_exit else 'all'} {rows}", self.clock() - started
+
+    def _tree(self, key: DrafterKey) -> Iterator[tuple[str, float]]:
+        """A whole round of a tree; what is neither a pass nor a head is spread over its passes."""
+        proposer: Any = self.proposers[key]
+        self._laps = {}
+        started = self.clock()
+        tree = proposer.propose(proposer.shape.depth, self.policy)
+        spent = self.clock() - started - sum(sum(laps) for laps in self._laps.values())
+        passes = proposer.residuals
+        for residual, seconds in zip(passes, self._laps["early"], strict=True):
+            yield f"tree early {key.exit_layer} {residual.shape[1]}", seconds
+        for rows, seconds in zip(proposer.inner, self._laps["best"], strict=True):
+            yield f"tree head {rows}", seconds
+        yield "tree level", spent / len(passes)
+        started = self.clock()
+        self.batch.verify(tree, self.engine.logits(proposer.verify(tree)))
+        yield f"tree verify {key.exit_layer} {tree.written.shape[1]}", self.clock() - started
 
     def _named(self, key: DrafterKey, accounting: float) -> Iterator[tuple[str, float]]:
         if not key.is_exit:

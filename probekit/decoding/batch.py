@@ -168,7 +168,7 @@ class DecodeBatch:
         for place, parent in enumerate(tree.parents):
             children[parent].append(1 + place)
         paths = []
-        for at, row in enumerate(self.rows):
+        for at, (row, start) in enumerate(zip(self.rows, self.positions, strict=True)):
             path: list[int] = [0]
             node: int | None = 0
             while node is not None:
@@ -177,7 +177,6 @@ class DecodeBatch:
                 path += [] if node is None else [node]
             paths.append(path)
             if path != list(range(len(path))):
-                start = row.position
                 self.engines[0].cache.gather(at, start + 1, [start + each for each in path[1:]])
             row.round([written[at][each] for each in path[1:]], tree.limits[at], len(path) - 1, chosen[at][path[-1]])
         ends = torch.tensor([[path[-1]] for path in paths], device=self.device)

@@ -45,9 +45,10 @@ class ExitTreeProposer:
         self.batch = batch
         self.engine = engine
         self.exit_layer = drafts.exit_layer
-        self.head = drafts.head.with_engine(engine)
+        self._head = drafts.head.with_engine(engine)
         self.shape = shape
         self.residuals: list[Tensor] = []  # of each level, (rows, nodes, width)
+        self.inner: list[int] = []  # nodes with children of each level but the last
 
     def prefill(self, prompt: Tensor) -> Tensor:
         return self.engine.full(prompt, self.engine.places([0], prompt.shape[1]))
@@ -57,17 +58,17 @@ class ExitTreeProposer:
             raise InputError("a tree is drafted whole: no policy stops it.", "Draft with a fixed length.")
         shape, batch = self.shape, self.batch
         levels = [min(shape.depth, row.limit(draft_length)) for row in batch.rows]
-        tokens, self.residuals = batch.last, []
+        tokens, self.residuals, self.inner = batch.last, [], []
         first, last = 0, 1  # the nodes of a level
         for level in range(max(levels) + 1):
             nodes = range(first, last)
-            residual = self.engine.early(tokens[:, first:last], self._places(nodes), self.exit_layer)
-            self.residuals.append(residual)
+            residual = self.early(tokens[:, first:last], nodes)
             if level == max(levels):
                 break
             wanted = [place for place, node in enumerate(nodes) if shape.children[node]]
             widths = [len(shape.children[nodes[place]]) for place in wanted]
-            best = self._best(residual[:, wanted], max(widths))
+            best = self.best(residual[:, wanted], max(widths))
+            self.inner.append(len(wanted))
             tokens = torch.cat([tokens, *(best[:, at, :width] for at, width in enumerate(widths))], dim=1)
             first, last = last, tokens.shape[1]
         return DraftTree(
@@ -78,12 +79,17 @@ class ExitTreeProposer:
         residuals = torch.cat(self.residuals, dim=1)
         return self.engine.late(residuals, self._places(range(residuals.shape[1])), self.exit_layer)
 
+    def early(self, tokens: Tensor, nodes: range) -> Tensor:
+        """Layers 0..E-1 over these nodes. tokens: (rows, nodes)."""
+        self.residuals.append(self.engine.early(tokens, self._places(nodes), self.exit_layer))
+        return self.residuals[-1]
+
     def _places(self, nodes: range) -> Any:
         return self.engine.tree_places(self.batch.positions, self.shape, nodes)
 
-    def _best(self, residual: Tensor, most: int) -> Tensor:
+    def best(self, residual: Tensor, most: int) -> Tensor:
         """(rows, nodes, most) the best tokens, equal logits by the lowest id, as a trace ranks them."""
-        logits = self.head.all_rows(residual)
+        logits = self._head.all_rows(residual)
         values, ids = logits.topk(min(most + 1, logits.shape[-1]), dim=-1)
         if bool((values[..., :-1] > values[..., 1:]).all()):
             return ids[..., :most]

@@ -34,6 +34,7 @@ from probekit.presentation.report_text import (
     study_view,
     validated_cells,
 )
+from probekit.presentation.report_ways import ways_view
 from probekit.presentation.study_folder import StudyFolder, open_study
 from probekit.traces.trace import Trace
 
@@ -56,7 +57,7 @@ def write_report(study_folder: str | Path) -> Path:
         title="Where to draft, and what it gains",
         standfirst=standfirst(study),
         data=data,
-        study=study_view(study),
+        study=study_view(study) | {"ways": ways_view(study)},
         stills=_stills(study.folder / "figures"),
         heads_note=_heads_note([study.trace(model) for model in study.models]),
     )
@@ -164,6 +165,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "times": lambda value: _shown(value, "{:.2f}×"),
         "percent": lambda value: _shown(value, "{:.1%}").replace("%", " %"),
+        "share": lambda value: _shown(value, "{:.0%}").replace("%", " %"),
         "fixed": lambda value: _shown(value, "{:.2f}"),
         "count": lambda value: _shown(value, "{:.0f}" if value is not None and value == round(value) else "{:.1f}"),
         "milliseconds": lambda seconds: _shown(None if seconds is None else 1000 * seconds, "{:.3g}"),

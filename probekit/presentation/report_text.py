@@ -93,7 +93,7 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
     cell = next((cell for cell in validated_cells(entry) if (cell["exit_layer"], cell["draft_length"]) == pair), {})
     return {
         "label": entry["label"],
-        "sentence": _capital(entry["sentence"].removeprefix(f"{entry['label']}: ")),
+        "sentence": capital(entry["sentence"].removeprefix(f"{entry['label']}: ")),
         "pair": pair and {"drafter": drafter_name(pair[0], choice), "length": pair[1]},
         "predicted": choice.get("speedup") if pair else None,
         "interval": choice.get("interval") if pair else None,
@@ -110,7 +110,8 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
     }
 
 
-def _capital(sentence: str) -> str:
+def capital(sentence: str) -> str:
+    """The sentence with a capital letter."""
     return sentence[:1].upper() + sentence[1:]
 
 

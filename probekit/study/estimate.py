@@ -28,6 +28,7 @@ from probekit.tracing.tracer import trace
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 2, 16
 BEST_CELLS = 3  # of the ranking, validated on every odd prompt
+WAYS = 10  # of drafting: the best five and a spread, validated on a few
 WRITING_S = 6.0  # tables, figures and the report of one model, on a common processor
 PICTURES_BYTES = 4_000_000  # of figures and report, for each model
 
@@ -89,7 +90,8 @@ def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) ->
         "trace": batched_s * prompts * settings.max_new_tokens + row_s * rows,
         "time the trace": min(TIMED_PROMPTS, prompts) * (text_s + row_s * rows / prompts),
         "costs": 2 * CALIBRATION_S,
-        "validate": text_s * ((1 + BEST_CELLS) * odd + (1 + _others(loaded, settings)) * min(SPREAD_PROMPTS, odd)),
+        "validate": text_s
+        * ((1 + BEST_CELLS) * odd + (2 + WAYS + _others(loaded, settings)) * min(SPREAD_PROMPTS, odd)),
         "tables, figures, report": WRITING_S,
     }
     with tempfile.TemporaryDirectory() as folder:

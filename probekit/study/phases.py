@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from probekit.choice.choose import Choice, choose
+from probekit.choice.rank import rank, with_trees
+from probekit.choice.ranking import Ranking
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.drafting.keys import DrafterKey
@@ -27,13 +29,14 @@ from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, encode
 from probekit.validation.run import validate
+from probekit.validation.ways import validate_ways
 
 if TYPE_CHECKING:
     from probekit.lens.exit_heads import ExitHead
     from probekit.models.loaded import Loaded
 
 TIMED_PROMPTS = 6  # prompts on which a trace is timed against generation
-SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run
+SPREAD_PROMPTS = 4  # prompts on which the cells that were not chosen are run, and other ways of drafting than pairs
 THREAD_TOKENS, THREAD_TURNS = 16, 3  # decoded to find how many threads are fastest
 
 
@@ -55,10 +58,11 @@ class Drafting:
 
 @dataclass(frozen=True, eq=False)
 class Validated:
-    """What the decoder did. cells: as in `validate --json`; rounds: one dict each."""
+    """What the decoder did. cells, ways: as in `validate --json`; rounds: one dict each."""
 
     cells: list[dict[str, Any]]
     rounds: list[dict[str, Any]]
+    ways: list[dict[str, Any]]
 
 
 def load_model(settings: StudySettings, reference: str, progress: Progress) -> Models:
@@ -217,22 +221,29 @@ def calibrate_costs(
     measured = kept.once(
         "costs",
         lambda: measure_costs(
-            models.loaded, context=settings.context, draft_lengths=settings.draft_lengths, drafter=models.drafter,
+            models.loaded, context=settings.context, drafter=models.drafter,
+            draft_lengths=with_trees(trace, settings.draft_lengths, settings.context),
             draft_vocabulary=ids, exit_heads=drafting.heads, sampling=settings.sampling, progress=progress,
         ).to_json(),
     )  # fmt: skip
     return Costs.from_json(measured)
 
 
-def choose_pair(prediction: Prediction, costs: Costs) -> Choice:
-    """The best pair on the even prompts, its interval, the runners-up, or neither."""
-    return choose(prediction, costs)
+def rank_ways(trace: Trace, costs: Costs, settings: StudySettings) -> Ranking:
+    """Every way of drafting on one scale, from the even prompts."""
+    return rank(even(trace), costs, settings.exit_layers, settings.draft_lengths, draft_rows=settings.draft_rows)
+
+
+def choose_pair(prediction: Prediction, costs: Costs, ways: Ranking) -> Choice:
+    """The best pair on the even prompts, its interval, the runners-up, or neither; and the best of all ways."""
+    return choose(prediction, costs, ways=ways)
 
 
 def validate_choice(
     models: Models, trace: Trace, choice: Choice, settings: StudySettings, kept: Kept, progress: Progress
 ) -> Validated:
-    """Run the decoder on the odd prompts: the chosen pair and its runners-up, and a spread over the table."""
+    """Run the decoder on the odd prompts: the chosen pair and its runners-up, and a spread over the table; the best of
+    all ways of drafting, and a spread of them."""
 
     def run() -> dict[str, Any]:
         best = [(each.key, each.draft_length) for each in choice.ranking[:3] if each.key is not None]
@@ -245,7 +256,16 @@ def validate_choice(
         found = [thorough]
         if spread:
             found.append(hold(spread, limit=SPREAD_PROMPTS, progress=_called("validate others", progress)))
+        ways: list[dict[str, Any]] = []
+        if choice.ways is not None and choice.text == "greedy":
+            checked = validate_ways(
+                models.loaded, odd(trace), [each.way for each in choice.ways.to_run() if each.way is not None],
+                draft_model=models.drafter, limit=SPREAD_PROMPTS, costs=choice.costs,
+                progress=_called("validate ways", progress),
+            )  # fmt: skip
+            ways = [each.to_json() for each in checked.ways]
         return {
+            "ways": ways,
             "cells": [cell for each in found for cell in each.to_json()["cells"]],
             "rounds": [rounds for each in found for rounds in each.rounds_json()],
         }

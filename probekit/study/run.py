@@ -98,7 +98,7 @@ class Overall:
 
     SHARES: Mapping[str, float] = {
         "load_model": 1, "settle_threads": 3, "learn_drafting": 1, "trace_prompts": 9, "predict_rounds": 1,
-        "time_the_trace": 3, "calibrate_costs": 8, "choose_pair": 1, "validate_choice": 70,
+        "time_the_trace": 3, "calibrate_costs": 8, "rank_ways": 3, "choose_pair": 1, "validate_choice": 100,
     }  # fmt: skip
     WRITING = 8.0  # of tables, figures and report, for each model
 
@@ -151,6 +151,7 @@ def study_model(plan: StudyPlan, reference: str, overall: Overall) -> ModelStudy
         prediction = run(phases.predict_rounds, trace, settings)
         timings = run(phases.time_the_trace, loaded, plan.traced, drafting, settings, kept, say)
         costs = run(phases.calibrate_costs, models, trace, drafting, settings, kept, say)
-        choice = run(phases.choose_pair, prediction, costs)
+        ways = run(phases.rank_ways, trace, costs, settings)
+        choice = run(phases.choose_pair, prediction, costs, ways)
         validated = run(phases.validate_choice, models, trace, choice, settings, kept, say)
     return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds)

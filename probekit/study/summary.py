@@ -117,8 +117,10 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
             ("rounds", rounds),
             ("run_lengths", tables.run_lengths_table(study.trace, model=study.name)),
             ("costs", tables.costs_table(study.costs, study.name)),
+            ("ways", None if study.choice.ways is None else study.choice.ways.to_pandas().assign(model=study.name)),
         ):
-            parts.setdefault(name, []).append(table)
+            if table is not None:
+                parts.setdefault(name, []).append(table)
     (folder / "tables").mkdir(exist_ok=True)
     for name, each in parts.items():
         atomic_text(folder / "tables" / f"{name}.csv", pd.concat(each, ignore_index=True).to_csv(index=False))
@@ -180,6 +182,7 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "choice": document,
         "chosen_validation": chosen,
         "validation": {"schema": "probekit/validate/1", "cells": cells},
+        "ways": _ways_of(study),
         "agreement": agreement.tolist(),
         "looped": float(np.average(trace.texts["looped"], weights=trace.texts["new_tokens"])),
         "timings": study.timings,
@@ -187,21 +190,28 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _ways_of(study: ModelStudy) -> dict[str, Any] | None:
+    """All ways of drafting, as the report shows them: the best length of each drafter and policy."""
+    ways = study.choice.ways
+    if ways is None:
+        return None
+    return {**ways.brief(), "validated": study.validated.ways}
+
+
 def recommendation(choice: Choice, chosen: dict[str, Any] | None) -> str:
     """The choice in a sentence or two, with what the decoder then did on prompts that had no part in it.
 
     chosen: the validation of the chosen pair, as in `validate --json`; None where nothing was chosen.
     """
-    measured = None if chosen is None else chosen["speedup_measured"]
-    if measured is None:
-        return choice.sentence()
-    said = f"{choice.sentence()} Measured on the other prompts: {measured:.2f}x."
-    if measured <= 1:
-        return said + " That is no gain: do not speculate here, or study again while the machine does nothing else."
-    foreseen = chosen["speedup_predicted"] if chosen else None
-    if foreseen is not None and abs(foreseen / measured - 1) > MISSED:
-        said += (
-            f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that something "
-            "else ran while steps were timed."
-        )
-    return said
+    said, measured = choice.pair_sentence(), None if chosen is None else chosen["speedup_measured"]
+    if measured is not None:
+        said += f" Measured on the other prompts: {measured:.2f}x."
+        foreseen = chosen["speedup_predicted"] if chosen else None
+        if measured <= 1:
+            said += " That is no gain: do not speculate here, or study again while the machine does nothing else."
+        elif foreseen is not None and abs(foreseen / measured - 1) > MISSED:
+            said += (
+                f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that something "
+                "else ran while steps were timed."
+            )
+    return said + choice.ways_sentence()

@@ -207,7 +207,7 @@ def quick_costs(
 ) -> Costs:
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
-    longest = max(cell.draft_length for cell in cells)
+    longest = max(int(sizes_of(cell.drafts, cell.draft_length)[-1]) for cell in cells)
     used = drafter if any(cell.key.kind == MODEL for cell in cells) else None
     most = min(model.anatomy.context for model in (loaded, used) if model is not None) - max(2, longest) - 1
     ids = next((cell.drafts.draft_ids for cell in cells if isinstance(cell.drafts, ExitLayer)), None)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from probekit.choice.rank import priced
+from probekit.costs.profile import Costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.results import Decoded
 from probekit.decoding.speculative import Speculative
@@ -31,6 +33,7 @@ class WayValidation:
     rounds_equal: in every round of every text whose turn it was and what was accepted; and what was drafted, unless the
         policy looks at drafts, so that this is estimated. tokens_equal: every token as autoregressive decoding has it.
     near_ties: texts that left the prediction first at a position where the trace has a near-tie; unexplained: others.
+    speedup_predicted: by the costs that were given, on these prompts; None without any.
     speedup_measured: over autoregressive decoding, decoding only; and 20 and 80 % of single runs.
     """
 
@@ -43,6 +46,7 @@ class WayValidation:
     tokens_equal: bool
     near_ties: int
     unexplained: int
+    speedup_predicted: float | None
     speedup_measured: float | None
     speedup_measured_quantiles: tuple[float, float] | None
 
@@ -56,6 +60,7 @@ class WayValidation:
         return {
             "drafters": [key.label for key in self.way.keys],
             "policy": self.way.name,
+            "exit_layer": self.way.keys[0].exit_or_null if len(self.way.keys) == 1 else None,
             "draft_length": self.way.draft_length,
             "prompts": self.prompts,
             "predicted": self.predicted,
@@ -66,6 +71,7 @@ class WayValidation:
             "tokens_equal": self.tokens_equal,
             "ties": self.near_ties,
             "unexplained": self.unexplained,
+            "speedup_predicted": self.speedup_predicted,
             "speedup_measured": self.speedup_measured,
             "speedup_measured_quantiles": None if quantiles is None else list(quantiles),
         }
@@ -105,6 +111,7 @@ def validate_ways(
     *,
     draft_model: Loaded | None = None,
     limit: int | None = None,
+    costs: Costs | None = None,
     repeats: int = 1,
     progress: Progress | None = None,
 ) -> WaysValidation:
@@ -113,6 +120,7 @@ def validate_ways(
     Parameters
     ----------
     loaded, draft_model: the models that were traced. limit: only the first prompts of the trace.
+    costs: for the predicted speedup.
     repeats: how often each prompt is decoded. progress: called as `progress("validate", done, total)`.
 
     Raises InputError for text that is not greedy, for other models than the traced ones, and without a way.
@@ -150,12 +158,16 @@ def validate_ways(
     plain, *runs = decode_all(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
     return WaysValidation(
         trace.manifest.model.name,
-        tuple(_compared(chosen, way, plain, own) for way, own in zip(ways, runs, strict=True)),
+        tuple(_compared(chosen, way, plain, own, costs) for way, own in zip(ways, runs, strict=True)),
     )
 
 
 def _compared(
-    trace: Trace, way: Way, plain: Sequence[Sequence[Decoded]], own: Sequence[Sequence[Decoded]]
+    trace: Trace,
+    way: Way,
+    plain: Sequence[Sequence[Decoded]],
+    own: Sequence[Sequence[Decoded]],
+    costs: Costs | None,
 ) -> WayValidation:
     expected = replay(trace, way)
     ties = unexplained = 0
@@ -180,6 +192,7 @@ def _compared(
         tokens_equal=all(mine[0].tokens == theirs[0].tokens for mine, theirs in zip(own, plain, strict=True)),
         near_ties=ties,
         unexplained=unexplained,
+        speedup_predicted=None if costs is None else priced(trace, way, costs).speedup,
         speedup_measured=found["speedup_measured"],
         speedup_measured_quantiles=found["speedup_measured_quantiles"],
     )

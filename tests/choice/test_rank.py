@@ -226,3 +226,49 @@ def test_what_cannot_be_validated(dialled, run, tiny):
         validate_ways(dialled, fabricate(text="sampled"), [])
     with pytest.raises(InputError, match="limit must be"):
         validate_ways(dialled, run, [rank(run, costs_of(run), [2], [2]).first(drafter="ngram:2").way], limit=0)
+
+
+def test_a_choice_among_all_ways(made, ranking):
+    prediction = predict(made, draft_lengths=[1, 3, 5])
+    pairs, all_ways = choose(prediction, ranking.costs), choose(prediction, ranking.costs, ways=ranking)
+    before, after = pairs.to_json(), all_ways.to_json()
+    added = {"way", "way_runners_up", "way_held_out", "oracle"}
+    assert after.keys() - before.keys() == added and pairs.way is None
+    assert {key: after[key] for key in before if key != "sentence"} == {
+        key: value for key, value in before.items() if key != "sentence"
+    }
+    assert after["way"]["speedup"] == ranking.best.speedup >= before["speedup"]
+    assert after["way"]["interval"] == list(ranking.best.interval)
+    assert [row["speedup"] for row in after["way_runners_up"]] == [way.speedup for way in ranking.ways[1:5]]
+    assert after["oracle"]["speedup"] >= after["way"]["speedup"]
+    assert after["sentence"].startswith(before["sentence"]) and len(after["sentence"]) > len(before["sentence"])
+    with pytest.raises(InputError, match="other texts"):
+        choose(predict(made.select(made.prompts[:3])), ranking.costs, ways=ranking)
+
+
+def test_each_half_is_judged_by_the_choice_of_the_other(ranking):
+    """By hand: the best on the even places decodes the odd ones, and the other way round."""
+    seconds, plain = [], []
+    for chosen, judged in (([0, 2, 4], [1, 3, 5]), ([1, 3, 5], [0, 2, 4])):
+        gains = [way.plain_s_of_prompt[chosen].sum() / way.seconds_of_prompt[chosen].sum() for way in ranking.ways]
+        best = ranking.ways[int(np.argmax(gains))]
+        seconds += best.seconds_of_prompt[judged].tolist()
+        plain += best.plain_s_of_prompt[judged].tolist()
+    assert ranking.held_out.speedup == pytest.approx(sum(plain) / sum(seconds))
+    assert ranking.held_out.speedup <= ranking.best.speedup
+    low, high = ranking.held_out.interval
+    assert low <= ranking.held_out.speedup <= high
+
+
+def test_few_prompts_have_no_interval(made):
+    ranking = rank(made.select(made.prompts[:1]), costs_of(made), draft_lengths=[2])
+    assert ranking.best.interval is None and ranking.held_out.interval is None
+    assert ranking.held_out.speedup == ranking.best.speedup
+
+
+def test_what_is_run(ranking):
+    ways = ranking.to_run()
+    able = [way for way in ranking.shortlist(1000) if way.way is not None]
+    assert ways[:5] == able[:5] and len(ways) == 10 and ways[-1] is able[-1]
+    assert len({id(way) for way in ways}) == 10
+    assert len(ranking.to_run(best=1, others=0)) == 1

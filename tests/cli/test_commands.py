@@ -146,6 +146,11 @@ def test_study_resumes_and_refuses(capsys, tiny_folder, prompts, tmp_path):
     assert {path.name for path in (folder / "tables").glob("*.csv")} >= {"layers.csv", "cells.csv", "validation.csv"}
     assert len(summary["models"]) == 1
     assert summary["models"][0]["sentence"]
+    ways = summary["models"][0]["ways"]
+    assert {row["policy"] for row in ways["ways"]} >= {"fixed", "none"}
+    assert ways["oracle"]["speedup"] >= ways["ways"][0]["speedup"] and ways["ladder"][-1]["rung"] == "oracle"
+    assert len(ways["validated"]) == 10
+    assert all(row["rounds_equal"] and row["tokens_equal"] for row in ways["validated"])
     written = {path: path.stat().st_mtime_ns for path in (folder / "traces").rglob("*.parquet")}
     again = document(capsys, *arguments)
     assert again["models"][0]["validation"] == summary["models"][0]["validation"]

@@ -49,6 +49,31 @@ def test_the_best_are_run(folder, capsys):
     assert all(each["rounds_equal"] and each["tokens_equal"] for each in validated)
 
 
+def test_choose_takes_the_best_of_all_ways(folder, capsys):
+    assert run(["choose", str(folder), *WORDS, "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)
+    assert run(["rank", str(folder), *WORDS, "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert chosen["way"] == ranked["ways"][0] and chosen["oracle"] == ranked["oracle"]
+    assert chosen["way_held_out"] == ranked["held_out"]
+    assert chosen["speedup"] <= max(1, chosen["way"]["speedup"])
+    assert run(["choose", str(folder), *WORDS]) == 0
+    assert "all ways of drafting" in capsys.readouterr().out
+    assert run(["choose", str(folder), *WORDS, "--policy", "confidence:0.5", "--json"]) == 0
+    assert "way" not in json.loads(capsys.readouterr().out)
+
+
+def test_validate_runs_the_best_and_a_spread(folder, capsys):
+    words = ["--ways", "--draft-lengths", "2,4", "--exit-layers", "1,3", "--limit", "1"]
+    assert run(["validate", str(folder), *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "probekit/validate/1" and document["cells"] == [] and len(document["ways"]) == 10
+    for way in document["ways"]:
+        assert way["rounds_equal"] and way["tokens_equal"] and way["speedup_predicted"] > 0
+    assert run(["validate", str(folder), "--ways", "--drafter", "suffix"]) == 2
+    assert "--ways ranks every drafter" in capsys.readouterr().err
+
+
 def test_as_tables(folder, capsys):
     assert run(["rank", str(folder), *WORDS, "--exit-layers", "2,3"]) == 0
     shown = capsys.readouterr()

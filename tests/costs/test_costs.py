@@ -233,6 +233,28 @@ def test_a_calibration_foretells_the_decoders_work(tiny, tiny_draft, work_clock,
     assert {1, 2, 4} <= drafted
 
 
+@pytest.mark.parametrize("shape", ["2", "3", "2x1x1", "3x2x1", "2x2", "4x2", "3/1/1/0/1/0/0"])
+def test_a_calibration_foretells_the_rounds_of_trees(tiny, work_clock, shape):
+    """By the same clock: every exit, every number of levels, also shapes that were not timed."""
+    from probekit.decoding.speculative import Speculative
+    from probekit.drafting.drafters import ExitLayer
+    from probekit.drafting.tree_drafters import TreeDrafts
+    from probekit.drafting.trees import tree_shape_named
+
+    work_clock.watch(tiny)
+    costs = measure_costs(tiny, 12, draft_lengths=[16], repeats=1)
+    tree = tree_shape_named(shape)
+    for exit_layer in (1, 2, 4):
+        drafter = TreeDrafts(ExitLayer(exit_layer), tree)
+        for budget in (2, 3, 4, 9):
+            (run,) = Speculative(tiny, drafter, tree.depth).decode([[1, 2, 3]], max_new_tokens=budget)
+            levels = [tree.sizes.tolist().index(drafted) for drafted in run.drafted]
+            expected = sum(costs.tree_seconds(exit_layer, tree, each) for each in levels)
+            assert run.seconds["total"] - run.seconds["prefill"] == pytest.approx(expected)
+    again = Costs.from_json(json.loads(json.dumps(costs.to_json())))
+    assert again == costs and again.trees == costs.trees
+
+
 def test_exits_and_widths_between_are_read_off_a_line():
     """Of six layers, exits 1, 3 and 5 are timed; a layer takes 2 and 0.5 a row, a head 3."""
     rows = [1, 2, 5]

@@ -13,9 +13,12 @@ import pandas as pd
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import Choice, choose
+from probekit.choice.rank import priced, rank
+from probekit.choice.ranking import Ranking
 from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.files import atomic_text
 from probekit.prediction.predict import predict
+from probekit.prediction.replay import replay
 from probekit.presentation import tables
 from probekit.study.summary import recommendation
 from probekit.traces.trace import Trace
@@ -53,7 +56,8 @@ def fabricate_study(
         even = trace.select(trace.prompts[::2])
         prediction = predict(even, draft_lengths=draft_lengths)
         costs = fabricate_costs(depth, max(draft_lengths), drafter)
-        choice = choose(prediction, costs)
+        ways = rank(even, costs, draft_lengths=draft_lengths)
+        choice = choose(prediction, costs, ways=ways)
         validation, rounds = fabricate_validation(trace.select(trace.prompts[1::2]), choice, name)
         for table, frame in (
             ("layers", tables.layers_table(trace, name)),
@@ -62,6 +66,7 @@ def fabricate_study(
             ("rounds", rounds),
             ("run_lengths", tables.run_lengths_table(trace, model=name) if text == "greedy" else None),
             ("costs", tables.costs_table(costs, name)),
+            ("ways", ways.to_pandas().assign(model=name)),
         ):
             if frame is not None:
                 parts.setdefault(table, []).append(frame)
@@ -185,7 +190,24 @@ def _entry(name: str, trace: Trace, choice: Choice, validation: dict[str, Any]) 
         "choice": choice.to_json(),
         "chosen_validation": chosen if choice.speculate else None,
         "validation": validation,
+        "ways": choice.ways and {**choice.ways.brief(), "validated": _ways_run(trace, choice.ways)},
         "agreement": everything.mean(axis=1).tolist(),
         "looped": float(trace.texts["looped"].mean()),
         "timings": {"prompts": 6, "tokens": 120, "generation_s": 2.0, "agreement_trace_s": 0.8},
     }  # fmt: skip
+
+
+def _ways_run(trace: Trace, ways: Ranking) -> list[dict[str, Any]]:
+    """Ways that ran as they were predicted, a little slower."""
+    if trace.manifest.settings.text != "greedy":
+        return []
+    rows = []
+    for way in (each.way for each in ways.to_run()):
+        assert way is not None
+        counts, found = replay(trace.select(trace.prompts[1::2]), way).counts(), priced(trace, way, ways.costs)
+        rows.append(
+            {"drafters": [key.label for key in way.keys], "policy": way.name, "exit_layer": found.exit_layer,
+             "draft_length": way.draft_length, "predicted": counts, "measured": counts, "rounds_equal": True,
+             "unexplained": 0, "speedup_predicted": found.speedup, "speedup_measured": 0.95 * found.speedup}
+        )  # fmt: skip
+    return rows

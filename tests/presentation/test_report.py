@@ -24,6 +24,8 @@ from probekit.errors import InputError
 from probekit.presentation.next_steps import next_steps
 from probekit.presentation.report import joined_scripts, write_lens_page, write_report
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
+from probekit.presentation.report_ways import label_of
+from probekit.presentation.study_folder import open_study
 from probekit.settings import Sampling
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
@@ -356,3 +358,36 @@ def test_what_is_no_study_is_refused(study, tmp_path, spoil, message):
     with pytest.raises(InputError, match=message):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def test_every_way_of_drafting_is_in_the_page(tmp_path):
+    study = open_study(fabricate_study(tmp_path / "study", ["tales-tied", "tales-layerskip"]))
+    page = write_report(study.folder).read_text(encoding="utf-8")
+    section = re.search(r'<section id="ways".*?</section>', page, re.DOTALL)[0]
+    for entry in study.entries:
+        ways = entry["ways"]
+        for row in ways["ladder"]:
+            assert f"{row['speedup']:.2f}×" in section and row["rung"] in section
+        for row in ways["ways"]:
+            assert f">{label_of(row)}</th>" in section and f"{row['tokens_per_round']:.2f}" in section
+        assert f"{100 * ways['ways'][0]['oracle_share']:.0f} %" in section
+        assert len(re.findall(r"<td>\d+ / \d+</td>", section)) == 2 * 10 * len(study.entries)
+    assert section.count("<circle") == sum(len(entry["ways"]["ladder"]) for entry in study.entries)
+    places = [float(x) for x in re.findall(r'<circle class="point" cx="([\d.]+)"', section)]
+    assert min(places) > 0 and max(places) < 100
+    assert "Every way</a>" in page
+
+
+def test_a_study_that_ranked_no_ways_has_no_such_part(tmp_path):
+    folder = fabricate_study(tmp_path / "study", ["tales-tied"])
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["models"][0]["ways"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert 'id="ways"' not in page and "Every way</a>" not in page
+
+
+def test_ways_of_sampled_text_have_no_oracle(tmp_path):
+    page = write_report(fabricate_study(tmp_path / "study", ["tales-tied"], text="sampled")).read_text()
+    section = re.search(r'<section id="ways".*?</section>', page, re.DOTALL)[0]
+    assert "oracle</th>" not in section.split("By kind")[0] and "An oracle would" not in section
