@@ -26,7 +26,7 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files"),
     "models": (
-        "linear_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
+        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
         "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),

@@ -13,7 +13,8 @@ from torch import Tensor
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.batch import DecodeBatch, DecodePlan
 from probekit.decoding.decoder import Decoder
-from probekit.decoding.device_round import DeviceEngine, DeviceState, Round, bucket
+from probekit.decoding.device_round import DeviceEngine, DeviceState, Round
+from probekit.decoding.engine import bucket
 from probekit.decoding.sequence import SequenceState
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.drafting.proposers import ExitLayerDrafts

@@ -17,19 +17,12 @@ from torch import Tensor
 
 from probekit.decoding.batch import DecodeBatch
 from probekit.decoding.caches import PassPositions
-from probekit.decoding.engine import Engine
+from probekit.decoding.engine import Engine, bucket
 from probekit.decoding.sampling import Sampler, scatter
 from probekit.drafting.proposers import DraftHead
 from probekit.errors import InputError
 from probekit.hooks.sites import unreplayable_hooks
 from probekit.models.anatomy import Anatomy
-
-BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings serve every length
-
-
-def bucket(slots: int) -> int:
-    """The least multiple of BUCKET that holds so many slots."""
-    return -(-slots // BUCKET) * BUCKET
 
 
 class DeviceEngine(Engine):
@@ -74,7 +67,7 @@ class DeviceState:
 
     last: (rows, 1) each row's last token. position: (rows, 1) its position.
     before: (rows, 1) position of the prompt's last token. final: (rows, 1) position of the budget's last token.
-    stream: (rows,) random streams.
+    stream: (rows,) random streams, None when greedy.
     log: (rounds, rows, K + 2) what each round did: accepted drafts, the token after them, the drafts.
     done: (1,) rounds in the log.
     """
@@ -83,7 +76,7 @@ class DeviceState:
     position: Tensor
     before: Tensor
     final: Tensor
-    stream: Tensor
+    stream: Tensor | None
     log: Tensor
     done: Tensor
 
@@ -140,7 +133,7 @@ class Round:
     def __call__(self) -> None:
         at = self.state
         places = self.engine.places_at(at.position + self._steps, self.visible)
-        outputs = (at.position - at.before)[:, 0]
+        outputs = None if at.stream is None else (at.position - at.before)[:, 0]
         if self.exit_layer is None:
             drafts, drawn_from = at.last[:, 1:], None
             states = self.engine.full(at.last, places)
@@ -156,7 +149,9 @@ class Round:
         at.last.copy_(token)
         at.position.copy_(torch.minimum(at.position + run + 1, at.final))
 
-    def _draft(self, exit_layer: int, places: PassPositions, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draft(
+        self, exit_layer: int, places: PassPositions, outputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         at, head = self.state, self.head
         if head is None:
@@ -165,7 +160,8 @@ class Round:
         tokens, distributions, residuals = [at.last], [], []
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
-            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, outputs + step)
+            output = None if outputs is None else outputs + step
+            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, output)
             if distribution is not None:
                 whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)
