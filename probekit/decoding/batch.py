@@ -72,7 +72,7 @@ class DecodeBatch:
 
     @property
     def outputs(self) -> Tensor | None:
-        """Output index of each row's next token, (rows,), None when greedy: told to the device once, then kept there."""
+        """Output index of each row's next token, (rows,), None when greedy; told once, then kept there."""
         if self.stream is not None and self._outputs is None:
             self._outputs = torch.tensor([len(row.tokens) for row in self.rows], device=self.device)
         return self._outputs

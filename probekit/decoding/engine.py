@@ -37,9 +37,7 @@ from probekit.models.cuda_kernels import chosen_kernels
 from probekit.models.family import LayerKind
 from probekit.moved import look_up
 
-BUCKET = (
-    64  # slots: a pass sees a multiple of it, so that few recordings (and few plans of a kernel) serve every length
-)
+BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings and few shapes serve every length
 
 
 def bucket(slots: int) -> int:
