@@ -46,7 +46,7 @@ ROWS = {
     ),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
-        "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",
+        "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",

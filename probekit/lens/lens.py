@@ -93,7 +93,7 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
     weight = parts.head.weight
     if _at_once(weight):
         wide = {} if weight.dtype == torch.float32 else {"out_dtype": torch.float32}
-        torch.mm(states.to(weight.dtype), weight.T, **wide, out=out)  # type: ignore[call-overload]
+        torch.mm(states.to(weight.dtype), weight.T, **wide, out=out)
     else:
         states = states.float()
         block = _weight_block(weight)

@@ -23,47 +23,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA = torch.device("cuda:0")
 GIB = 2**30
 VIEWS = set(
-    [
-        "view",
-        "_unsafe_view",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "alias",
-        "detach",
-        "split",
-        "split_with_sizes",
-        "as_strided",
-        "unbind",
-        "_reshape_alias",
-        "lift_fresh",
-        "chunk",
-        "device",
-        "unflatten",
-        "flatten",
-        "expand_as",
-        "view_as",
-        "lift",
-    ]
-)
-SYNCS = set(
-    [
-        "_local_scalar_dense",
-        "item",
-        "nonzero",
-        "_unique2",
-        "unique_dim",
-        "masked_select",
-        "is_nonzero",
-        "equal",
-        "unique_consecutive",
-    ]
-)
+    (
+        "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze alias detach split lift device "
+        "split_with_sizes as_strided unbind _reshape_alias lift_fresh chunk unflatten flatten expand_as view_as"
+    ).split()
+)  # fmt: skip
+SYNCS = {
+    "_local_scalar_dense", "item", "nonzero", "_unique2", "unique_dim", "masked_select", "is_nonzero", "equal",
+    "unique_consecutive",
+}  # fmt: skip
 CROSSING = ("_to_copy", "copy_", "to")
 FULL, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
 KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # torch._C._SDPBackend
@@ -338,7 +306,8 @@ class Tape:
             plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
             if function._schema.name == "aten::mm" and function._overloadname.startswith("dtype"):
                 made = torch.mm(*(each.to(plain_args[2]) for each in plain_args[:2]))
-                (plain_kwargs["out"] if "out" in plain_kwargs else result.elem).copy_(made)
+                out = plain_kwargs.get("out")
+                (result.elem if out is None else out).copy_(made)
                 continue
             made = function(*plain_args, **plain_kwargs)
             if fresh:
