@@ -376,6 +376,20 @@ class Event:
         return max(1e-3, 1000 * (other.at - self.at))
 
 
+def move(model: torch.nn.Module) -> torch.nn.Module:
+    """`model.to(CUDA)`, which torch does in ways that no wrapped tensor survives."""
+    moved: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = torch.nn.Parameter(Cuda(parameter.detach().clone()), requires_grad=False)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else Cuda(buffer.clone())
+    return model
+
+
 class _NoInference:
     """torch._C._InferenceMode."""
 
