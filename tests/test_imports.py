@@ -52,7 +52,7 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "reading",
         "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("profile", "timing", "measure", "roofline"),
+    "costs": ("profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("choose", "export", "robustness", "ranking", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),

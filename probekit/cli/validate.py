@@ -18,6 +18,7 @@ def validate(
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
+    engine: options.Engine = "host",
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -42,6 +43,7 @@ def validate(
             drafter=drafter,
             draft_rows=draft_rows,
             policy=policy_named(policy),
+            engine=engine,
             progress=bars,
         )
     if as_json:

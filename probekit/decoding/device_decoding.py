@@ -148,14 +148,19 @@ def _check_recordable(method: Speculative) -> ExitLayerDrafts:
     return drafts
 
 
+def check_engine_name(engine: str) -> str:
+    """Return an engine's name, or raise InputError."""
+    if engine not in ENGINES:
+        raise InputError(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}.")
+    return engine
+
+
 def on_engine(method: Decoder, engine: str) -> Decoder:
     """The same decoding by another engine: `method` itself for "host".
 
     Raises InputError for an engine that is not there, and for rounds that cannot be recorded.
     """
-    if engine not in ENGINES:
-        raise InputError(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}.")
-    if engine == "host" or isinstance(method, _InRounds):
+    if check_engine_name(engine) == "host" or isinstance(method, _InRounds):
         return method
     if type(method) is Autoregressive:
         return DeviceAutoregressive(method.loaded)

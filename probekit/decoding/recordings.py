@@ -64,7 +64,7 @@ class Graphs:
 
 @dataclass(eq=False)
 class Recordings:
-    """What a model's rounds stand on, for batches of `rows` rows at most, of at most so many tokens as the engine holds.
+    """What a model's rounds stand on, for batches of `rows` prompts that fit into the engine's cache.
 
     weights: where they lay when the rounds were recorded.
     """
@@ -74,7 +74,7 @@ class Recordings:
     rows: int
     weights: tuple[int, ...]
     states: dict[tuple[int, int, bool], DeviceState] = field(default_factory=dict)
-    rounds: dict[Hashable, Round] = field(default_factory=dict)
+    rounds: dict[Hashable, Callable[[], Any]] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
 
     def state(self, rows: int, draft_length: int, sampled: bool) -> DeviceState:

@@ -20,14 +20,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from probekit.models import states
+
 CUDA = torch.device("cuda:0")
 GIB = 2**30
 VIEWS = set(
-    (
-        "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze alias detach split lift device "
-        "split_with_sizes as_strided unbind _reshape_alias lift_fresh chunk unflatten flatten expand_as view_as"
-    ).split()
-)  # fmt: skip
+    "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze alias detach split lift device "  # noqa: SIM905
+    "split_with_sizes as_strided unbind _reshape_alias lift_fresh chunk unflatten flatten expand_as view_as".split()
+)
 SYNCS = {
     "_local_scalar_dense", "item", "nonzero", "_unique2", "unique_dim", "masked_select", "is_nonzero", "equal",
     "unique_consecutive",
@@ -390,6 +390,15 @@ def move(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+class _Modules:
+    """torch.nn, whose Parameter is what a parameter on the pretended device is: an ordinary one."""
+
+    Parameter = Cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn, name)
+
+
 class _NoInference:
     """torch._C._InferenceMode."""
 
@@ -435,6 +444,7 @@ def pretended() -> Iterator[torch.device]:
         patch.object(functional, "scaled_dot_product_attention", attention),
         patch.object(torch._C._nn, "scaled_dot_product_attention", attention),
         patch.object(torch, "Generator", _Generator),
+        patch.object(states, "nn", _Modules()),
         patch.object(torch._C, "_InferenceMode", _NoInference),  # wrapped tensors are no inference tensors
     ]
     try:

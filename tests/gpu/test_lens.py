@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.pretend import LOG, Cuda
+from gpu.pretend import LOG
 
 from probekit.lens import chunked
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
@@ -12,23 +12,6 @@ from probekit.lens.lens import Lens, head_logits
 from probekit.models.synthetic import Shape, synthetic
 
 SHAPE = Shape(4, 32, 48, 4, 2, 300, 256, 8)
-
-
-@pytest.fixture
-def kernel(cuda, monkeypatch):
-    """The row kernel in Triton's interpreter, on the numbers behind the pretended tensors; how often it was called."""
-    row_kernel = pytest.importorskip("probekit.lens.row_kernel", reason="Triton is not installed")
-    theirs, calls = row_kernel.row_statistics, []
-
-    def launched(*tensors, **setting):
-        assert all(isinstance(each, Cuda) for each in tensors)
-        calls.append(tensors[0].shape)
-        with torch.utils._python_dispatch._disable_current_modes():
-            found = theirs(*(each.elem for each in tensors), **setting, block=64)
-        return {name: Cuda(figures) for name, figures in found.items()}
-
-    monkeypatch.setattr(row_kernel, "row_statistics", launched)
-    return calls
 
 
 def read(loaded, rows=7):

@@ -12,6 +12,8 @@ from gpu.pretend import LOG, Event, Graph, move
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 import probekit
+from probekit.costs.measure import measure_costs
+from probekit.costs.recorded import REPLAYS
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.device_decoding import DeviceAutoregressive, DeviceSelfSpeculative, on_engine
 from probekit.decoding.recordings import RING, Graphs
@@ -41,9 +43,14 @@ def on_host(method, prompts, **setting):
         return method(model()).decode(prompts, **setting)
 
 
+SECOND = pytest.mark.second
+
+
 @GREEDY_AND_SAMPLED
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("draft_length", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("draft_length", "rows"), [(4, 3), pytest.param(4, 1, marks=SECOND), pytest.param(0, 1, marks=SECOND),
+                               pytest.param(0, 3, marks=SECOND)],
+)  # fmt: skip
 def test_replays_are_the_host_decoders_rounds(cuda, draft_length, rows, sampling):
     """Over two buckets of slots: the first round of each for real, all others from its recording."""
     setting = {"max_new_tokens": 80, "sampling": sampling}
@@ -118,6 +125,7 @@ def test_seeds_share_a_recording_and_rules_do_not(cuda):
     assert Graph.made == 2
 
 
+@pytest.mark.second
 def test_longer_texts_other_rows_weights_and_hooks_are_recorded_anew(cuda):
     loaded = model(cuda)
     method = DeviceSelfSpeculative(loaded, 1, 2)
@@ -180,6 +188,43 @@ def test_a_capture_runs_nothing_and_forbids_waits(cuda):
     for _ in range(4):
         graphs.run("more", work)
     assert numbers.tolist() == [4.0] * 3 and len(ran) == 2  # for real, and while it was captured
-    for asks in (lambda: numbers.sum().item(), lambda: numbers.tolist(), lambda: numbers.cpu(), lambda: numbers.nonzero()):
+    for asks in (
+        lambda: numbers.sum().item(),
+        lambda: numbers.tolist(),
+        lambda: numbers.cpu(),
+        lambda: numbers.nonzero(),
+    ):
         with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             asks()
+
+
+@pytest.mark.second
+def test_costs_are_of_whole_replayed_rounds(cuda):
+    """No wait inside a round, and one for each measurement; the parts of a round add up to it."""
+    loaded = model(cuda)
+    measure_costs(loaded, 40, exit_layers=[1], draft_lengths=[2, 4], repeats=1, engine="cuda")
+    LOG.clear()
+    Event.order.clear()
+    replays = Graph.replays
+    costs = measure_costs(loaded, 40, exit_layers=[1], draft_lengths=[2, 4], repeats=1, engine="cuda")
+    replayed = Graph.replays - replays
+    assert LOG.count("wait", "to host") == 0
+    assert replayed == REPLAYS * sum(what == "waited" for what, _ in Event.order) > 0
+    assert costs.engine == "cuda" and costs.longest_draft == 4
+    whole = costs.quantiles["verify 1 5"][1] + 5 * costs.early_s[1] + 4 * costs.heads_s[1]
+    assert costs.round_seconds(1, 4) == pytest.approx(whole) and costs.overhead_s == 0
+    assert (costs.rounds_seconds(1, 4) == costs.round_seconds(1, 4)).all()  # drafted whole at the end of a budget too
+
+
+@pytest.mark.second
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on infinities as planned
+def test_validate_and_decode_by_the_recorded_engine(cuda, kernel):
+    loaded = replace(model(cuda), tokenizer=None)
+    run = probekit.trace(loaded, PROMPTS[:2], max_new_tokens=12)
+    costs = measure_costs(loaded, 10, exit_layers=[1], draft_lengths=[2], repeats=1, engine="cuda")
+    made = probekit.validate(loaded, run, [(1, 2)], costs=costs, engine="cuda")
+    assert made.holds and Graph.replays > 10
+    for cell in made.cells:
+        assert cell.rounds_equal and cell.tokens_equal and cell.speedup_predicted > 0
+    how = {"method": "self-speculative", "exit_layer": 1, "draft_length": 2, "max_new_tokens": 20}
+    assert probekit.decode(loaded, PROMPTS[0], engine="cuda", **how) == probekit.decode(loaded, PROMPTS[0], **how)
