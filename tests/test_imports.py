@@ -26,7 +26,7 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
+        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
         "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
@@ -46,13 +46,13 @@ ROWS = {
     ),
     "decoding": (
         "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
-        "autoregressive", "turns", "speculative", "device_round", "device_decoding", "decode",
+        "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("trees", "profile", "timing", "measure", "roofline"),
+    "costs": ("trees", "profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),

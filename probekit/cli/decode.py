@@ -38,6 +38,7 @@ def decode(
     seed: options.Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; may be repeated.")] = None,
     adapter: options.Adapter = None,
+    engine: options.Engine = "host",
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -72,6 +73,7 @@ def decode(
             sampling=sampling,
             stop=tuple(stop or ()),
             on_accept=None if as_json else _stream,
+            engine=engine,
         )
     if as_json:
         print_json({"schema": "probekit/decode/1", **decoded.to_json()})

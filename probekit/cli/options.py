@@ -56,6 +56,9 @@ DraftRows = Annotated[
     int | None,
     typer.Option("--draft-rows", help="Exit layers draft with the head's rows of so many tokens. [default: all]"),
 ]
+Engine = Annotated[
+    str, typer.Option("--engine", help="host, or cuda: whole rounds recorded into CUDA graphs (not yet run on a GPU).")
+]
 Policy = Annotated[
     str,
     typer.Option(

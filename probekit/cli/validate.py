@@ -25,6 +25,7 @@ def validate(
         bool, typer.Option("--ways", help="Rank all ways of drafting; run the best five and a spread of others.")
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
+    engine: options.Engine = "host",
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -59,6 +60,7 @@ def validate(
             drafters=named,
             draft_rows=draft_rows,
             policy=policy_named(policy),
+            engine=engine,
             progress=bars,
         )
     if as_json:

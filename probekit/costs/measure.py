@@ -47,6 +47,7 @@ def measure_costs(
     sampling: Sampling | None = None,
     policy: Policy | None = None,
     repeats: int | None = None,
+    engine: str = "host",
     progress: Progress | None = None,
 ) -> Costs:
     """Time the decoder's steps on the device that the model is on.
@@ -63,6 +64,8 @@ def measure_costs(
     sampling: how tokens are chosen; greedy by default.
     policy: asked after each draft as in a decoder, which takes its time; by default none.
     repeats: sweeps over all steps; by default as many as take a few seconds.
+    engine: who runs the rounds, one of `decoding.device_decoding.ENGINES`; "cuda" times whole recorded rounds of exit
+        layers, without a draft model and a policy.
     progress: called as `progress("costs", percent, 100)`.
 
     Raises
@@ -78,13 +81,17 @@ def measure_costs(
     """
     import torch
 
+    from probekit.costs.recorded import RecordedTimer
     from probekit.costs.timing import RoundTimer
+    from probekit.decoding.device_decoding import check_engine_name
     from probekit.decoding.self_check import check_decodable
     from probekit.lens.exit_heads import check_heads, fingerprint
     from probekit.models.loaded import as_loaded
 
     loaded, drafter = as_loaded(loaded), None if drafter is None else as_loaded(drafter)
     check_decodable(loaded)
+    if check_engine_name(engine) == "cuda" and policy not in (None, FIXED):
+        raise InputError(f"engine 'cuda' records rounds of a fixed length, not with {policy}.", "Use engine 'host'.")
     if loaded.depth < 2:
         raise InputError(f"{loaded.name} has one layer, and so no exit to draft from: there is nothing to measure.")
 
@@ -121,7 +128,12 @@ def measure_costs(
     times: dict[str, list[float]] = defaultdict(list)
     with torch.inference_mode():
         bound = {each.key: each.on(loaded) for each in drafters}
-        timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling or Sampling(), policy or FIXED)
+        sampling = sampling or Sampling()
+        timer: RoundTimer | RecordedTimer
+        if engine == "cuda":
+            timer = RecordedTimer(loaded, bound, context, longest, sampling)
+        else:
+            timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling, policy or FIXED)
         jobs = list(bound)
         for job in jobs:  # to warm up
             deque(timer.measure(job, rows[-2:]), maxlen=0)
@@ -150,6 +162,7 @@ def measure_costs(
         draft_head=head,
         seconds=time.perf_counter() - started,
         sweeps=sweeps,
+        engine=engine,
     )
     return assemble(times, exits, rows, blank, None if drafter is None else drafter.name)
 

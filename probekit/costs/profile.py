@@ -75,6 +75,7 @@ class Costs:
     quantiles: {step: [20 %, 50 %, 80 %] in seconds} of what was measured.
     fit_error: largest relative distance of a measured time from the straight line in the number of layers.
     seconds, sweeps: how long the calibration took, and how often it measured each step.
+    engine: who ran the rounds; a round that "cuda" recorded takes as long with fewer drafts in the budget.
     """
 
     source: str
@@ -96,6 +97,7 @@ class Costs:
     fit_error: float | None = None
     seconds: float = 0.0
     sweeps: int = 0
+    engine: str = "host"
 
     def __post_init__(self) -> None:
         times = [self.autoregressive_s, self.head_s, *self.early_s.values(), *self.verify_s.values()]
@@ -210,6 +212,8 @@ class Costs:
 
     def rounds_seconds(self, drafter: DrafterKey | int | None, draft_length: int) -> np.ndarray:
         """(draft_length + 1,) seconds of a round with 0, 1, ... drafts."""
+        if self.engine == "cuda":  # a recorded round always drafts them all
+            return np.full(draft_length + 1, self.round_seconds(drafter, draft_length))
         return np.array([self.round_seconds(drafter, drafts) for drafts in range(draft_length + 1)])
 
     def _check(self, key: DrafterKey, drafts: int) -> None:
@@ -254,6 +258,7 @@ class Costs:
             "fit_error": self.fit_error,
             "seconds": self.seconds,
             "sweeps": self.sweeps,
+            "engine": self.engine,
         }
 
     @classmethod

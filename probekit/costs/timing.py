@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class RoundTimer:
         self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
         self.batch = _StandingBatch(DecodePlan([[0] * context], [0], _ENDLESS, sampling, (), None), loaded, context)
         self.batch.engines = [self.engine]  # whose cache a tree's accepted path moves in
-        self._wait = torch.cuda.synchronize if loaded.device.type == "cuda" else None
+        self._wait = partial(torch.cuda.synchronize, loaded.device) if loaded.device.type == "cuda" else None
         self._laps: dict[str, list[float]] = {}
         self.proposers = {key: self._opened(drafts, context + longest + 1) for key, drafts in drafters.items()}
 

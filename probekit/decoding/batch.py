@@ -42,7 +42,7 @@ class DecodeBatch:
     """The rows of a batch that are still being decoded; a row leaves when its text ends.
 
     rows: their transcripts. last: (rows, 1) each row's last token; previous: (rows, 1) the one before it.
-    stream: (rows,) random streams. seconds: time spent so far in each phase.
+    stream: (rows,) random streams, None when greedy. seconds: time spent so far in each phase.
     """
 
     def __init__(self, plan: DecodePlan, loaded: Loaded, setting: dict[str, Any]) -> None:
@@ -50,7 +50,9 @@ class DecodeBatch:
         self.sampler = Sampler(plan.sampling)
         self.device = loaded.device
         self.vocabulary = loaded.anatomy.vocabulary
-        self.stream = streams(plan.sampling.seed, plan.indices, self.device)
+        greedy = plan.sampling.greedy
+        self.stream = None if greedy else streams(plan.sampling.seed, plan.indices, self.device)
+        self._outputs: Tensor | None = None
         self.rows = [
             SequenceState(index, ids, plan.max_new_tokens, loaded.eos_ids, loaded.tokenizer, plan.stop, plan.on_accept)
             for index, ids in zip(plan.indices, plan.prompts, strict=True)
@@ -69,9 +71,11 @@ class DecodeBatch:
         return [row.position for row in self.rows]
 
     @property
-    def outputs(self) -> Tensor:
-        """Output index of each row's next token, (rows,)."""
-        return torch.tensor([len(row.tokens) for row in self.rows], device=self.device)
+    def outputs(self) -> Tensor | None:
+        """Output index of each row's next token, (rows,), None when greedy; told once, then kept there."""
+        if self.stream is not None and self._outputs is None:
+            self._outputs = torch.tensor([len(row.tokens) for row in self.rows], device=self.device)
+        return self._outputs
 
     def prompt_tokens(self) -> Tensor:
         """(rows, longest prompt), padded on the right; the padding's slots are overwritten before any row sees them."""
@@ -84,7 +88,8 @@ class DecodeBatch:
         self.engines = engines
         ends = torch.tensor([len(row.prompt_ids) - 1 for row in self.rows], device=self.device)
         states = normed[torch.arange(len(self.rows), device=self.device), ends]
-        token = self.sampler.choose(engines[0].logits(states), self.stream, torch.zeros_like(ends))
+        outputs = None if self.stream is None else torch.zeros_like(ends)
+        token = self.sampler.choose(engines[0].logits(states), self.stream, outputs)
         self.previous = torch.tensor([[row.prompt_ids[-1]] for row in self.rows], device=self.device)
         self.last = token[:, None]
         for row, first in zip(self.rows, token.tolist(), strict=True):
@@ -111,7 +116,7 @@ class DecodeBatch:
         place = 0
         while place < max(limits):
             token, distribution, sureness = self.sampler.draft(
-                step(tokens[-1], place), self.stream, outputs + place, confidence
+                step(tokens[-1], place), self.stream, None if outputs is None else outputs + place, confidence
             )
             if distribution is not None:
                 distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
@@ -149,8 +154,11 @@ class DecodeBatch:
             return self._verify_branches(tree, logits)
         if not tree.is_chain:
             raise InputError("these drafts branch, and their keys and values were written as a chain's.")
-        limits = torch.tensor(tree.limits, device=self.device)
-        verdict = self.sampler.verify(tree.tokens, tree.probabilities, limits, logits, self.stream, self.outputs)
+        whole = min(tree.limits) == tree.tokens.shape[1]  # then nothing has to be sent to the device
+        limits = None if whole else torch.tensor(tree.limits, device=self.device)
+        outputs = self.outputs
+        verdict = self.sampler.verify(tree.tokens, tree.probabilities, limits, logits, self.stream, outputs)
+        self._outputs = None if outputs is None else outputs + verdict.run + 1
         run, token = verdict.run[:, None], verdict.token[:, None]
         host_copy = torch.cat([run, token, tree.tokens], dim=1).tolist()  # the only transfer of a round
         self.previous, self.last = tree.written.gather(1, run), token
@@ -210,7 +218,11 @@ class DecodeBatch:
         if not keep:
             return
         order = torch.tensor(keep, device=self.device)
-        self.last, self.previous, self.stream = self.last[order], self.previous[order], self.stream[order]
+        self.last, self.previous = self.last[order], self.previous[order]
+        if self.stream is not None:
+            self.stream = self.stream[order]
+        if self._outputs is not None:
+            self._outputs = self._outputs[order]
         for engine in self.engines:
             engine.cache.keep(keep)
 

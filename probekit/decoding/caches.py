@@ -65,6 +65,13 @@ class PositionCache(Cache):
         self.places: PassPositions | None = None
         self._views = list(zip(self.keys, self.values, strict=True))
 
+    def clear(self) -> None:
+        """Zeros in all slots of all rows again: what a batch left might not be numbers."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.rows = self.keys.shape[1]
+        self._views = list(zip(self.keys, self.values, strict=True))
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.decoder import Decoder
+from probekit.decoding.device_decoding import on_engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import Drafter, ExitLayer, equipped
@@ -72,6 +73,7 @@ def decode(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     stop: str | Sequence[str] = (),
     on_accept: Callable[[str, str], None] | None = None,
+    engine: str = "host",
 ) -> Decoded:
     """Continue one prompt.
 
@@ -89,6 +91,8 @@ def decode(
     policy: when to stop drafting before draft_length; never by default.
     stop: strings that end the text.
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
+    engine: "host", which runs step by step; or "cuda", whole rounds recorded into CUDA graphs (autoregressive decoding
+        and exit layers with a fixed draft length; the same tokens; not yet run on a GPU).
 
     Raises
     ------
@@ -116,6 +120,7 @@ def decode(
         run = _by_method(loaded, method or "autoregressive", given)
     else:
         run = _as_chosen(loaded, choice, given | {"method": method})
+    run = on_engine(run, engine)
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
@@ -174,8 +179,9 @@ def _exit_drafter(loaded: Loaded, given: Mapping[str, Any]) -> Drafter:
     heads = _heads(given["exit_heads"], loaded)
     if loaded.anatomy.check_exit(drafter.exit_layer) not in heads:
         known = ", ".join(map(str, heads))
-        wanted = f"there is no exit head of layer {drafter.exit_layer} among these"
-        raise InputError(f"{wanted}: they have {known}.", "Fit one.")
+        raise InputError(
+            f"there is no exit head of layer {drafter.exit_layer} among these: they have {known}.", "Fit one."
+        )
     return equipped(drafter, exit_heads=heads)
 
 

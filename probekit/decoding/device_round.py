@@ -17,19 +17,12 @@ from torch import Tensor
 
 from probekit.decoding.batch import DecodeBatch
 from probekit.decoding.caches import PassPositions
-from probekit.decoding.engine import Engine
+from probekit.decoding.engine import Engine, bucket
 from probekit.decoding.sampling import Sampler, scatter
 from probekit.drafting.proposers import DraftHead
 from probekit.errors import InputError
 from probekit.hooks.sites import unreplayable_hooks
 from probekit.models.anatomy import Anatomy
-
-BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings serve every length
-
-
-def bucket(slots: int) -> int:
-    """The least multiple of BUCKET that holds so many slots."""
-    return -(-slots // BUCKET) * BUCKET
 
 
 class DeviceEngine(Engine):
@@ -74,36 +67,58 @@ class DeviceState:
 
     last: (rows, 1) each row's last token. position: (rows, 1) its position.
     before: (rows, 1) position of the prompt's last token. final: (rows, 1) position of the budget's last token.
-    stream: (rows,) random streams.
-    log: (rounds, rows, K + 2) what each round did: accepted drafts, the token after them, the drafts.
-    done: (1,) rounds in the log.
+    stream: (rows,) random streams, None when greedy.
+    log: (entries, rows, K + 2) what a round did: accepted drafts, the token after them, the drafts. Round r is entry
+        r modulo the entries.
+    done: (1,) rounds so far.
+    host: a copy of the log in the host's pinned memory, which every round renews; None on a processor.
     """
 
     last: Tensor
     position: Tensor
     before: Tensor
     final: Tensor
-    stream: Tensor
+    stream: Tensor | None
     log: Tensor
     done: Tensor
+    host: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: DecodeBatch, draft_length: int) -> DeviceState:
-        """After the prefill. A round moves each row by one token at least, and one round may come too late."""
-        rows, budget = batch.rows, batch.plan.max_new_tokens
+    def blank(cls, rows: int, draft_length: int, entries: int, device: torch.device, sampled: bool) -> DeviceState:
+        """Buffers for batches of this kind, before `fill`."""
 
-        def column(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, device=batch.device)[:, None]
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
 
+        log = entries, rows, draft_length + 2
         return cls(
-            last=batch.last.clone(),
-            position=column(batch.positions),
-            before=column([len(row.prompt_ids) - 1 for row in rows]),
-            final=column([len(row.prompt_ids) - 1 + budget for row in rows]),
-            stream=batch.stream,
-            log=torch.zeros(budget + 1, len(rows), draft_length + 2, dtype=torch.long, device=batch.device),
-            done=torch.zeros(1, dtype=torch.long, device=batch.device),
+            last=zeros(rows, 1),
+            position=zeros(rows, 1),
+            before=zeros(rows, 1),
+            final=zeros(rows, 1),
+            stream=zeros(rows) if sampled else None,
+            log=zeros(*log),
+            done=zeros(1),
+            host=torch.zeros(log, dtype=torch.long, pin_memory=True) if device.type == "cuda" else None,
         )
+
+    def fill(self, batch: DecodeBatch) -> None:
+        """Stand where a batch stands after its prefill. The buffers stay where they are."""
+        rows, budget = batch.rows, batch.plan.max_new_tokens
+        numbers = [[row.position, len(row.prompt_ids) - 1, len(row.prompt_ids) - 1 + budget] for row in rows]
+        position, before, final = torch.tensor(numbers, device=batch.device).split(1, dim=1)
+        self.last.copy_(batch.last)
+        self.position.copy_(position)
+        self.before.copy_(before)
+        self.final.copy_(final)
+        self.done.zero_()
+        if self.stream is not None and batch.stream is not None:
+            self.stream.copy_(batch.stream)
+
+    def entry(self, number: int) -> Tensor:
+        """(rows, K + 2) of a round, where the host reads it."""
+        log = self.log if self.host is None else self.host
+        return log[number % len(log)]
 
 
 class Round:
@@ -133,14 +148,14 @@ class Round:
         self.sampler = sampler
         self.visible = visible
         self.exit_layer = exit_layer
-        self.head = head
+        self.head = None if head is None else head.with_engine(engine)
         self.draft_length = state.log.shape[2] - 2
         self._steps = torch.arange(self.draft_length + 1, device=state.last.device)
 
     def __call__(self) -> None:
         at = self.state
         places = self.engine.places_at(at.position + self._steps, self.visible)
-        outputs = (at.position - at.before)[:, 0]
+        outputs = None if at.stream is None else (at.position - at.before)[:, 0]
         if self.exit_layer is None:
             drafts, drawn_from = at.last[:, 1:], None
             states = self.engine.full(at.last, places)
@@ -151,12 +166,16 @@ class Round:
         logits = self.engine.logits(states)
         verdict = self.sampler.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
-        at.log.index_copy_(0, at.done, torch.cat([run, token, drafts], dim=1)[None])
+        at.log.index_copy_(0, at.done % len(at.log), torch.cat([run, token, drafts], dim=1)[None])
         at.done.add_(1)
         at.last.copy_(token)
         at.position.copy_(torch.minimum(at.position + run + 1, at.final))
+        if at.host is not None:
+            at.host.copy_(at.log, non_blocking=True)
 
-    def _draft(self, exit_layer: int, places: PassPositions, outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draft(
+        self, exit_layer: int, places: PassPositions, outputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         at, head = self.state, self.head
         if head is None:
@@ -165,7 +184,8 @@ class Round:
         tokens, distributions, residuals = [at.last], [], []
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
-            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, outputs + step)
+            output = None if outputs is None else outputs + step
+            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, output)
             if distribution is not None:
                 whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)

@@ -17,10 +17,13 @@ fire; a hook on the whole model would never fire, and is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from probekit.decoding.caches import PassPositions, PositionCache
 from probekit.drafting.trees import TreeShape
@@ -30,8 +33,16 @@ from probekit.hooks.sites import is_hooked, is_intercepted, run_layers
 from probekit.hooks.stop_resume import Resume, Stop
 from probekit.models import families
 from probekit.models.anatomy import Anatomy, check_unchanged
+from probekit.models.cuda_kernels import chosen_kernels
 from probekit.models.family import LayerKind
 from probekit.moved import look_up
+
+BUCKET = 64  # slots: a pass sees a multiple of it, so that few recordings and few shapes serve every length
+
+
+def bucket(slots: int) -> int:
+    """The least multiple of BUCKET that holds so many slots."""
+    return -(-slots // BUCKET) * BUCKET
 
 
 class Engine:
@@ -39,10 +50,15 @@ class Engine:
 
     `early`, `late` and `full` take tokens or residuals of (rows, tokens[, width]) and their
     PassPositions; the two parts of one pass share them. Early passes through Stop, late and full ones through Resume.
+    On a CUDA device passes see whole buckets of slots, and the slots behind a token are masked.
     """
 
     def __init__(self, parts: Anatomy, rows: int, length: int) -> None:
         _check_runnable(parts)
+        on_cuda = parts.device.type == "cuda"
+        self._in_buckets = on_cuda
+        self._kernels = partial(chosen_kernels, parts.device) if on_cuda else nullcontext
+        length = bucket(length) if on_cuda else length
         self.parts, self._head = fast_forward(parts), fast_head(parts)
         self._without_hooks = [module for module in (*parts.layers, parts.norm, parts.head) if not is_hooked(module)]
         self.cache = PositionCache(parts, rows, length)
@@ -73,6 +89,8 @@ class Engine:
             positions = torch.tensor(starts, device=self.parts.device)[:, None] + self._positions[:, :tokens]
             rotary = {kind: (cos[0][positions], sin[0][positions]) for kind, (cos, sin) in self._rotary.items()}
             needs_mask = True
+        if self._in_buckets and (needs_mask or tokens == 1):
+            visible, needs_mask = bucket(visible), True
         return self._pass_positions(positions, visible, rotary, needs_mask)
 
     def tree_places(self, starts: Sequence[int], shape: TreeShape, nodes: range) -> PassPositions:
@@ -96,6 +114,9 @@ class Engine:
             node = self._positions[:, :visible] - start  # (rows, visible): 0 is the root, below it the text
             within = node.clamp(0, last - 1)
             hidden = (node > 0)[:, None] & (strangers[first:last][:, within].transpose(0, 1) | (node >= last)[:, None])
+        if self._in_buckets:
+            hidden = functional.pad(hidden, (0, bucket(visible) - visible), value=True)
+            visible = bucket(visible)
         kinds = {}
         for kind, (cos, sin) in self._rotary.items():
             own = hidden
@@ -137,7 +158,10 @@ class Engine:
             stop = self._stops[exit_layer] = Stop(self.parts, exit_layer)
         self.cache.places = places
         embedded = self.parts.family.embed(self.parts, tokens)
-        return self._in_steps(embedded, places, 0, exit_layer) if self.watched else stop.direct(embedded, places.each)
+        with self._kernels():
+            if self.watched:
+                return self._in_steps(embedded, places, 0, exit_layer)
+            return stop.direct(embedded, places.each)
 
     def late(self, residual: Tensor, places: PassPositions, exit_layer: int) -> Tensor:
         """Layers exit_layer..L-1 and the final norm on (rows, tokens, width); the same shape."""
@@ -145,9 +169,10 @@ class Engine:
         if resume is None:
             resume = self._resumes[exit_layer] = Resume(self.parts, exit_layer)
         self.cache.places = places
-        if self.watched:
-            return self.parts.norm(self._in_steps(residual, places, exit_layer, self.parts.depth))
-        return resume.direct(residual, places.each)
+        with self._kernels():
+            if self.watched:
+                return self.parts.norm(self._in_steps(residual, places, exit_layer, self.parts.depth))
+            return resume.direct(residual, places.each)
 
     def watch(self, exit_layers: Sequence[int]) -> None:
         """Keep the residuals of the passes to come at these exits, in `watched`; those of before are dropped."""
@@ -169,7 +194,8 @@ class Engine:
 
     def logits(self, normed: Tensor) -> Tensor:
         """The model's head. normed: (..., width). Returns (..., vocabulary)."""
-        products = self._head(normed)
+        with self._kernels():
+            products = self._head(normed)
         return self.parts.family.logits(self.parts, products) if self._changes_logits else products
 
     def refuse_new_hooks(self) -> None:

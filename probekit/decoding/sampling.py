@@ -61,7 +61,7 @@ def keys(stream: Tensor, outputs: Tensor, purpose: int) -> Tensor:
 
 
 def uniform(key: Tensor) -> Tensor:
-    """One number in (0, 1) for each key, float64, the shape of `key`."""
+    """One number in (0, 1] for each key, float32, the shape of `key`."""
     return (_shift(_mix(key + _GAMMA), 11) + 0.5) * 2.0**-53
 
 
@@ -108,21 +108,21 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def choose(self, logits: Tensor, stream: Tensor, outputs: Tensor) -> Tensor:
-        """The token at each row's output index. logits: (rows, vocabulary); the rest (rows,)."""
-        if self.sampling.greedy:
+    def choose(self, logits: Tensor, stream: Tensor | None, outputs: Tensor | None) -> Tensor:
+        """The token at each row's output index. logits: (rows, vocabulary); the rest (rows,), None when greedy."""
+        if self.sampling.greedy or stream is None or outputs is None:
             return logits.argmax(-1)
         return draw(warp(logits, self.sampling).exp(), keys(stream, outputs, FINAL))
 
     def draft(
-        self, logits: Tensor, stream: Tensor, outputs: Tensor, confidence: str | None = None
+        self, logits: Tensor, stream: Tensor | None, outputs: Tensor | None, confidence: str | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A draft for each row, the distribution that it was drawn from (None when greedy), and its confidence.
 
         confidence: which to give of the draft, (rows,), one of `drafting.policies.CONFIDENCES`: its "probability", or
         the "entropy" of its distribution, for greedy drafts at temperature 1; or the "margin" of the two top logits.
         """
-        if self.sampling.greedy:
+        if self.sampling.greedy or stream is None or outputs is None:
             token = logits.argmax(-1)
             return token, None, None if confidence is None else _confidence(confidence, logits, token)
         log_q = warp(logits, self.sampling)
@@ -134,20 +134,20 @@ class Sampler:
         self,
         drafts: Tensor,
         drafted_from: Tensor | None,
-        limits: Tensor,
+        limits: Tensor | None,
         logits: Tensor,
-        stream: Tensor,
-        outputs: Tensor,
+        stream: Tensor | None,
+        outputs: Tensor | None,
     ) -> Verdict:
         """Judge a round.
 
         drafts: (rows, k) tokens; drafted_from: (rows, k, vocabulary) their q, none when greedy; limits: (rows,) how
-        many of the k count in each row; logits: (rows, k + 1, vocabulary) of the model; outputs: (rows,) the output
-        index of the first draft.
+        many of the k count in each row, None: all; logits: (rows, k + 1, vocabulary) of the model; stream, outputs:
+        (rows,) random streams and the output index of the first draft, None when greedy.
         """
         length = drafts.shape[1]
         steps = torch.arange(length, device=drafts.device)
-        if self.sampling.greedy:
+        if self.sampling.greedy or stream is None or outputs is None:
             chosen = logits.argmax(-1)
             accepted = drafts == chosen[:, :length]
             run = _run(accepted, steps, limits)
@@ -160,7 +160,8 @@ class Sampler:
         target = p.gather(1, _row(run, p))[:, 0]
         if length:
             missed = q.gather(1, _row(run.clamp(max=length - 1), q))[:, 0]
-            target = torch.where((run < limits)[:, None], residual(target, missed), target)
+            rejected = run < (length if limits is None else limits)
+            target = torch.where(rejected[:, None], residual(target, missed), target)
         return Verdict(run, draw(target, keys(stream, outputs + run, FINAL)))
 
 
@@ -184,9 +185,11 @@ def _confidence(which: str, logits: Tensor, token: Tensor) -> Tensor:
     return _probability(log_q.exp(), token)
 
 
-def _run(accepted: Tensor, steps: Tensor, limits: Tensor) -> Tensor:
+def _run(accepted: Tensor, steps: Tensor, limits: Tensor | None) -> Tensor:
     """Length of the run of acceptances from the first draft, at most `limits`. accepted: (rows, k)."""
-    return (accepted & (steps < limits[:, None])).cumprod(1).sum(1)
+    if limits is not None:
+        accepted = accepted & (steps < limits[:, None])
+    return accepted.cumprod(1).sum(1)
 
 
 def _probability(probabilities: Tensor, token: Tensor) -> Tensor:

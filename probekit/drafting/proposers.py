@@ -139,6 +139,11 @@ class DraftHead:
         products = product(rows, None if parts.head.bias is None else parts.head.bias[ids])
         return lambda normed: parts.family.logits(parts, products(normed))
 
+    @property
+    def is_models_own(self) -> bool:
+        """Whether drafts come from the model's norm and whole head, and nothing else."""
+        return self._exit_head is None and self.ids is None
+
     def with_exit_head(self, exit_head: Callable[[Tensor], Tensor] | None) -> DraftHead:
         """The same with another exit head."""
         made = copy(self)

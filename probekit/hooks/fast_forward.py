@@ -140,15 +140,18 @@ def attend(
     attention = functional.scaled_dot_product_attention
     if groups == 1 or (attention_mask is None and tokens > 1):
         causal = attention_mask is None and tokens > 1
+        if groups > 1 and query.is_cuda and query.dtype == torch.float32:  # flash attention takes half precision only
+            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
         mixed = attention(query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
-    else:
-        folded = query.reshape(rows, key.shape[1], groups * tokens, width)
-        mask = attention_mask
-        if mask is not None:
-            mask = _once(mask, "folded", lambda mask: mask.repeat(1, 1, groups, 1))
-        mixed = attention(folded, key, value, mask, scale=scaling)
-        mixed = mixed.view(rows, heads, tokens, width)
-    return mixed.transpose(1, 2), None
+        return mixed.transpose(1, 2), None
+    folded = query.reshape(rows, key.shape[1], groups * tokens, width)
+    mask = attention_mask
+    if mask is not None:
+        mask = _once(mask, "folded", lambda mask: mask.repeat(1, 1, groups, 1))
+    mixed = attention(folded, key, value, mask, scale=scaling)
+    # Kernels lay their result out as they like: (rows, heads, tokens, width), or tokens before heads.
+    apart = mixed.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4)
+    return apart.reshape(rows, tokens, heads, width), None
 
 
 def _once(tensor: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,13 +2,15 @@
 
 All layers share the head, so a chunk of tokens is one product: its rows are the model's own row of each token and
 the rows of every (lens, layer). The logits of a chunk are reduced block by block, each block while it is in the
-processor's cache, with the model's row of the token beside it; then the next chunk takes their place.
+processor's cache, with the model's row of the token beside it; then the next chunk takes their place. On a CUDA device
+with Triton a kernel reduces them instead (`lens.row_kernel`; not yet run on a GPU).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -198,7 +200,8 @@ class _Chunks:
         self.block_rows = _block_rows(parts, self.sites, self.tokens)
         vocabulary = parts.vocabulary
         self.logits = torch.empty(self.tokens * self.sites, vocabulary, device=device)
-        self.scratch = torch.empty(2, self.block_rows, vocabulary, device=device)
+        self.by_kernel = device.type == "cuda" and find_spec("triton") is not None
+        self.scratch = torch.empty(0 if self.by_kernel else 2, self.block_rows, vocabulary, device=device)
         self.found: dict[str, Tensor] = {}  # (rows, sites) each
 
     def run(self, rows: slice, residuals: Tensor, input_ids: Tensor, text_ids: Tensor, check: Tensor | None) -> None:
@@ -209,10 +212,13 @@ class _Chunks:
         stacked = rearrange(states, "site token width -> (token site) width")
         logits = head_logits(self.parts, stacked, self.logits[: len(stacked)])
         logits = rearrange(logits, "(token site) vocabulary -> token site vocabulary", site=self.sites)
-        model = _Model(logits[:, 0], text_ids, self.plan)
-        texts = text_ids.tolist()
+        model = _Model(logits[:, 0], text_ids, self.plan, probabilities=not self.by_kernel)
+        texts = [] if self.by_kernel else text_ids.tolist()
         for tokens, sites in self._blocks(len(logits)):
-            block = self._reduce(logits[tokens, sites], model, tokens, sites, input_ids, text_ids, texts)
+            if self.by_kernel:
+                block = self._reduce_by_kernel(logits[tokens, sites], model, tokens, input_ids, text_ids)
+            else:
+                block = self._reduce(logits[tokens, sites], model, tokens, sites, input_ids, text_ids, texts)
             for name, figures in block.items():
                 self._table(name, figures)[rows][tokens, sites] = figures
         self._check_finite(rows)
@@ -267,14 +273,7 @@ class _Chunks:
             rounded = rounded_argmax(x, maxima, plan.rounded_dtype)
             found["argmax_rounded"] = rounded
             found["agrees_rounded"] = rounded == model.argmax_rounded[tokens, None]
-        if plan.warp is not None:
-            warped = plan.warp(x.flatten(0, 1)).view(x.shape)
-            text_q = warped.gather(-1, text)[..., 0]
-            ratio = (text_q - model.text_log_p[tokens, None]).clamp_(max=0).exp_()
-            found["accept_probability"] = torch.where(text_q.isneginf(), 0.0, ratio)
-            found["overlap"] = torch.minimum(warped.exp_(), model.warped_p[tokens, None], out=q).sum(-1)
-            del warped
-
+        found |= self._warped(x, model, tokens, text, q)
         block = LogitsBlock(x, model.logits[tokens], input_ids[tokens], text_ids[tokens])
         found |= {each.name: each.reduce(block) for each in registered() if each.reduce is not None}
 
@@ -294,6 +293,37 @@ class _Chunks:
             found["top_ids"] = ids[..., : plan.top]
             found["top_probabilities"] = (values[..., : plan.top] - largest[..., None] - log_sum[..., None]).exp_()
         found["finite"] = (largest + log_sum).isfinite()
+        return found
+
+    def _warped(
+        self, x: Tensor, model: _Model, tokens: slice, text: Tensor, out: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The figures at the decoder's settings. text: (tokens, sites, 1)."""
+        if self.plan.warp is None:
+            return {}
+        warped = self.plan.warp(x.flatten(0, 1)).view(x.shape)
+        text_q = warped.gather(-1, text)[..., 0]
+        ratio = (text_q - model.text_log_p[tokens, None]).clamp_(max=0).exp_()
+        return {
+            "accept_probability": torch.where(text_q.isneginf(), 0.0, ratio),
+            "overlap": torch.minimum(warped.exp_(), model.warped_p[tokens, None], out=out).sum(-1),
+        }
+
+    def _reduce_by_kernel(
+        self, x: Tensor, model: _Model, tokens: slice, input_ids: Tensor, text_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The same figures, nothing of which the host waits for."""
+        from probekit.lens.row_kernel import row_statistics
+
+        plan, theirs = self.plan, model.logits[tokens]
+        read, text = input_ids[tokens], text_ids[tokens]
+        found = row_statistics(x, theirs, read, text, noise=plan.noise, rounded_dtype=plan.rounded_dtype)
+        found |= self._warped(x, model, tokens, text[:, None, None].expand(x.shape[0], x.shape[1], 1))
+        block = LogitsBlock(x, theirs, read, text)
+        found |= {each.name: each.reduce(block) for each in registered() if each.reduce is not None}
+        if plan.top:
+            values, found["top_ids"] = topk_lowest_id(x, block_maxima(x), plan.top)
+            found["top_probabilities"] = (values - values[..., :1]).exp_() * found["probability"][..., None]
         return found
 
     def _table(self, name: str, figures: Tensor) -> Tensor:
@@ -319,7 +349,7 @@ class _Chunks:
         del self.found["finite"]
         depth = self.parts.depth
         order = [[*range(1 + lens * depth, 1 + (lens + 1) * depth), 0] for lens in range(len(self.lenses))]
-        index = torch.tensor(order, device=self.logits.device)
+        index = torch.tensor(order, device=self.logits.device)  # (lenses, layers + 1)
         return {
             name: rearrange(table[:, index], "row lens layer ... -> lens layer row ...").contiguous()
             for name, table in self.found.items()
@@ -329,7 +359,7 @@ class _Chunks:
 class _Model:
     """What a chunk keeps of the model's own logits, (tokens, vocabulary)."""
 
-    def __init__(self, logits: Tensor, text_ids: Tensor, plan: StatisticsPlan) -> None:
+    def __init__(self, logits: Tensor, text_ids: Tensor, plan: StatisticsPlan, *, probabilities: bool = True) -> None:
         self.logits = logits.clone()
         maxima = block_maxima(self.logits)
         values, ids = topk_lowest_id(self.logits, maxima, 1)
@@ -340,6 +370,8 @@ class _Model:
             warped = plan.warp(self.logits)
             self.text_log_p = warped.gather(-1, text_ids[:, None])[:, 0]
             self.warped_p = warped.exp_()
+        if not probabilities:
+            return
         shifted = self.logits - values
         self.p = shifted.exp()
         total = self.p.sum(-1)

@@ -80,7 +80,8 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
     """The head's product, accumulated and kept in float32 whatever the dtype of the weights.
 
     A product in bfloat16 would round its logits to 8 bits and tie 3 % of the rows at the maximum. Weights of a
-    smaller dtype are widened block by block, so that no float32 copy of the head is ever made.
+    smaller dtype are widened block by block, so that no float32 copy of the head is ever made; a CUDA device takes them
+    as they are, and adds up in float32 (not yet run on a GPU).
 
     states: (rows, width), what the head reads. out: (rows, vocabulary), float32, contiguous. Returns it.
     """
@@ -90,10 +91,11 @@ def head_logits(parts: Anatomy, states: Tensor, out: Tensor | None = None) -> Te
         out.copy_(parts.family.logits(parts, parts.head(states)))
         return out
     weight = parts.head.weight
-    states = states.float()
-    if weight.is_cuda and weight.dtype == torch.float32:
-        torch.mm(states, weight.T, out=out)
+    if _at_once(weight):
+        wide = {} if weight.dtype == torch.float32 else {"out_dtype": torch.float32}
+        torch.mm(states.to(weight.dtype), weight.T, **wide, out=out)
     else:
+        states = states.float()
         block = _weight_block(weight)
         for first in range(0, len(weight), block):
             many_rows(states, weight[first : first + block].float(), out[:, first : first + block])
@@ -107,11 +109,16 @@ def head_scratch_bytes(parts: Anatomy, rows: int) -> int:
     if not parts.plain_head:
         return 8 * rows * parts.vocabulary
     weight = parts.head.weight
-    if weight.is_cuda and weight.dtype == torch.float32:
-        return 0
+    if _at_once(weight):
+        return rows * weight.shape[1] * weight.element_size()
     block = _weight_block(weight)
     widened = 0 if weight.dtype == torch.float32 else (rows + block) * weight.shape[1]
     return 4 * (widened + rows * block)
+
+
+def _at_once(weight: Tensor) -> bool:
+    """Whether the product is one call that leaves float32: on a CUDA device, where tensor cores take half precision."""
+    return weight.is_cuda and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _weight_block(weight: Tensor) -> int:

@@ -1,14 +1,17 @@
-"""Every statistic of rows of logits in one Triton kernel: a row is read twice, its model's row once.
+"""Every statistic of rows of logits in one Triton kernel: a row and its model's row are read twice.
 
-One program reduces one row, block by block of the vocabulary, lane by lane; lanes meet at the end. The first pass finds
-what the row is by itself: its leaders, and its log-sum-exp by rescaling to the running maximum (Milakov and Gimelshein,
-arXiv 1805.02867). The second pass, which finds the row in the second-level cache, holds it against the model's row.
+One program reduces one row, tile by tile of the vocabulary. The first pass finds the leaders, the text's rank, KL, and
+log-sum-exp and entropy by rescaling to the running maximum (Milakov and Gimelshein, arXiv 1805.02867). The second one
+needs what the first found: the overlap, and the rank in the model's row. Of a large vocabulary it reads memory again:
+the rows of all programs that run at once do not fit into the second-level cache.
 
 Imported only where it is used: nothing else needs Triton. Without a GPU it runs in Triton's interpreter, when
 TRITON_INTERPRET=1 was set before Triton was imported.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -60,7 +63,7 @@ def row_statistics(
 
     Returns {name: (tokens, sites)}, with `finite` (False: the row has NaN or +infinity, or nothing else than
     -infinity; its other figures mean nothing). A token at -infinity has probability 0 and adds 0 to the entropy;
-    `kl` is infinite where only the row's is. Formulas as in `layer_statistics`; sums in float32, one for each lane.
+    `kl` is infinite where only the row's is. Formulas as in `layer_statistics`; sums in float32, tile by tile.
 
     Raises InputError for shapes, dtypes and settings that do not fit.
     """
@@ -80,11 +83,12 @@ def row_statistics(
         "BLOCK": width,
         "num_warps": WARPS,
     }
-    _model_rows[(tokens,)](model, model.stride(0), own, tops, tokens, **setting)
-    _rows[(rows,)](
-        logits, logits.stride(0), logits.stride(1), model, model.stride(0), own, tops, text_ids, numbers, counts,
-        tokens, sites, **setting,
-    )  # fmt: skip
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():  # Triton asks for the present one
+        _model_rows[(tokens,)](model, model.stride(0), own, tops, tokens, **setting)
+        _rows[(rows,)](
+            logits, logits.stride(0), logits.stride(1), model, model.stride(0), own, tops, text_ids, numbers, counts,
+            tokens, sites, **setting,
+        )  # fmt: skip
     return _named(numbers, counts, tops, input_ids, (tokens, sites), noise, temperature, rounded_dtype)
 
 
@@ -150,11 +154,13 @@ def _model_rows(
     """The model's row of each token by itself. own: largest, log-sum-exp (, tempered); tops: argmax, rounded."""
     token = tl.program_id(0)
     row = model + token.to(tl.int64) * stride
-    largest, _, log_sum, warm_log_sum, argmax, rounded = _scan(row, vocabulary, inverse, WARM, ROUNDED, BLOCK)
+    largest, _, total, warm_total, argmax, rounded, _, _, _ = _scan(
+        row, row, 0.0, 0.0, 0.0, 0, vocabulary, inverse, WARM, ROUNDED, False, BLOCK
+    )
     tl.store(own + token, largest)
-    tl.store(own + tokens + token, log_sum)
+    tl.store(own + tokens + token, tl.log(total))
     if WARM:
-        tl.store(own + 2 * tokens + token, warm_log_sum)
+        tl.store(own + 2 * tokens + token, tl.log(warm_total))
     tl.store(tops + token, argmax)
     tl.store(tops + tokens + token, rounded)
 
@@ -172,44 +178,42 @@ def _rows(
     row = logits + token.to(tl.int64) * token_stride + (program % sites).to(tl.int64) * site_stride
     model_row = model + token.to(tl.int64) * model_stride
 
-    largest, second, log_sum, warm_log_sum, argmax, rounded = _scan(row, vocabulary, inverse, WARM, ROUNDED, BLOCK)
     model_largest = tl.load(own + token)
     model_log_sum = tl.load(own + tokens + token)
     model_warm_log_sum = tl.load(own + 2 * tokens + token) if WARM else 0.0
     text = tl.load(text_ids + token).to(tl.int32)
     text_logit = tl.load(row + text).to(tl.float32)
     text_in_model = tl.load(model_row + text).to(tl.float32)
+    largest, second, total, warm_total, argmax, rounded, weighted, rank, apart = _scan(
+        row, model_row, model_largest, model_log_sum, text_logit, text, vocabulary, inverse, WARM, ROUNDED, True, BLOCK
+    )
+    log_sum = tl.log(total)
+    warm_log_sum = tl.log(warm_total) if WARM else log_sum
     top_in_model = tl.load(model_row + argmax).to(tl.float32)
     models_logit = tl.load(row + tl.load(tops + token)).to(tl.float32)
 
-    entropy = tl.zeros([BLOCK], tl.float32)
-    kl = tl.zeros([BLOCK], tl.float32)
     overlap = tl.zeros([BLOCK], tl.float32)
-    rank = tl.zeros([BLOCK], tl.int32)
     model_rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = _read(row, at, vocabulary)
         y = _read(model_row, at, vocabulary)
-        rank += ((x > text_logit) | ((x == text_logit) & (at < text))).to(tl.int32)
         model_rank += ((y > top_in_model) | ((y == top_in_model) & (at < argmax))).to(tl.int32)
-        log_q = x - largest - log_sum
-        log_p = y - model_largest - model_log_sum
-        q = tl.exp(log_q)
-        p = tl.exp(log_p)
-        entropy -= tl.where(q > 0, q * log_q, 0.0)
-        kl += tl.where(p > 0, p * (log_p - log_q), 0.0)
         if WARM:
             q = tl.exp((x - largest) * inverse - warm_log_sum)
             p = tl.exp((y - model_largest) * inverse - model_warm_log_sum)
+        else:
+            q = tl.exp(x - largest - log_sum)
+            p = tl.exp(y - model_largest - model_log_sum)
         overlap += tl.minimum(q, p)
 
     out = numbers + program
     tl.store(out, largest - second)
     tl.store(out + rows, text_logit - largest - log_sum)
     tl.store(out + 2 * rows, tl.exp(-log_sum))
-    tl.store(out + 3 * rows, tl.sum(entropy, 0))
-    tl.store(out + 4 * rows, tl.maximum(tl.sum(kl, 0), 0.0))
+    tl.store(out + 3 * rows, log_sum - weighted / total)
+    kl = apart + (largest - model_largest) + (log_sum - model_log_sum)
+    tl.store(out + 4 * rows, tl.maximum(kl, 0.0))
     tl.store(out + 5 * rows, tl.sum(overlap, 0))
     if WARM:
         log_q = (text_logit - largest) * inverse - warm_log_sum
@@ -220,32 +224,48 @@ def _rows(
     tl.store(out + 8 * rows, largest + log_sum)
     tl.store(counts + program, argmax)
     tl.store(counts + rows + program, rounded)
-    tl.store(counts + 2 * rows + program, tl.sum(rank, 0))
+    tl.store(counts + 2 * rows + program, rank)
     tl.store(counts + 3 * rows + program, tl.sum(model_rank, 0))
 
 
 @triton.jit
-def _scan(row, vocabulary, inverse, WARM: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr):
-    """A row by itself: largest, second largest, log-sum-exp above the largest (and at the temperature), argmax, and
-    argmax after rounding. Of equal logits the lowest id is the argmax."""
+def _scan(
+    row, model_row, model_largest, model_log_sum, text_logit, text, vocabulary, inverse,
+    WARM: tl.constexpr, ROUNDED: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row in one pass: largest, second largest, sum of exp above the largest (and at the temperature), argmax, argmax
+    after rounding; and of a PAIR: the sum of exp times its exponent, the text's rank, the sum of p (model's - row's).
+
+    Of equal logits the lowest id is the argmax. A tile is summed before the sums so far are rescaled to its maximum."""
     lanes = tl.arange(0, BLOCK)
     lowest = tl.full([BLOCK], -float("inf"), tl.float32)
     first, second, first_id = lowest, lowest, lanes
     rounded_first, rounded_id = lowest, lanes
-    total = tl.zeros([BLOCK], tl.float32)
-    warm_total = tl.zeros([BLOCK], tl.float32)
+    top = -float("inf")
+    total, warm_total, weighted, apart = 0.0, 0.0, 0.0, 0.0
+    rank = 0
     for start in range(0, vocabulary, BLOCK):
         at = start + lanes
         x = _read(row, at, vocabulary)
-        larger = tl.maximum(first, x)
-        base = tl.where(larger == -float("inf"), 0.0, larger)  # a lane that has seen nothing yet
-        total = total * tl.exp(first - base) + tl.exp(x - base)
+        larger = tl.maximum(top, tl.max(x, 0))
+        base = tl.where(larger == -float("inf"), 0.0, larger)  # nothing but holes so far
+        before, above = tl.exp(top - base), x - base
+        e = tl.exp(above)
+        if PAIR:
+            moved = tl.where(total > 0, (top - base) * total, 0.0)
+            weighted = (weighted + moved) * before + tl.sum(tl.where(e > 0, e * above, 0.0), 0)
+            y = _read(model_row, at, vocabulary)
+            p = tl.exp(y - model_largest - model_log_sum)
+            apart += tl.sum(tl.where(p > 0, p * (y - x), 0.0), 0)
+            rank += tl.sum(((x > text_logit) | ((x == text_logit) & (at < text))).to(tl.int32), 0)
+        total = total * before + tl.sum(e, 0)
         if WARM:
-            warm_total = warm_total * tl.exp((first - base) * inverse) + tl.exp((x - base) * inverse)
-        above = x > first  # an equal logit comes later, so it is the second
-        second = tl.where(above, first, tl.maximum(second, x))
-        first_id = tl.where(above, at, first_id)
-        first = larger
+            warm_total = warm_total * tl.exp((top - base) * inverse) + tl.sum(tl.exp(above * inverse), 0)
+        top = larger
+        leads = x > first  # an equal logit comes later, so it is the second
+        second = tl.where(leads, first, tl.maximum(second, x))
+        first_id = tl.where(leads, at, first_id)
+        first = tl.maximum(first, x)
         if ROUNDED is not None:
             x = _rounded(x, ROUNDED)
             rounded_id = tl.where(x > rounded_first, at, rounded_id)
@@ -253,14 +273,10 @@ def _scan(row, vocabulary, inverse, WARM: tl.constexpr, ROUNDED: tl.constexpr, B
 
     largest, argmax = _leader(first, first_id)
     runner_up = tl.max(tl.where(lanes == argmax % BLOCK, second, first), 0)
-    log_sum = tl.log(tl.sum(total * tl.exp(first - largest), 0))
-    warm_log_sum = log_sum
-    if WARM:
-        warm_log_sum = tl.log(tl.sum(warm_total * tl.exp((first - largest) * inverse), 0))
     rounded = argmax
     if ROUNDED is not None:
         _, rounded = _leader(rounded_first, rounded_id)
-    return largest, runner_up, log_sum, warm_log_sum, argmax, rounded
+    return largest, runner_up, total, warm_total, argmax, rounded, weighted, rank, apart
 
 
 @triton.jit

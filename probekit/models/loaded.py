@@ -9,7 +9,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Loaded:
         `memory-sampled`, of a wrapped model, reads some numbers of each tensor.
     adapter: what was put into it from a folder of its own; its hash is then a part of `weights_hash`, after a `+`.
     signature: of a wrapped model's modules and adapters, to see whether they are still the same; else None.
+    kept: what decoding keeps with the model from one call to the next.
     """
 
     model: Any
@@ -80,6 +81,7 @@ class Loaded:
     weights_hash: str
     signature: str | None = None
     adapter: Adapter | None = None
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         shape = f"{self.anatomy.family.model_type}, {self.depth} layers x {self.anatomy.width}"

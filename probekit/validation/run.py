@@ -19,6 +19,7 @@ from probekit.costs.measure import FEWEST, measure_costs
 from probekit.costs.profile import Costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
+from probekit.decoding.device_decoding import on_engine
 from probekit.decoding.results import Decoded
 from probekit.decoding.self_check import check_decodable
 from probekit.decoding.speculative import Speculative
@@ -56,6 +57,7 @@ def validate(
     policy: Policy = FIXED,
     costs: Costs | None = None,
     repeats: int = 1,
+    engine: str = "host",
     progress: Progress | None = None,
 ) -> Validation:
     """Decode the trace's prompts, one at a time, and compare.
@@ -73,6 +75,7 @@ def validate(
         drafts, the drafted tokens are estimated, and are not held against the decoder's.
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
+    engine: who decodes, and whose costs are measured here, as for `probekit.decode`.
     progress: called as `progress("validate", done, total)`.
 
     Raises
@@ -109,9 +112,10 @@ def validate(
         )
         for cell in predicted
     ]
-    costs = costs or quick_costs(loaded, chosen, predicted, drafter, heads, policy)
+    plainly, *decoders = [on_engine(each, engine) for each in (Autoregressive(loaded), *decoders)]
+    costs = costs or quick_costs(loaded, chosen, predicted, drafter, heads, policy, engine)
     costs.check_draft_head(cell.key for cell in predicted)
-    plain, *runs = decode_all(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
+    plain, *runs = decode_all(chosen, [plainly, *decoders], repeats, progress, whole=engine == "cuda")
     greedy = trace.manifest.settings.text == "greedy"
     compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=len(predicted))
     return Validation(
@@ -204,6 +208,7 @@ def quick_costs(
     drafter: Loaded | None,
     heads: Mapping[int, ExitHead],
     policy: Policy,
+    engine: str = "host",
 ) -> Costs:
     """Costs at the context in the middle of these texts, from few sweeps."""
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
@@ -220,26 +225,34 @@ def quick_costs(
         exit_heads=heads,
         policy=policy,
         repeats=FEWEST,
+        engine=engine,
     )
 
 
 def decode_all(
-    trace: Trace, methods: Sequence[Decoder], repeats: int, progress: Progress | None
+    trace: Trace, methods: Sequence[Decoder], repeats: int, progress: Progress | None, *, whole: bool = False
 ) -> list[list[list[Decoded]]]:
-    """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat]."""
+    """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat].
+
+    whole: decode every prompt whole beforehand, so that nothing has to be recorded while the clock runs.
+    """
     manifest = trace.manifest
     setting = {"temperature": manifest.settings.decoding["temperature"], "top_p": manifest.settings.decoding["top_p"]}
     prompts = [trace.prompt_ids(prompt).tolist() for prompt in trace.prompts]
     budget = manifest.settings.max_new_tokens
-    greedy = manifest.settings.text == "greedy"
+    greedy, top_k = manifest.settings.text == "greedy", int(manifest.settings.decoding["top_k"])
     for method in methods:  # the first passes of a process are slow
         method.decode(prompts[:1], max_new_tokens=min(budget, WARM_UP_TOKENS))
+    warm_up = Sampling(**setting, top_k=top_k, seed=manifest.settings.seed)
+    for ids in prompts if whole else []:
+        for method in reversed(methods):  # the longest drafts first: their buffers serve the others
+            method.decode([ids], max_new_tokens=budget, sampling=warm_up)
     found: list[list[list[Decoded]]] = [[[] for _ in prompts] for _ in methods]
     done, total, report = 0, repeats * len(prompts) * len(methods), usual_progress(progress)
     for repeat in range(repeats):
         # other random numbers than the trace's, and others each time: the decoder's texts are its own
         seed = manifest.settings.seed if greedy else manifest.settings.seed + 1 + repeat
-        sampling = Sampling(**setting, top_k=int(manifest.settings.decoding["top_k"]), seed=seed)
+        sampling = Sampling(**setting, top_k=top_k, seed=seed)
         for place, ids in enumerate(prompts):
             for turn in range(len(methods)):
                 which = (turn + place + repeat) % len(methods)

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaForCausalLM
 
 from probekit.decoding.autoregressive import Autoregressive
-from probekit.decoding.device_round import BUCKET, DeviceEngine, DeviceState, Round, bucket, one_place
-from probekit.decoding.engine import Engine
+from probekit.decoding.device_round import DeviceEngine, DeviceState, Round, one_place
+from probekit.decoding.engine import BUCKET, Engine, bucket
 from probekit.decoding.sampling import Sampler, streams
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.drafting.proposers import DraftHead
