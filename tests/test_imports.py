@@ -26,8 +26,8 @@ ROOMS = (
 ROWS = {
     "foreign": ("json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy", "quantised", "checkpoint",
-        "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
+        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
+        "quantised", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

@@ -211,7 +211,7 @@ def recommendation(choice: Choice, chosen: dict[str, Any] | None) -> str:
             said += " That is no gain: do not speculate here, or study again while the machine does nothing else."
         elif foreseen is not None and abs(foreseen / measured - 1) > MISSED:
             said += (
-                f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that something "
-                "else ran while steps were timed."
+                f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that "
+                "something else ran while steps were timed."
             )
     return said + choice.ways_sentence()
