@@ -73,7 +73,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folder(folder: str | Path) -> Path:
+def make_folder(folder: str | os.PathLike[str]) -> Path:
     """Make a folder and those above it. Raises InputError or ResourceError, which name it."""
     folder = check_folder_target(folder)
     try:
@@ -112,7 +112,7 @@ def check_file_target(path: str | Path, name: str = "") -> Path:
     return path
 
 
-def check_folder_target(folder: str | Path) -> Path:
+def check_folder_target(folder: str | os.PathLike[str]) -> Path:
     """A folder that is there and can be written to, or can be made. Raises InputError."""
     folder = Path(folder)
     said = f"{folder} cannot be written: "
@@ -148,7 +148,7 @@ def entries(folder: Path) -> list[Path]:
 
 # ---------------------------------------------------------------------------------------------------- one writer
 @contextmanager
-def locked(folder: str | Path) -> Iterator[Path]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Within it this process alone writes to the folder, which is made if it is not there.
 
     The lock is the system's: it ends with the process, however that ends. What a killed writer left unfinished is
@@ -182,7 +182,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
                 each.rmdir()  # which removes empty folders only
 
 
-def check_unlocked(folder: str | Path) -> None:
+def check_unlocked(folder: str | os.PathLike[str]) -> None:
     """Raise InputError, which names the holder, while another process writes to the folder."""
     folder = check_folder_target(folder)
     if (folder / LOCK).exists():

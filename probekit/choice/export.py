@@ -9,7 +9,7 @@ from typing import Any
 
 from probekit.choice.choose import Choice
 from probekit.errors import InputError
-from probekit.files import atomic_text
+from probekit.files import atomic_text, check_folder_target, entries, make_folder
 from probekit.settings import Sampling
 
 
@@ -33,11 +33,11 @@ def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = P
     before is written again.
     """
     folder = check_export(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, content in (
+        ("choice.json", json.dumps(choice.to_json(), indent=1) + "\n"),  # first: it says whose folder this is
         ("settings.json", json.dumps(transformers_settings(choice), indent=1) + "\n"),
         ("README.md", _readme(choice, pretrained)),
-        ("choice.json", json.dumps(choice.to_json(), indent=1) + "\n"),
     ):
         atomic_text(folder / name, content)
     return folder
@@ -45,14 +45,12 @@ def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = P
 
 def check_export(folder: str | Path, several: bool = False) -> Path:
     """The folder that a choice can be exported to (`several`: a folder for each); InputError where it holds others."""
-    folder = Path(folder)
+    folder = check_folder_target(folder)
     if several and folder.is_dir():
-        for each in folder.iterdir():
+        for each in entries(folder):
             check_export(each)
         return folder
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a choice is exported to a folder.", "Name another one.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "choice.json").is_file():
+    if folder.is_dir() and entries(folder) and not (folder / "choice.json").is_file():
         raise InputError(f"{folder} holds other files and no exported choice.", "Name a new or an empty folder.")
     return folder
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -131,7 +132,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):  # called from Python, where `main` turns no signal into Stopped
         return _fail(line, "interrupted.", "", 130)
     except OSError as error:
-        return _lost_pipe() if error.errno == errno.EPIPE else _fail(line, _of_the_system(error), "", 1)
+        if error.errno == errno.EPIPE:
+            return _lost_output()
+        return _fail(line, _of_the_system(error), "", 1)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return _fail(line, f"this is a fault of probekit's own, {said}.", "Please report what --debug shows.", 1)
@@ -153,9 +156,10 @@ def _of_the_system(error: OSError) -> str:
     return f"{error.filename}: {said}." if error.filename else f"{said}."
 
 
-def _lost_pipe() -> int:
-    """Whoever read our output is gone (`| head`): nothing more can be said."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes into it at its end
+def _lost_output() -> int:
+    """Whoever read our output is gone (`| head`), or its disk is full: nothing more can be said there."""
+    with suppress(OSError, ValueError):  # or the interpreter flushes into it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
@@ -163,10 +167,16 @@ def _fail(line: CommandLine, problem: str, hint: str, status: int) -> int:
     if line.debug:
         traceback.print_exc()
     if line.as_json:
-        print_json({"schema": f"probekit/{line.command or 'probekit'}/1", "error": problem, "hint": hint})
-    else:
-        said = " ".join(
-            f"{f'probekit {line.command}'.strip()}: {problem} {hint}".split()
-        )  # others' words may have lines
+        try:
+            print_json({"schema": f"probekit/{line.command or 'probekit'}/1", "error": problem, "hint": hint})
+            return status
+        except OSError:  # standard output is what failed: the other one is left
+            pass
+    said = " ".join(f"{f'probekit {line.command}'.strip()}: {problem} {hint}".split())  # others' words may have lines
+    with suppress(OSError):
         err.print(said, markup=False, soft_wrap=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _lost_output()
     return status

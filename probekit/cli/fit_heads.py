@@ -27,9 +27,11 @@ def fit_heads(
     """Fit exit heads on the texts of runs: exit layers that draft through them are accepted more often."""
     import torch
 
+    from probekit.files import check_file_target
     from probekit.lens.exit_heads import fingerprint, fit_heads, save_heads
     from probekit.traces.trace import Trace
 
+    check_file_target(output, "--output")
     traces = [Trace.open(run) for run in runs]
     record = traces[0].manifest.model
     if other := next((each for each in traces if each.manifest.model.weights_hash != record.weights_hash), None):
@@ -37,8 +39,6 @@ def fit_heads(
             f"these runs are of different models: {record.name} and {other.manifest.model.name}.",
             "Fit the heads of each model on its own runs.",
         )
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"{output} is no file that can be written: expected a file name in a folder that exists.")
     layers = options.integers(exit_layers, "--exit-layers")
     loaded = model_of(record, traces[0].manifest.settings, device, dtype)
     texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]

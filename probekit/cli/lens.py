@@ -28,6 +28,7 @@ def lens(
     quiet: options.Quiet = False,
 ) -> None:
     """The table of top tokens, layer by position."""
+    from probekit.files import check_file_target
     from probekit.models.loaded import load
     from probekit.presentation.tables import lens_table
     from probekit.tracing.prompts import Prompt
@@ -35,7 +36,7 @@ def lens(
 
     options.at_least(0, max_new_tokens, "--max-new-tokens")
     if html is not None:
-        options.check_file(html, "--html")
+        check_file_target(html, "--html")
     loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     with progress_bars(quiet or as_json) as bars:
         # The row of a prompt's last token says the first new one: a budget of 1 reads the prompt alone.

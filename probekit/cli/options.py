@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -114,15 +113,3 @@ def at_least(least: int, value: int, name: str) -> int:
 
 def at_least_one(value: int, name: str) -> int:
     return at_least(1, value, name)
-
-
-def check_file(path: Path, name: str) -> Path:
-    """A file that can be written later, before the work that fills it. Raises InputError."""
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise InputError(f"{name} is {path}, which is no file that can be written.", "Name a file.")
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"{name} is {path}, and there is no folder {folder}.", "Make it, or name another file.")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InputError(f"{name} is {path}, which may not be written.", "Name another file.")
-    return path

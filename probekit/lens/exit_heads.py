@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from probekit.errors import InputError
+from probekit.files import atomic_bytes
 from probekit.hooks.capture import Capture
 from probekit.models.anatomy import Anatomy, anatomy
 
@@ -178,8 +179,8 @@ def unpack_heads(content: bytes, parts: Anatomy, source: str = "this file") -> d
 
 
 def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
-    """Write heads, {exit: head}, to one safetensors file."""
-    Path(path).write_bytes(pack_heads(heads))
+    """Write heads, {exit: head}, to one safetensors file, whole or not at all."""
+    atomic_bytes(path, pack_heads(heads))
 
 
 def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:

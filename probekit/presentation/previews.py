@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probekit.files import atomic_bytes
+from probekit.files import atomic_bytes, make_folder
 from probekit.presentation import plots
 from probekit.presentation.tables import lens_table
 from probekit.traces.trace import Trace
@@ -37,7 +37,7 @@ def draw_previews(
     tables: `layers`, `cells`, `validation`. traces, chosen: by the models' names, in the study's order.
     """
     models = list(traces)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with matplotlib.rc_context(plots.STYLE | {"savefig.dpi": 160}):
         for name, figure in (
             ("lens_table", _lens_tables(traces)),

@@ -19,10 +19,9 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.models.loaded import Loaded
 from probekit.models.memory import free_bytes
 from probekit.progress import Progress, usual_progress
-from probekit.settings import StudySettings, TraceSettings
+from probekit.settings import StudySettings
 from probekit.study.phases import SPREAD_PROMPTS, TIMED_PROMPTS, load_model, spread_cells
 from probekit.study.plan import StudyPlan, label_of
-from probekit.tracing.plan import plan_trace
 from probekit.tracing.prompts import encode
 from probekit.tracing.tracer import trace
 
@@ -61,15 +60,13 @@ def estimate_study(plan: StudyPlan, progress: Progress | None = None) -> list[Es
     """An Estimate for each model, which is loaded and runs two prompts. Writes nothing. Raises what a study raises."""
     report = usual_progress(progress)
     return [
-        _estimate(plan, load_model(plan.settings, reference, report).loaded, label_of(reference), report)
+        _estimate(plan, load_model(plan.settings, reference, plan.prompts, report).loaded, label_of(reference), report)
         for reference in plan.settings.models
     ]
 
 
 def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) -> Estimate:
     settings, prompts = plan.settings, len(plan.traced)
-    asked = TraceSettings(max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, chat=settings.chat)
-    plan_trace(loaded, plan.traced, asked)  # every prompt fits
     sample = plan.traced[:SAMPLE_PROMPTS]
     budget = min(SAMPLE_TOKENS, settings.max_new_tokens)
     sampled = partial(trace, loaded, sample, max_new_tokens=budget, sampling=settings.sampling, progress=progress)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from probekit.errors import InputError
-from probekit.files import atomic_text
-from probekit.foreign.json import read_json
+from probekit.errors import InputError, Remark
+from probekit.files import atomic_bytes, atomic_text, make_folder, sha256_of
+from probekit.foreign.json import read_object
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Artefacts as JSON, one file a phase, under the digest of the settings and weights that they were made with."""
+    """Artefacts as JSON, one file a phase, under the digest of the settings and weights that they were made with.
+
+    Each carries its checksum: one that is damaged is named, and made anew.
+    """
 
     folder: Path
     digest: str
@@ -26,18 +31,49 @@ class Kept:
     def once(self, phase: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a phase made: read where it was made before with the same settings, else made and kept."""
         path = self.path(phase)
-        before = _document(path)
-        if before.get("digest") != self.digest:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = {"digest": self.digest, "made": make()}
-            atomic_text(path, json.dumps(before))
-        return _document(path)["made"]  # as JSON holds it, also the first time
+        before = self._before(path)
+        if before is not None:
+            return before
+        made = json.dumps(make())
+        make_folder(path.parent)
+        kept = {"digest": self.digest, "sha256": sha256(made.encode()).hexdigest()}
+        atomic_text(path, json.dumps(kept)[:-1] + f', "made": {made}}}')
+        return json.loads(made)  # as JSON holds it, also the first time
+
+    def file_once(self, phase: str, path: Path, make: Callable[[], bytes]) -> Path:
+        """The same of a phase that makes a file of its own: made anew where that file is missing or damaged."""
+
+        def write() -> dict[str, Any]:
+            make_folder(path.parent)
+            content = make()
+            atomic_bytes(path, content)
+            return {"file": path.name, "sha256": sha256(content).hexdigest()}
+
+        if self._before(self.path(phase)) is not None and not self._is_whole(phase, path):
+            warnings.warn(f"{path} is missing or damaged; it is made anew.", Remark, stacklevel=2)
+            self.path(phase).unlink()
+        self.once(phase, write)
+        return path
+
+    def _is_whole(self, phase: str, path: Path) -> bool:
+        return path.is_file() and sha256_of(path) == (self._before(self.path(phase)) or {}).get("sha256")
+
+    def _before(self, path: Path) -> dict[str, Any] | None:
+        """What was kept with these settings; None where nothing was, or it is damaged, of which it warns."""
+        if not path.exists():
+            return None
+        try:
+            kept = read_document(path)
+        except InputError as error:
+            warnings.warn(f"{error.problem.rstrip('.')}; it is made anew.", Remark, stacklevel=2)
+            return None
+        return kept["made"] if kept["digest"] == self.digest else None
 
 
-def _document(path: Path) -> dict[str, Any]:
-    """The file's contents; nothing where there is none, or a damaged one."""
-    try:
-        document = read_json(path)
-    except InputError:
-        return {}
-    return document if isinstance(document, dict) and "made" in document else {}
+def read_document(path: Path) -> dict[str, Any]:
+    """A file of `Kept`, {"digest", "sha256", "made"}. Raises InputError, which names it, where it is damaged."""
+    kept = read_object(path)
+    made = kept.get("made")
+    if not isinstance(made, dict) or sha256(json.dumps(made).encode()).hexdigest() != kept.get("sha256"):
+        raise InputError(f"{path} is damaged: its checksum is not the one that it carries.")
+    return kept

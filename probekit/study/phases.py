@@ -23,7 +23,7 @@ from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.progress import Progress
-from probekit.settings import StudySettings
+from probekit.settings import StudySettings, TraceSettings
 from probekit.study.kept import Kept
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
@@ -65,10 +65,13 @@ class Validated:
     ways: list[dict[str, Any]]
 
 
-def load_model(settings: StudySettings, reference: str, progress: Progress) -> Models:
-    """Load the model, and the drafter where one is asked for."""
+def load_model(
+    settings: StudySettings, reference: str, prompts: Sequence[Prompt], progress: Progress
+) -> Models:  # fmt: skip
+    """Load the model, and the drafter where one is asked for, and check that all of the study can be done with them."""
     from probekit.decoding.self_check import check_decodable
     from probekit.models.loaded import load
+    from probekit.tracing.plan import plan_trace
 
     progress("load", 0, 1)
     loaded = load(reference, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
@@ -79,6 +82,8 @@ def load_model(settings: StudySettings, reference: str, progress: Progress) -> M
     drafter = None
     if settings.draft_model:
         drafter = load(settings.draft_model, device=settings.device, dtype=settings.dtype)
+    asked = TraceSettings(max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, chat=settings.chat)
+    plan_trace(loaded, prompts, asked, draft_model=drafter)  # every prompt fits
     progress("load", 1, 1)
     return Models(loaded, drafter)
 
@@ -131,7 +136,7 @@ def learn_drafting(
     """Fit exit heads, and count the frequent tokens, on what the model writes after prompts that are not traced."""
     if not settings.learns:
         return Drafting()
-    from probekit.lens.exit_heads import fit_heads, load_heads, save_heads
+    from probekit.lens.exit_heads import fit_heads, load_heads, pack_heads
     from probekit.tracing.self_generated import as_batches, self_generated_texts
 
     texts = kept.once(
@@ -142,11 +147,10 @@ def learn_drafting(
     if settings.draft_rows is not None:
         vocabulary = DraftVocabulary.counted((tokens for _, tokens in texts), f"{len(texts)} texts of {loaded.name}")
     if settings.fit_heads:
-        if not heads_file.exists():
-            fitted = fit_heads(loaded.anatomy, as_batches(texts))
-            heads_file.parent.mkdir(exist_ok=True)
-            save_heads(heads_file, fitted)
-        heads = load_heads(heads_file, loaded.anatomy)
+        fitted = kept.file_once(
+            "exit_heads", heads_file, lambda: pack_heads(fit_heads(loaded.anatomy, as_batches(texts)))
+        )
+        heads = load_heads(fitted, loaded.anatomy)
     return Drafting(heads, vocabulary)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probekit.errors import InputError
-from probekit.files import atomic_text
+from probekit.errors import InputError, Remark
+from probekit.files import LOCK, UNFINISHED, atomic_text, check_folder_target, check_unlocked, entries, locked
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import check_device, check_dtype
 from probekit.models.reference import TALES, find_checkpoint
@@ -17,6 +19,7 @@ from probekit.settings import StudySettings
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 
 SCHEMA = "probekit/study/1"
+MARKER = "study.json"
 LEARNED_ON = 4  # where drafting is learned, on every fourth prompt; heads are too good on what they were fitted on
 
 
@@ -31,6 +34,11 @@ class StudyPlan:
     folder: Path
     learned: tuple[Prompt, ...]
     traced: tuple[Prompt, ...]
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """All of them, in their order."""
+        return tuple(sorted((*self.learned, *self.traced), key=lambda prompt: prompt.index))
 
 
 def study_settings(
@@ -77,24 +85,56 @@ def plan_study(settings: StudySettings, folder: str | Path) -> StudyPlan:
     return StudyPlan(settings, Path(folder), learned, traced)
 
 
-def open_folder(plan: StudyPlan) -> None:
-    """Make the folder, or resume it if it holds a study with the same settings."""
-    marker = plan.folder / "study.json"
-    now = {"schema": SCHEMA, **plan.settings.to_json()}
-    if plan.folder.exists() and not plan.folder.is_dir():
-        raise InputError(f"{plan.folder} is a file; expected a folder for the study.")
-    if marker.exists():
-        before = read_object(marker, "Name another folder.")
-        differing = plan.settings.differences(before)
-        if differing:
-            raise InputError(
-                f"{plan.folder} holds a study with other settings ({', '.join(differing)}).",
-                "Name another folder, or repeat its settings to resume it.",
-            )
-    elif plan.folder.exists() and any(plan.folder.iterdir()):
-        raise InputError(f"{plan.folder} exists and is not a study.", "Name an empty or a new folder.")
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    atomic_text(marker, json.dumps(now, indent=2))
+@contextmanager
+def study_folder(plan: StudyPlan) -> Iterator[None]:
+    """The study's folder, made or resumed, which this process alone writes to; `study.json` says whose it is.
+
+    A study that ends before it has made anything leaves nothing: no settings that a corrected one would differ from.
+    Raises InputError for a folder of something else, of a study with other settings, or that is written to.
+    """
+    marker = plan.folder / MARKER
+    check_unlocked(plan.folder)
+    check_study_folder(plan)
+    with locked(plan.folder):
+        check_study_folder(plan)
+        atomic_text(marker, json.dumps({"schema": SCHEMA, **plan.settings.to_json()}, indent=2))
+        try:
+            yield
+        finally:
+            if not _made(plan.folder):
+                with suppress(OSError):
+                    marker.unlink()
+
+
+def check_study_folder(plan: StudyPlan) -> None:
+    """Raise InputError where the folder holds something else, or what a study with other settings made."""
+    folder = check_folder_target(plan.folder)
+    if not folder.exists():
+        return
+    marker = folder / MARKER
+    if not marker.is_file():
+        if entries(folder):
+            raise InputError(f"{folder} exists and is not a study.", "Name an empty or a new folder.")
+        return
+    if not _made(folder):
+        return  # it failed, or was ended, before it had made anything
+    try:
+        before = read_object(marker)
+    except InputError as error:
+        # What was made is kept under the digest of its settings: other settings find none of it.
+        warnings.warn(f"{error.problem.rstrip('.')}; it is written anew.", Remark, stacklevel=3)
+        return
+    if differing := plan.settings.differences(before):
+        raise InputError(
+            f"{folder} holds a study with other settings ({', '.join(differing)}).",
+            f"Repeat its settings to resume it, delete {folder}, or name another folder.",
+        )
+
+
+def _made(folder: Path) -> bool:
+    """Whether a study has made anything in its folder."""
+    there = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return any(path.name not in (MARKER, LOCK) and not path.name.endswith(UNFINISHED) for path in there)
 
 
 def label_of(reference: str) -> str:

@@ -14,7 +14,7 @@ from probekit.settings import Sampling, digest
 from probekit.study import phases
 from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
-from probekit.study.plan import StudyPlan, label_of, open_folder, plan_study, study_settings
+from probekit.study.plan import StudyPlan, label_of, plan_study, study_folder, study_settings
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
 
 Made = TypeVar("Made")
@@ -80,15 +80,17 @@ def run_study(
         context=context, exit_layers=exit_layers, batch_size=batch_size, adapter=adapter,
     )  # fmt: skip
     plan = plan_study(settings, folder)
-    open_folder(plan)
     overall = Overall(len(settings.models), usual_progress(progress))
-    studies = [study_model(plan, reference, overall) for reference in settings.models]
-    with elapsed() as writing:
-        write_tables(plan.folder, studies)
-        draw_figures(plan.folder, studies)
-    summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
-    write_report(plan.folder)
-    write_card(plan.folder, summary)
+    with study_folder(plan):
+        for reference in settings.models[1:]:  # what cannot be studied is found before hours of work on the first
+            phases.load_model(settings, reference, plan.prompts, overall.progress)
+        studies = [study_model(plan, reference, overall) for reference in settings.models]
+        with elapsed() as writing:
+            write_tables(plan.folder, studies)
+            draw_figures(plan.folder, studies)
+        summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
+        write_report(plan.folder)
+        write_card(plan.folder, summary)
     overall.end()
     return Study(plan.folder, summary, tuple(studies))
 
@@ -141,7 +143,7 @@ def study_model(plan: StudyPlan, reference: str, overall: Overall) -> ModelStudy
     overall.begin_model()
 
     with phases.own_threads():
-        models = run(phases.load_model, settings, reference, say)
+        models = run(phases.load_model, settings, reference, plan.prompts, say)
         loaded = models.loaded
         kept = Kept(folder / "phases" / name, digest(settings.to_json(), loaded.weights_hash))
         run(phases.settle_threads, loaded, (*plan.learned, *plan.traced)[0], kept)

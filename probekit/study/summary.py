@@ -21,7 +21,7 @@ import torch
 import probekit
 from probekit.choice.choose import Choice
 from probekit.costs.profile import Costs
-from probekit.files import atomic_text
+from probekit.files import atomic_text, make_folder
 from probekit.prediction.table import Prediction
 from probekit.presentation import tables
 from probekit.presentation.previews import draw_previews
@@ -121,7 +121,7 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
         ):
             if table is not None:
                 parts.setdefault(name, []).append(table)
-    (folder / "tables").mkdir(exist_ok=True)
+    make_folder(folder / "tables")
     for name, each in parts.items():
         atomic_text(folder / "tables" / f"{name}.csv", pd.concat(each, ignore_index=True).to_csv(index=False))
 

@@ -113,8 +113,8 @@ def replays_the_draft_head(folder, model):
     ("arguments", "message"),
     [
         (["fit-heads", "{fitted}", "{other}", "-o", "{folder}/x"], "different models"),
-        (["fit-heads", "{fitted}", "-o", "{folder}"], "expected a file name"),
-        (["fit-heads", "{fitted}", "-o", "{folder}/nowhere/x"], "a folder that exists"),
+        (["fit-heads", "{fitted}", "-o", "{folder}"], "is no file that can be written"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/nowhere/x"], "there is no folder"),
         (["fit-heads", "{folder}/none", "-o", "{folder}/x"], "no run folder"),
         (["fit-heads", "{fitted}", "-o", "{folder}/x", "--ridge", "0"], "must exceed 0"),
         (["fit-heads", "{fitted}", "-o", "{folder}/x", "--exit-layers", "7"], "exit layer 7"),

@@ -95,9 +95,10 @@ def test_a_fault_of_our_own_is_one_line_too(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line():
+@pytest.mark.parametrize("words", [["models"], ["models", "--json"]])
+def test_a_full_disk_is_one_line(words):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "probekit", "models"], env=HERE, stdout=full,
+        done = subprocess.run([sys.executable, "-m", "probekit", *words], env=HERE, stdout=full,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.strip() == "probekit models: No space left on device."

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces.fabricate import list_again
 
 import probekit
 from probekit.choice.choose import choose
@@ -197,14 +198,20 @@ def test_the_heads_stay_with_the_run(dialled, heads, run, tmp_path):
 def test_a_run_without_its_heads_or_with_others_is_refused(dialled, heads, run, tmp_path):
     saved = run.save(tmp_path / "saved")
     path = tmp_path / "saved" / "exit_heads.safetensors"
-    path.write_bytes(pack_heads({2: heads[3]}))
-    with pytest.raises(InputError, match="are not those that it was traced with"):
-        validate(dialled, saved, [(2, 2)])
-    path.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="cannot be read as exit heads"):
-        validate(dialled, saved, [(2, 2)])
+    for damaged in (pack_heads({2: heads[3]}), b"nonsense"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"exit_heads\.safetensors is damaged or of another run"):
+            validate(dialled, saved, [(2, 2)])
+    for damaged, message in (
+        (pack_heads({2: heads[3]}), "are not those that it was traced with"),
+        (b"nonsense", "cannot be read as exit heads"),
+    ):
+        path.write_bytes(damaged)
+        list_again(tmp_path / "saved")  # as if the run had been written so
+        with pytest.raises(InputError, match=message):
+            validate(dialled, Trace.open(tmp_path / "saved"), [(2, 2)])
     path.unlink()
-    with pytest.raises(InputError, match="Trace again with --exit-heads"):
+    with pytest.raises(InputError, match=r"exit_heads\.safetensors is missing.*--resume"):
         validate(dialled, saved, [(2, 2)])
 
 

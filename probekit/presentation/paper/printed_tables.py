@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from probekit.files import atomic_text
+from probekit.files import atomic_text, make_folder
 from probekit.presentation.latex import to_latex
 from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import TABLES, StudyFolder
@@ -98,7 +98,7 @@ PRINTED: dict[str, Printed] = {
 
 def make_tables(study: StudyFolder, output: Path, page: Page) -> Iterator[Path]:
     """Write each of the study's tables as LaTeX, on a narrow page without intervals; yields every file."""
-    (output / "tables").mkdir(parents=True, exist_ok=True)
+    make_folder(output / "tables")
     for name in TABLES:
         printed, path = PRINTED[name], output / "tables" / f"{name}.tex"
         frame = printed.of(study.table(name), intervals=page.text >= _ROOM_FOR_INTERVALS)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_pgf import LatexError
 from matplotlib.figure import Figure
 
 from probekit.errors import InputError
-from probekit.files import atomic_bytes
+from probekit.files import atomic_bytes, make_folder
 
 # No dates, no versions: a figure changes only when what it shows does.
 _METADATA: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str]) -> list[
 
     Raises InputError where LaTeX, which was asked to set the text, could not.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, so that all kinds are the same picture
