@@ -178,6 +178,11 @@ def priced(trace: Trace, way: Way, costs: Costs) -> Ranked:
     return _of_replay(replay(trace, way), _Prices(costs, way.draft_length))
 
 
+def replayed_seconds(found: Replay, costs: Costs) -> np.ndarray:
+    """(prompts,) predicted seconds of rounds that were replayed, what a policy watches among them."""
+    return _seconds(found, _Prices(costs, found.way.draft_length))
+
+
 # Every way in turn.
 
 
