@@ -58,7 +58,7 @@ ROWS = {
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
-        "report_data", "report_text", "report_ways", "report", "model_card",
+        "report_replays", "report_data", "report_text", "report_ways", "report", "model_card",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (

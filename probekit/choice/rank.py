@@ -158,7 +158,32 @@ def rank(
         costs,
         oracle,
         of_turns,
+        tuple(_left_out(trace, exits, policies, learn=learn)),
     )
+
+
+def _left_out(
+    trace: Trace, exits: Sequence[Drafter], policies: Mapping[str, Policy], *, learn: bool
+) -> Iterator[tuple[str, str]]:
+    """(ways, why they are not ranked)."""
+    looking = sorted({name.partition(":")[0] for name, policy in policies.items() if policy.needs_confidence})
+    if trace.manifest.settings.text != "greedy":
+        yield (
+            "policies",
+            (
+                "along sampled text drafts are accepted by chance, so what a policy has seen differs from run to run: "
+                "the recursion over positions, which gives the expectation of fixed lengths, does not know it"
+            ),
+        )
+        yield "trees", "a tree is verified greedily"
+        yield "the oracle", "its plan needs rounds that are certain"
+        return
+    if trace.manifest.settings.statistics != "all":
+        yield ", ".join([*looking, "trees"]), "this trace keeps agreement only: trace with --statistics all"
+    elif any(each.key.rows is not None for each in exits):
+        yield ", ".join([*looking, "trees"]), "a trace does not say how sure a head of fewer rows is, nor its ranks"
+    if learn and exits and len(trace) < 4:
+        yield "learned ways", "they need four prompts, to be learned on one half and judged on the other"
 
 
 def with_trees(trace: Trace, draft_lengths: Iterable[int], context: int) -> list[int]:
@@ -176,6 +201,11 @@ def _timed_model(trace: Trace, costs: Costs) -> bool:
 def priced(trace: Trace, way: Way, costs: Costs) -> Ranked:
     """One way of drafting along the texts of a greedy trace, by these costs."""
     return _of_replay(replay(trace, way), _Prices(costs, way.draft_length))
+
+
+def replayed_seconds(found: Replay, costs: Costs) -> np.ndarray:
+    """(prompts,) predicted seconds of rounds that were replayed, what a policy watches among them."""
+    return _seconds(found, _Prices(costs, found.way.draft_length))
 
 
 # Every way in turn.

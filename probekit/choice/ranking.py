@@ -122,6 +122,7 @@ class Ranking:
 
     oracle: the best that any policy could do with these drafters; None on text that is not greedy. oracle_of_turns: the
     same for the drafters that a decoder can let take turns, playable: its `way` runs. kind_of_prompt: of each prompt.
+    not_ranked: (ways, why not), of those that this trace cannot answer for.
 
     A decoder takes it as it is, for its first: `probekit.decode(model, prompt, ranking)`.
     """
@@ -134,6 +135,7 @@ class Ranking:
     costs: Costs
     oracle: Ranked | None = None
     oracle_of_turns: Ranked | None = None
+    not_ranked: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         return f"Ranking({self.model}: {len(self.ways)} ways, best {self.best.label}, {self.best.policy})"
@@ -267,6 +269,7 @@ class Ranking:
             "ways": [self._json(way) for way in self.ways],
             "oracle": None if self.oracle is None else self._json(self.oracle),
             "oracle_of_turns": None if self.oracle_of_turns is None else self._json(self.oracle_of_turns),
+            "not_ranked": [{"ways": ways, "reason": why} for ways, why in self.not_ranked],
             "kinds": [
                 {
                     "kind": row.kind,

@@ -89,6 +89,8 @@ def _show(ranking: Ranking, checked: WaysValidation | None) -> None:
         "policy that looks at drafts lets be drafted behind a mismatch is estimated. Learned ways are judged on the "
         "half of the prompts that they were not learned on.",
     )  # fmt: skip
+    for ways, why in ranking.not_ranked:
+        notice(f"Not ranked: {ways}; {why}.")
     kinds = ranking.kinds()
     if len(kinds) > 1:
         print_table(

@@ -35,7 +35,7 @@ class TreeCosts:
     node_s: float
 
     def drafting_seconds(self, exit_layer: int, shape: TreeShape, levels: int) -> float:
-        """Of the first levels of a tree: a pass for the root and each level, a head for the root and all but the last."""
+        """Of the first levels of a tree: a pass for the root and each level, a head before each level."""
         rows = [np.flatnonzero(shape.depths == level).tolist() for level in range(levels + 1)]
         inner = [sum(bool(shape.children[node]) for node in nodes) for nodes in rows[:-1]]
         passes = {width: seconds for (at, width), seconds in self.early_s.items() if at == exit_layer}

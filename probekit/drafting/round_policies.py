@@ -122,8 +122,8 @@ class DynamicExit(_DecidesFirst):
 
         (1 - alpha^(k+1)) / (1 - alpha) / (k E + L)
 
-    that is tokens per loaded layer, or drafts nothing where 1 / L is more. Of the paper this leaves out its confidence
-    threshold within a round, whose drafts behind a mismatch no trace knows.
+    that is tokens per loaded layer. Of the paper this leaves out its confidence threshold within a round, whose drafts
+    behind a mismatch no trace knows. Not in the paper: it drafts nothing where 1 / L is more.
 
     Parameters
     ----------

@@ -22,6 +22,7 @@ import probekit
 from probekit.errors import InputError
 from probekit.files import atomic_text
 from probekit.presentation.report_data import Source, number, pack_models, safe_json
+from probekit.presentation.report_replays import Played, played_ways
 from probekit.presentation.report_text import (
     DEFINITIONS,
     FIRST_ROUNDS,
@@ -216,5 +217,10 @@ def _speedups(study: StudyFolder) -> list[dict[str, Any]]:
 
 
 def _source(study: StudyFolder, model: str) -> Source:
-    cells, costs = study.of("cells", model), costs_of(study.entry(model))
-    return Source(study.label(model), study.trace(model), cells, costs, study.chosen(model))
+    cells, costs, trace = study.of("cells", model), costs_of(study.entry(model)), study.trace(model)
+    ways: Sequence[Played] = ()
+    if study.entry(model).get("ways") and costs is not None:
+        asked = study.summary.get("settings") or {}
+        lengths = asked.get("draft_lengths") or sorted(set(cells["draft_length"].tolist()))
+        ways = played_ways(trace, costs, asked.get("exit_layers"), lengths, costs.draft_rows)
+    return Source(study.label(model), trace, cells, costs, study.chosen(model), ways)

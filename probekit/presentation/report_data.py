@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.costs.profile import Costs
+from probekit.presentation.report_replays import Played
 from probekit.presentation.tokens import shown
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
@@ -46,6 +47,7 @@ class Source:
     cells: pd.DataFrame | None = None
     costs: Costs | None = None
     pair: tuple[int | None, int] | None = None
+    ways: Sequence[Played] = ()
 
     @property
     def draft_rows(self) -> int | None:
@@ -56,20 +58,20 @@ class Source:
 def pack_models(sources: Sequence[Source], limit: int = LIMIT_BYTES - _ROOM_FOR_THE_REST) -> list[dict[str, Any]]:
     """The models as the page's scripts read them, in at most `limit` bytes where that is possible.
 
-    Every text can be replayed. Lens tables of the texts whose top ten were kept come next, then what was drafted,
-    then the other lens tables, the models in turn, until the page is full.
+    Every text can be replayed by pairs. Lens tables of the texts whose top ten were kept come next, then the rounds of
+    other ways, what was drafted, and the other lens tables, the models in turn, until the page is full.
     """
     packers = [_Packer(source) for source in sources]
     spent = sum(packer.bytes for packer in packers)
     most = max(len(packer.prompts) for packer in packers)
     kept = max(source.trace.manifest.settings.top_prompts for source in sources)
-    wanted = [("lens", range(kept)), ("drafts", range(most)), ("lens", range(kept, most))]
+    wanted = [("lens", range(kept)), ("ways", range(most)), ("drafts", range(most)), ("lens", range(kept, most))]
     for part, places in wanted:
         for place in places:
             for packer in packers:
-                if place >= len(packer.prompts) or (part == "drafts" and packer.source.cells is None):
+                if place >= len(packer.prompts) or (part != "lens" and packer.source.cells is None):
                     continue
-                piece = packer.lens(place) if part == "lens" else packer.drafts(place)
+                piece = getattr(packer, part)(place)
                 size = len(safe_json(piece))
                 if spent + size <= limit:
                     packer.prompts[place][part] = piece
@@ -110,6 +112,7 @@ class _Packer:
                 "autoregressive": costs.autoregressive_s,
                 "rounds": [[_seconds(costs, each, drafts) for drafts in range(longest + 1)] for each in exits],
             },
+            "ways": [way.describe() for way in self.source.ways],
             "prompts": self.prompts,
             "tokens": [self._names.get(token) or f"#{token}" for token in self._places],
         }  # fmt: skip
@@ -120,7 +123,7 @@ class _Packer:
         kept = ("prompt", "kind", "text", "prompt_tokens", "new_tokens", "ended")
         signal = None if self.source.cells is None else packed(self._signal(prompt))
         known = {name: row[name] for name in kept}
-        return {**known, "ids": self._tokens(ids), "signal": signal, "drafts": None, "lens": None}
+        return {**known, "ids": self._tokens(ids), "signal": signal, "drafts": None, "lens": None, "ways": None}
 
     def _signal(self, prompt: int) -> np.ndarray:
         """(exits, N), the draft model last: agreement, bool, for greedy text, else chances of acceptance."""
@@ -153,6 +156,16 @@ class _Packer:
         if self.manifest.drafter is not None:
             rows = np.concatenate([rows, self.trace.drafter_values(prompt, column)[None]])
         return self._tokens(rows)
+
+    def ways(self, place: int) -> list[dict[str, Any]]:
+        """The rounds of each way on a text, and their predicted seconds; rejected drafts as places of token texts."""
+        prompt, found = self.prompts[place]["prompt"], []
+        for way in self.source.ways:
+            rounds = way.of(prompt)
+            wrong = rounds[:, 4]
+            wrong[wrong > 0] = [1 + self._places.setdefault(token - 1, len(self._places)) for token in wrong if token]
+            found.append({"rounds": packed(rounds.astype(np.uint32)), "seconds": way.seconds[prompt]})
+        return found
 
     def lens(self, place: int) -> dict[str, Any] | None:
         """{lens: figures over (layer, row)}; with the top ten where the run kept them."""

@@ -74,6 +74,26 @@ def test_validate_runs_the_best_and_a_spread(folder, capsys):
     assert "--ways ranks every drafter" in capsys.readouterr().err
 
 
+def test_what_is_not_ranked_says_why(tiny_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a king\naaa bbb aaa\nthe fox\n")
+    words = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "8", "--quiet"]
+    assert run(["trace", str(tiny_folder), *words, "-o", str(tmp_path / "sampled"), "--temperature", "1"]) == 0
+    assert run(["trace", str(tiny_folder), *words, "-o", str(tmp_path / "lean"), "--statistics", "agreement"]) == 0
+    left = {}
+    for name in ("sampled", "lean"):
+        capsys.readouterr()
+        assert run(["rank", str(tmp_path / name), *WORDS, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        left[name] = {row["ways"]: row["reason"] for row in document["not_ranked"]}
+        policies = {row["policy"].partition(":")[0] for row in document["ways"]}
+        assert ("heuristic" in policies) == (name == "lean") and "confidence" not in policies
+        assert (document["oracle"] is None) == (name == "sampled")
+    assert set(left["sampled"]) == {"policies", "trees", "the oracle"}
+    assert set(left["lean"]) == {"confidence, entropy, margin, trees", "learned ways"}
+    assert run(["rank", str(tmp_path / "sampled"), *WORDS]) == 0
+    assert "Not ranked: trees; a tree is verified greedily." in " ".join(capsys.readouterr().err.split())
+
+
 def test_as_tables(folder, capsys):
     assert run(["rank", str(folder), *WORDS, "--exit-layers", "2,3"]) == 0
     shown = capsys.readouterr()

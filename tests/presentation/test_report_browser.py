@@ -13,10 +13,22 @@ import pandas as pd
 import pytest
 from presentation.fabricate_study import fabricate_costs, fabricate_study, fabricate_trace
 
+from probekit.choice.rank import priced
+from probekit.costs.profile import Costs
+from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.policies import ConfidenceThreshold
+from probekit.drafting.round_policies import DynamicExit, Heuristic, Planned
+from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
+from probekit.drafting.tree_drafters import TreeDrafts
+from probekit.drafting.trees import TreeShape
+from probekit.drafting.ways import Way
 from probekit.prediction.predict import predict
+from probekit.prediction.replay import replay
 from probekit.prediction.rounds import expected_rounds, rounds_of
 from probekit.presentation.report import ASSETS, STILLS, write_lens_page, write_report
-from probekit.presentation.report_data import token_texts
+from probekit.presentation.report_data import packed, token_texts
+from probekit.presentation.report_replays import Played, played_ways
+from probekit.presentation.study_folder import open_study
 from probekit.presentation.tokens import shown
 from probekit.traces.trace import Trace
 
@@ -280,6 +292,110 @@ def test_the_page_expects_of_sampled_texts_what_predict_does(driver):
             ("byDrafted", expected.rounds_by_drafted),
         ):
             np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12, err_msg=f"{name} of {case}")
+
+
+def test_the_page_plays_any_way_as_replay_does(driver):
+    """1,000 texts of random traces, each by a way of its own kind: the packed rounds, unpacked in the page."""
+    source = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "rounds.js"))
+    source = re.sub(r"^export ", "", source, flags=re.MULTILINE)
+    body = """return arguments[0].map(([packed, tokens, seconds]) => {
+        const rounds = roundsOfWay(unpack(packed), tokens);
+        const { byDrafted, ...counts } = countsOfRounds(rounds, seconds);
+        return { rounds, ...counts, byDrafted: [...byDrafted] };
+    });"""
+    costs, many, kinds = fabricate_costs(DEPTH, 9), 0, set()
+    for seed in range(10):
+        trace = fabricate_trace("tales-tied", DEPTH, 100, 8 + seed, seed=seed)
+        exits = [ExitLayer(exit_layer) for exit_layer in range(1, DEPTH)]
+        plans = {
+            prompt: np.random.default_rng(prompt).integers([[-1], [1]], [[4], [5]], (2, 200))
+            for prompt in trace.prompts
+        }
+        ways = [
+            Way((exits[seed % 5],), 1 + seed % 4),
+            Way((PromptLookup(1 + seed % 3),), 4),
+            Way((SuffixLookup(),), 3),
+            Way((TreeDrafts(exits[seed % 5], TreeShape.of_widths([(3,), (2, 1, 1), (2, 2)][seed % 3])),), 3),
+            Way((exits[seed % 5],), 5, ConfidenceThreshold(0.3), "confidence"),
+            Way((exits[seed % 5],), 6, Heuristic(5), "heuristic:5"),
+            Way(tuple(exits), 4, DynamicExit(DEPTH), "del"),
+            Way((*exits[:3], PromptLookup()), 4, Planned(plans), "oracle"),
+        ]
+        players = [Played(way, costs, trace.select(trace.prompts[place::8])) for place, way in enumerate(ways)]
+        cases = [(player, prompt) for player in players for prompt in player.trace.prompts]
+        given = [
+            (packed(player.of(prompt).astype(np.uint32)), len(trace.outputs(prompt)), player.seconds[prompt])
+            for player, prompt in cases
+        ]
+        shown_all = driver.execute_script(f"{source}\n{body}", given)
+        walks = {id(player): replay(player.trace, player.way).rounds for player in players}
+        for (player, prompt), found, (_, tokens, seconds) in zip(cases, shown_all, given, strict=True):
+            own = walks[id(player)][player.trace.prompts.index(prompt)]
+            for name in ("start", "drafted", "accepted", "emitted"):
+                assert [row[name] for row in found["rounds"]] == getattr(own, name).tolist(), (player.way.name, prompt)
+            assert [row["who"] for row in found["rounds"]] == own.way.tolist()
+            rejected = (own.accepted < np.minimum(own.length, tokens - own.start)) & (own.emitted > own.accepted)
+            assert [row["rejected"] for row in found["rounds"]] == rejected.tolist()
+            assert (found["tokens"], found["accepted"]) == (own.emitted.sum(), own.accepted.sum())
+            assert sum(k * rounds for k, rounds in enumerate(found["byDrafted"])) == own.drafted.sum()
+            assert found["seconds"] == seconds
+            many += 1
+            kinds.add(player.way.name)
+    assert many == 1000 and len(kinds) == 5
+
+
+def test_any_way_is_replayed(greedy):
+    """Each way of the page: its rounds as they went, its figures on this text and on all."""
+    trace, study = _trace(greedy.path, "tales-untied"), open_study(greedy.path.parent)
+    costs = Costs.from_json(study.entry("tales-untied")["choice"]["costs"])
+    names = token_texts(trace)
+    ways = played_ways(trace, costs, None, LENGTHS, None)
+    greedy.select("replay", "text", 1)
+    options = [each.get_attribute("value") for each in Select(greedy.control("replay", "drafter")).options]
+    assert options == ["self", "other", *(f"way {place}" for place in range(len(ways)))] and len(ways) > 8
+    assert {"oracle", "del", "fixed"} <= {each.way.name for each in ways}
+    outputs = [names[token] for token in trace.outputs(1)]
+    for place, played in enumerate(ways):
+        greedy.select("replay", "drafter", f"way {place}")
+        found, own = replay(trace, played.way), replay(trace, played.way).rounds[1]
+        shown_rounds = greedy.run(
+            "return [...document.querySelectorAll('#replay .round')].map(round =>"
+            " [...round.querySelectorAll('.token')].map(token => [token.classList[1], token.textContent]))"
+        )
+        assert len(shown_rounds) == len(own.start)
+        for start, accepted, emitted, tokens in zip(own.start, own.accepted, own.emitted, shown_rounds, strict=True):
+            kept = [text for kind, text in tokens if kind == "accepted"]
+            assert kept == outputs[start : start + accepted]
+            if emitted > accepted:
+                assert tokens[-1][0] in ("correction", "bonus") and tokens[-1][1] == outputs[start + accepted]
+        mine, pooled = greedy.figures()
+        counts, ranked = found.counts(), priced(trace, played.way, costs)
+        assert {name: pooled[name] for name in COUNTS} == {name: counts[name] for name in COUNTS}
+        assert pooled["speedup"] == pytest.approx(ranked.speedup, rel=1e-9)
+        assert pooled["tokensPerRound"] == pytest.approx(ranked.tokens_per_round)
+        assert (mine["rounds"], mine["drafted"]) == (len(own.start), own.drafted.sum())
+    assert not greedy.control("replay", "length").is_enabled()
+    assert not greedy.control("replay", "first-round").is_enabled()
+    greedy.select("replay", "drafter", "self")
+    assert greedy.control("replay", "length").is_enabled()
+
+
+def test_a_rejected_draft_of_a_lookup_is_the_token_that_was_copied():
+    trace = fabricate_trace("tales-tied", DEPTH, 4, 40, seed=3)
+    played = Played(Way((PromptLookup(1),), 3), fabricate_costs(DEPTH, 4), trace)
+    seen = 0
+    for prompt in trace.prompts:
+        text = [*trace.prompt_ids(prompt).tolist(), *trace.outputs(prompt).tolist()]
+        many = len(trace.prompt_ids(prompt))
+        for (length, _, accepted, _, wrong), start in zip(
+            played.of(prompt).tolist(), replay(trace, played.way).rounds[prompt].start.tolist(), strict=True
+        ):
+            at = many + start  # the latest token stands before it; its first earlier occurrence decides
+            first = text.index(text[at - 1])
+            if wrong:
+                assert text[first + 1 + accepted] == wrong - 1 != text[at + accepted] and length > accepted
+                seen += 1
+    assert seen > 10
 
 
 # ------------------------------------------------------------------------------------------------ alone

@@ -1,9 +1,10 @@
-// The replay: any exit layer and draft length on any text of the study, recomputed here from the trace.
+// The replay: any exit layer and draft length on any text of the study, recomputed here from the trace; and the rounds of
+// other ways of drafting, which came with the page.
 
 import { shade } from "./charts.js";
 import { textLabel } from "./lens.js";
 import { count, el, fixed, percent, remembered, setOptions, times, tokenNodes, unpack } from "./page.js";
-import { countsOf, expectedCountsOf, figuresOf, FIRST_START, pooled, roundsOf } from "./rounds.js";
+import { countsOf, countsOfRounds, expectedCountsOf, figuresOf, FIRST_START, pooled, roundsOf, roundsOfWay } from "./rounds.js";
 
 const FIGURES = [
   ["predicted speedup", "speedup", times],
@@ -42,11 +43,22 @@ export function replay(section, models) {
   const counts = remembered((m, at, drafter, length, first) =>
     (models[m].text === "greedy" ? countsOf : expectedCountsOf)(signalOf(m, at, drafter), length, models[m].budget, first));
 
+  const played = remembered((m, at, way) => {
+    const prompt = models[m].prompts[at];
+    return prompt.ways && roundsOfWay(unpack(prompt.ways[way].rounds), prompt.new_tokens);
+  });
+  const wayCounts = remembered((m, at, way) => countsOfRounds(played(m, at, way), models[m].prompts[at].ways[way].seconds));
+
   function chooseModel() {
     const model = models[modelSelect.value];
     setOptions(textSelect, model.prompts.map((prompt, at) => [at, textLabel(prompt)]));
-    setOptions(drafterSelect, [["self", "its own early layers"], ...(model.drafter ? [["other", model.drafter]] : [])]);
-    drafterSelect.closest("label").hidden = !model.drafter;
+    const ways = model.prompts.every((prompt) => prompt.ways) ? model.ways : [];
+    setOptions(drafterSelect, [
+      ["self", "its own early layers"],
+      ...(model.drafter ? [["other", model.drafter]] : []),
+      ...ways.map((way, i) => [`way ${i}`, way.label]),
+    ]);
+    drafterSelect.closest("label").hidden = !model.drafter && ways.length === 0;
     exitSlider.max = model.depth - 1;
     lengthSlider.max = model.longest;
     for (const element of section.querySelectorAll("[data-for]")) {
@@ -66,6 +78,9 @@ export function replay(section, models) {
     const [m, at] = [Number(modelSelect.value), Number(textSelect.value)];
     const model = models[m];
     const prompt = model.prompts[at];
+    const way = drafterSelect.value.startsWith("way ") ? Number(drafterSelect.value.slice(4)) : null;
+    for (const element of [lengthSlider, firstSelect]) element.disabled = way !== null;
+    if (way !== null) return drawWay(m, at, way);
     const own = drafterSelect.value === "self";
     const drafter = own ? Number(exitSlider.value) - 1 : model.depth - 1;
     const [length, first] = [Number(lengthSlider.value), firstSelect.value];
@@ -78,8 +93,7 @@ export function replay(section, models) {
 
     const costs = model.costs && { autoregressive: model.costs.autoregressive, rounds: model.costs.rounds[drafter] };
     const mine = counts(m, at, drafter, length, first);
-    const members = model.prompts.map((each, i) => [each.prompt, i]).filter(([index]) => POOLS[poolSelect.value](index));
-    const all = pooled(members.map(([, i]) => counts(m, i, drafter, length, first)), length);
+    const all = pooled(members(model).map((i) => counts(m, i, drafter, length, first)), length);
     drawFigures(`${length} with ${own ? `layer ${exitSlider.value}` : model.drafter}`, figuresOf(mine, costs), figuresOf(all, costs));
 
     const text = {
@@ -91,6 +105,30 @@ export function replay(section, models) {
     place("prompt").textContent = prompt.text;
     if (model.text === "greedy") drawRounds(text, roundsOf(signalOf(m, at, drafter), length, model.budget, first));
     else drawChances(text, signalOf(m, at, drafter), mine.starts);
+  }
+
+  /** The places of the texts that are pooled. */
+  const members = (model) => model.prompts.flatMap((each, i) => (POOLS[poolSelect.value](each.prompt) ? [i] : []));
+
+  /** A way whose rounds came with the page. */
+  function drawWay(m, at, way) {
+    const [model, prompt] = [models[m], models[m].prompts[at]];
+    const { label, drafters } = model.ways[way];
+    exitSlider.disabled = true;
+    firstSelect.value = "prefill"; // as the decoder begins
+    for (const name of ["exit-value", "length-value"]) place(name).textContent = "the way’s own";
+    const every = members(model).map((i) => wayCounts(m, i, way));
+    const longest = Math.max(0, ...every.map((counts) => counts.byDrafted.length - 1));
+    drawFigures(`with ${label}`, figuresOf(wayCounts(m, at, way), model.costs), figuresOf(pooled(every, longest), model.costs));
+    place("prompt").textContent = prompt.text;
+    const text = {
+      prompt,
+      first: Math.min(FIRST_START.prefill, prompt.new_tokens),
+      output: (t) => model.tokens[ids(m, at)[prompt.prompt_tokens + t]],
+      draft: (t, round) => (round.wrong >= 0 ? model.tokens[round.wrong] : null),
+      who: (round) => (round.who >= 0 ? drafters[round.who] : "nobody"),
+    };
+    drawRounds(text, played(m, at, way));
   }
 
   function drawFigures(what, mine, all) {
@@ -195,18 +233,19 @@ function roundNodes(text, round) {
 
 /** The first wrong draft, and how many more were drafted after it; what those were is not in a trace. */
 function rejectedNodes(text, round) {
-  const draft = text.draft(round.start + round.accepted);
+  const draft = text.draft(round.start + round.accepted, round);
   const more = round.drafted - round.accepted - 1;
-  return [...(draft === null ? ["×"] : tokenNodes(draft)), more ? el("sub", {}, `+${more}`) : null].filter(Boolean);
+  return [...(draft === null ? ["×"] : tokenNodes(draft)), more > 0 ? el("sub", {}, `+${more}`) : null].filter(Boolean);
 }
 
 function roundWords(text, round, number) {
   const at = round.start + round.accepted;
-  const draft = round.rejected ? text.draft(at) : null;
+  const draft = round.rejected ? text.draft(at, round) : null;
   const more = round.drafted - round.accepted - 1;
-  const words = [`Round ${number} drafts ${round.drafted} from output ${round.start} and accepts ${round.accepted}.`];
+  const by = text.who ? ` (${text.who(round)})` : "";
+  const words = [`Round ${number}${by} drafts ${round.drafted} from output ${round.start} and accepts ${round.accepted}.`];
   if (round.rejected) {
-    words.push(`The draft ${draft === null ? "" : `“${draft}” `}at output ${at} is rejected${more ? `, and ${more} more behind it` : ""}; the model corrects it to “${text.output(at)}”.`);
+    words.push(`The draft ${draft === null ? "" : `“${draft}” `}at output ${at} is rejected${more > 0 ? `, and ${more} more ${text.who ? "with" : "behind"} it` : ""}; the model corrects it to “${text.output(at)}”.`);
   } else if (adds(round)) {
     words.push(`Nothing is rejected; the model adds “${text.output(at)}”.`);
   } else {

@@ -24,6 +24,36 @@ export function roundsOf(agrees, draftLength, budget, firstRound) {
   return rounds;
 }
 
+/**
+ * The rounds of one greedy text by any way of drafting, which start behind the prefill's token. `packed`: five numbers a
+ * round: how many drafts one after the other (of a tree, levels), tokens drafted, accepted, who drafted (from 1; 0:
+ * nobody), and the first rejected draft (1 more than its place among token texts; 0: none, or not known).
+ */
+export function roundsOfWay(packed, tokens) {
+  const rounds = [];
+  let start = FIRST_START.prefill;
+  for (let at = 0; at < packed.length; at += 5) {
+    const [length, drafted, accepted, who, wrong] = packed.slice(at, at + 5);
+    const emitted = Math.min(accepted + 1, tokens - start);
+    const rejected = accepted < Math.min(length, tokens - start) && emitted > accepted;
+    rounds.push({ start, drafted, accepted, emitted, rejected, who: who - 1, wrong: wrong - 1 });
+    start += emitted;
+  }
+  return rounds;
+}
+
+/** Counts of rounds that are known. */
+export function countsOfRounds(rounds, seconds) {
+  const counts = { ...noCounts(Math.max(0, ...rounds.map((round) => round.drafted))), texts: 1, seconds };
+  for (const round of rounds) {
+    counts.tokens += round.emitted;
+    counts.accepted += round.accepted;
+    counts.rejections += round.rejected ? 1 : 0;
+    counts.byDrafted[round.drafted] += 1;
+  }
+  return counts;
+}
+
 /** Counts of no text; `byDrafted[k]` is the number of rounds that draft k tokens. */
 export function noCounts(draftLength) {
   return { texts: 0, tokens: 0, accepted: 0, rejections: 0, byDrafted: new Float64Array(draftLength + 1) };
@@ -73,6 +103,7 @@ export function expectedCountsOf(chance, draftLength, budget, firstRound) {
 
 export function pooled(all, draftLength) {
   const sum = noCounts(draftLength);
+  if (all.every((counts) => counts.seconds !== undefined)) sum.seconds = all.reduce((total, { seconds }) => total + seconds, 0);
   for (const counts of all) {
     for (const name of ["texts", "tokens", "accepted", "rejections"]) sum[name] += counts[name];
     counts.byDrafted.forEach((rounds, drafted) => (sum.byDrafted[drafted] += rounds));
@@ -82,16 +113,17 @@ export function pooled(all, draftLength) {
 
 /**
  * What follows from counts; null where a figure is not defined.
- * `costs`: { autoregressive: seconds a step, rounds: seconds of a round with 0, 1, ... drafts }, or null.
+ * `costs`: { autoregressive: seconds a step, rounds: seconds of a round with 0, 1, ... drafts }, or null. Counts whose
+ * `seconds` are known need the first only.
  */
 export function figuresOf(counts, costs) {
   let rounds = 0;
   let drafted = 0;
-  let seconds = costs ? 0 : NaN;
+  let seconds = counts.seconds ?? (costs ? 0 : NaN);
   counts.byDrafted.forEach((many, length) => {
     rounds += many;
     drafted += many * length;
-    if (many) seconds += many * (costs?.rounds[length] ?? NaN);
+    if (many && counts.seconds === undefined) seconds += many * (costs?.rounds[length] ?? NaN);
   });
   const trials = counts.accepted + counts.rejections;
   return {
