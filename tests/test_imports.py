@@ -24,10 +24,11 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "foreign": ("json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
+    "foreign": ("text", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
+        "quantised", "configuration", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters",
+        "loaded", "synthetic",
     ),
     "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

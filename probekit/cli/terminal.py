@@ -21,20 +21,31 @@ from rich.progress import (
     Task,
     TextColumn,
 )
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
+
+from probekit.foreign.text import ascii_escapes, printable
 
 _WIDE = 140  # columns where there is no window to fold to
 _CELL = 24  # columns that a cell may ask for before its heading folds
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDE)
+
+class Terminal(Console):
+    """A console that shows what others wrote and never obeys it: escape codes in names, titles and errors are text."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+out = Terminal(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+err = Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDE)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document; what is not a number in JSON (NaN, infinities) becomes null."""
-    json.dump(_finite(document), sys.stdout, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(ascii_escapes(json.dumps(_finite(document), ensure_ascii=False, allow_nan=False)) + "\n")
     sys.stdout.flush()
 
 

@@ -16,6 +16,7 @@ from probekit.drafting.drafters import Drafter, ExitLayer, equipped
 from probekit.drafting.policies import Policy
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
+from probekit.foreign.text import check_text
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.settings import Sampling
@@ -124,7 +125,7 @@ def decode(
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Give token ids.")
-        prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+        prompt_ids = loaded.tokenizer(check_text(prompt, "the prompt"))["input_ids"]
         if begins_twice(prompt_ids, loaded.tokenizer):
             warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
     else:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from probekit.errors import InputError
+from probekit.foreign.text import SURROGATE, read_bytes
 
-MOST_BYTES = 256 * 2**20
 MOST_DEPTH = 100
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # only an escape can bring one into a text that was UTF-8
 
 
 def read_json(path: str | Path, hint: str = "") -> Any:
     """What a JSON file holds.
 
-    Raises InputError, with `hint`, for a file that cannot be read, is not UTF-8, is larger than MOST_BYTES, or is
-    nested deeper than MOST_DEPTH.
+    Raises InputError, with `hint`, for a file that cannot be read, is not UTF-8, is larger than `text.MOST_BYTES`,
+    is nested deeper than MOST_DEPTH, or holds halves of surrogate pairs.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise InputError(f"{path} cannot be read: it has {size:,} bytes; at most {MOST_BYTES:,} are read.", hint)
-        text = path.read_bytes().decode("utf-8")
+        text = read_bytes(path).decode("utf-8")
+    except InputError as error:
+        raise InputError(error.problem, hint or error.hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", hint) from None
     return parse_json(text, str(path), hint)
@@ -46,10 +47,25 @@ def parse_json(text: str, source: str, hint: str = "") -> Any:
 
 
 def loads(text: str) -> Any:
-    """`json.loads` that cannot use up the stack. Raises ValueError for what is no JSON, or is nested too deep."""
+    """`json.loads` that cannot use up the stack. Raises ValueError for what is no JSON, nested too deep, or no text."""
     if _deepest(text) > MOST_DEPTH:
         raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep.")
-    return json.loads(text)
+    document = json.loads(text)
+    if _HALF.search(text) and (half := _half_pair(document)):
+        raise ValueError(f"it holds half of a surrogate pair (U+{ord(half):04X}), which is no text.")
+    return document
+
+
+def _half_pair(document: Any) -> str:
+    """The first half of a surrogate pair in the texts and keys of a document; empty where there is none."""
+    if isinstance(document, str):
+        found = SURROGATE.search(document)
+        return found[0] if found else ""
+    if isinstance(document, dict):
+        return next((half for pair in document.items() for each in pair if (half := _half_pair(each))), "")
+    if isinstance(document, list):
+        return next((half for each in document if (half := _half_pair(each))), "")
+    return ""
 
 
 def _deepest(text: str) -> int:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from probekit.errors import InputError
 from probekit.foreign.json import loads
 from probekit.foreign.prompt_records import FIELDS, PROMPTS
+from probekit.foreign.text import MOST_BYTES, MOST_CHARACTERS, read_bytes
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.\w+")
 Records = Iterator[tuple[str, Any]]
@@ -21,7 +22,7 @@ Records = Iterator[tuple[str, Any]]
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        return read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path} is not UTF-8 (line {line}, byte {error.start}).", "Save it as UTF-8.") from None
@@ -52,9 +53,10 @@ def _read_jsonl(path: Path) -> Records:
 
 def _read_csv(path: Path) -> Records:
     lines = _text_of(path).split("\n")
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_CHARACTERS))
     reader = csv.DictReader((line + "\n" for line in lines), strict=True)
-    _require_prompt_column(path, reader.fieldnames or (), empty=not any(lines))
     try:
+        _require_prompt_column(path, reader.fieldnames or (), empty=not any(lines))
         for record in reader:
             yield (
                 f"line {reader.line_num}",
@@ -67,29 +69,36 @@ def _read_csv(path: Path) -> Records:
 
 def _read_parquet(path: Path) -> Records:
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        held = pq.read_metadata(pa.BufferReader(content := read_bytes(path)))
+        size = sum(held.row_group(group).total_byte_size for group in range(held.num_row_groups))
+        if size > MOST_BYTES:
+            raise InputError(f"{path} cannot be read: it unfolds to {size:,} bytes; at most {MOST_BYTES:,} are read.")
+        table = pq.read_table(pa.BufferReader(content))
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a Parquet file: {error}") from None
     yield from _rows(path, table)
 
 
 def _read_arrow(path: Path) -> Records:
     try:
-        with pa.OSFile(str(path)) as source:
-            table = pa.ipc.open_stream(source).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pa.ipc.open_stream(pa.BufferReader(read_bytes(path))).read_all()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not an Arrow file: {error}") from None
     yield from _rows(path, table)
 
 
 def _rows(path: Path, table: pa.Table) -> Records:
     _require_prompt_column(path, table.column_names, empty=False)
-    wanted = table.select([name for name in FIELDS if name in table.column_names])
     number = 0
-    for batch in wanted.to_batches(max_chunksize=1024):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"row {number}", record
+    try:
+        wanted = table.select([name for name in FIELDS if name in table.column_names])
+        wanted.validate(full=True)  # offsets that point elsewhere, bytes that are no UTF-8
+        for batch in wanted.to_batches(max_chunksize=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"row {number}", record
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read behind row {number}: {error}") from None
 
 
 def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -> None:

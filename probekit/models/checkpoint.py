@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from probekit.errors import InputError
 from probekit.foreign.json import read_json
 from probekit.models import families
+from probekit.models.configuration import check_configuration, check_depth
 from probekit.models.families import FAMILIES
 from probekit.models.quantised import check_dtypes, check_runs, quantised_by
 
@@ -102,11 +103,13 @@ def check_folder(source: Source) -> Source:
             "Put adapter_config.json and its weights into a folder of their own, and give that with --adapter.",
         )
     config = config_of(folder)
+    check_configuration(config, folder / "config.json")
     check_family(config, source.name, decoded=False)
     check_runs(config, source.name)
     weights = weight_files(folder)
     if missing := [path.name for path in weights if not path.is_file()]:
         raise InputError(f"{folder} lacks weight files that its index names: {', '.join(missing)}.")
+    check_depth(config, weights, folder / "config.json")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(
             f"{folder} holds no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)} is there.",

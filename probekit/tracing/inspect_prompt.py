@@ -14,6 +14,7 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.self_check import generated, reproduces
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
+from probekit.foreign.text import check_text
 from probekit.hooks.capture import Capture
 from probekit.lens.lens import Kind, Lens
 from probekit.models.loaded import Loaded, as_loaded
@@ -99,7 +100,7 @@ def inspect_prompt(
     loaded = as_loaded(loaded)
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer, so it cannot read a text.", "Wrap it with its tokenizer.")
-    prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+    prompt_ids = loaded.tokenizer(check_text(prompt, "the prompt"))["input_ids"]
     if begins_twice(prompt_ids, loaded.tokenizer):
         warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
     reads, engine = Lens(loaded.anatomy, lens), reproduces(loaded)

@@ -17,6 +17,7 @@ from probekit.errors import InputError
 from probekit.foreign.engine_logs import read_log
 from probekit.foreign.prompt_files import READERS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
+from probekit.foreign.text import check_text
 
 BUNDLED_SETS = ("tales", "general")
 
@@ -245,6 +246,11 @@ def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> 
             response = last["content"]
     if response is not None and (not isinstance(response, str) or not response.strip()):
         raise InputError(f"{where}: `response` is {_short(response)}; expected a text that is not empty.")
+    for name, said in (("prompt", text), ("response", response or ""), ("kind", str(kind))):
+        check_text(said, f"{where}: `{name}`")
+    for message in messages or ():
+        for name, said in message.items():
+            check_text(str(said), f"{where}: `{name}` of a message")
     turns = None if messages is None else tuple(dict(message) for message in messages)
     if turns is not None and not turns:
         raise InputError(f"{where}: there is no message before the response.")
@@ -299,6 +305,7 @@ def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False) -> Encoded:
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
+    check_text(text, "a text" if special else "a text from the chat template")
     return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probekit.errors import InputError
-from probekit.foreign import json as foreign
+from probekit.foreign import text
 from probekit.foreign.json import parse_json, read_json, read_object
 
 VALUES = st.recursive(
@@ -50,6 +50,6 @@ def test_files(tmp_path, monkeypatch):
     assert read_json(path) == [1]
     with pytest.raises(InputError, match="it holds a list, not an object"):
         read_object(path)
-    monkeypatch.setattr(foreign, "MOST_BYTES", 2)
+    monkeypatch.setattr(text, "MOST_BYTES", 2)
     with pytest.raises(InputError, match="it has 3 bytes; at most 2 are read"):
         read_json(path)

@@ -1,0 +1,87 @@
+"""A model's `config.json` from strangers: its types and bounds, and its size against the weights' headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from probekit.errors import InputError
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+class Configuration(BaseModel):
+    """What transformers builds a model by, within bounds; keys that are not named here are transformers' to judge.
+
+    The implementation of the attention is ours to choose: a name there can also make transformers fetch code.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    hidden_size: Size | None = None
+    vocab_size: Size | None = None
+    num_attention_heads: Size | None = None
+    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    rope_theta: Positive | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    output_hidden_states: StrictBool | None = None
+    output_attentions: StrictBool | None = None
+    return_dict: StrictBool | None = None
+    use_cache: StrictBool | None = None
+    tie_word_embeddings: StrictBool | None = None
+    attn_implementation: Literal["eager", "sdpa"] | None = None
+    attn_implementation_internal: Literal["eager", "sdpa"] | None = Field(None, alias="_attn_implementation")
+
+
+def check_configuration(config: dict[str, Any], path: Path) -> None:
+    """Raise InputError, which names the key, for a wrong type and for numbers out of bounds."""
+    try:
+        Configuration.model_validate(config)
+        for rope in _ropes(config):
+            if "rope_theta" in rope:
+                Configuration.model_validate({"rope_theta": rope["rope_theta"]})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is no usable configuration: {where}: {first['msg']}.", "Fetch it again.") from None
+
+
+def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings: one, or one for each kind of layer."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return []
+    return [rope, *(each for each in rope.values() if isinstance(each, dict))]
+
+
+def check_depth(config: dict[str, Any], weights: Sequence[Path], path: Path) -> None:
+    """Refuse far more layers than the headers of the weights hold, before any is built. Raises InputError.
+
+    Where only a few are missing, or a header is damaged, the loader says more: it names the tensors.
+    """
+    asked = config.get("num_hidden_layers")
+    if not isinstance(asked, int):
+        return
+    try:
+        names = [name for file in weights for name in _names(file)]
+    except (SafetensorError, OSError):
+        return
+    there = max((int(found[1]) + 1 for name in names if (found := _LAYER.search(name))), default=None)
+    if there is not None and asked > 2 * there:
+        raise InputError(f"{path} names {asked:,} layers, and the weights hold {there:,}.", "Fetch them again.")
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as weights:
+        return list(weights.keys())
