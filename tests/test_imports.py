@@ -29,7 +29,7 @@ ROWS = {
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
         "quantised", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
     ),
-    "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
+    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
         "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
         "statistics", "chunked",
