@@ -19,7 +19,7 @@ PACKAGE = Path(probekit.__file__).parent
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
     "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
-    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "tying", "presentation",
+    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "probing", "tying", "presentation",
     "study", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
@@ -55,10 +55,11 @@ ROWS = {
     "costs": ("trees", "profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
+    "probing": ("patch_plan", "patching", "attribution_patching"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
-        "report_data", "report_text", "report_ways", "report", "model_card",
+        "report_data", "report_text", "report_ways", "report", "model_card", "patch_page",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (

@@ -57,8 +57,8 @@ def check_site(parts: Anatomy, site: Any) -> Site:
     return parts.check_site(int(number)) if kind == "residual" else _check_component(parts, kind, int(number))
 
 
-def all_sites(parts: Anatomy, kind: Literal["residual", "attention", "mlp"]) -> list[Site]:
-    """Every site of a kind."""
+def all_sites(parts: Anatomy, kind: str) -> list[Site]:
+    """Every site of a kind: "residual", "attention" or "mlp"."""
     if kind == "residual":
         return list(parts.sites)
     return [_check_component(parts, kind, layer) for layer in range(parts.depth)]
