@@ -55,7 +55,7 @@ ROWS = {
     "costs": ("trees", "profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
-    "probing": ("patch_plan", "patching", "attribution_patching"),
+    "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",

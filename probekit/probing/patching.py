@@ -185,7 +185,7 @@ def patch(
     >>> import probekit
     >>> found = probekit.patch("tales-tied", "Tom saw a big dog", "Tom saw a big cat", ["residual"], exits=[6])
     >>> found
-    Patching(tales-tied, patch: 13 sites x 5 positions)
+    Patching(tales-tied, patch: 13 sites x 6 positions)
     >>> bool(abs(found.restored[12, -1] - 1) < 1e-3)  # the last residual of the last token is the answer
     True
     """
