@@ -38,3 +38,20 @@ def test_what_does_not_fit_is_refused_in_a_line(tiny_folder, capsys):
         error = " ".join(capsys.readouterr().err.split())
         assert message in error
         assert "Traceback" not in error
+
+
+def test_the_lens_says_who_wrote_the_tokens(tiny_folder, capsys):
+    words = ["lens", str(tiny_folder), "abc", "--max-new-tokens", "3", "--attribution"]
+    assert run([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    shares = document["attribution"]
+    assert len(shares["tokens"]) == 5
+    for token, logit, values in zip(shares["tokens"], shares["logits"], shares["values"], strict=True):
+        assert abs(sum(values) - logit) < 1e-4
+        assert token in range(97)
+    top = [cell["token_id"] for cell in document["layers"][-1]["cells"]]
+    assert shares["tokens"][-3:] == top[-3:]
+    assert run([*words, "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention:4" in printed
+    assert "embedding" in printed
