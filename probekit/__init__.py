@@ -31,6 +31,7 @@ _ROOMS = {
     "load_prompts": "probekit.tracing.prompts",
     "look_inside": "probekit.tracing.inspect_prompt",
     "measure_costs": "probekit.costs.measure",
+    "patch": "probekit.probing.patching",
     "predict": "probekit.prediction.predict",
     "rank": "probekit.choice.rank",
     "run_study": "probekit.study.run",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from probekit.models.loaded import load as load
     from probekit.models.loaded import wrap as wrap
     from probekit.prediction.predict import predict as predict
+    from probekit.probing.patching import patch as patch
     from probekit.settings import Sampling as Sampling
     from probekit.study.run import run_study as run_study
     from probekit.traces.trace import Trace as Trace

@@ -159,6 +159,8 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("models",),
         ("inspect", tiny_folder),
         ("lens", tiny_folder, "abc", "--max-new-tokens", 2),
+        ("lens", tiny_folder, "abc", "--max-new-tokens", 2, "--attribution"),
+        ("patch", tiny_folder, "abcd", "abxd", "--sites", "residual,mlp:1"),
         ("trace", tiny_folder, "-o", greedy, *traced, "--draft-model", tiny_folder),
         ("trace", tiny_folder, "-o", sampled, "--prompts", many, "--max-new-tokens", 8, "--temperature", 1),
         ("predict", greedy, "--rounds"),

@@ -19,7 +19,7 @@ PACKAGE = Path(probekit.__file__).parent
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
     "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
-    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "tying", "presentation",
+    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "probing", "tying", "presentation",
     "study", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
@@ -30,7 +30,7 @@ ROWS = {
         "quantised", "configuration", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters",
         "loaded", "synthetic",
     ),
-    "hooks": ("layer_stack", "sites", "capture", "stop_resume", "edit", "fast_forward"),
+    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
         "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
         "statistics", "chunked",
@@ -56,10 +56,11 @@ ROWS = {
     "costs": ("trees", "profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("ranking", "choose", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
+    "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
-        "report_replays", "report_data", "report_text", "report_ways", "report", "model_card",
+        "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "patch_page",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (

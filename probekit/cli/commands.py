@@ -12,6 +12,7 @@ from probekit.cli.fit_heads import fit_heads
 from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
 from probekit.cli.models import models
+from probekit.cli.patch import patch
 from probekit.cli.predict import predict
 from probekit.cli.rank import rank
 from probekit.cli.report import report
@@ -23,6 +24,7 @@ ALL: tuple[Callable[..., None], ...] = (
     models,
     inspect,
     lens,
+    patch,
     trace,
     predict,
     choose,

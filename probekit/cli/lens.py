@@ -20,6 +20,9 @@ def lens(
         int, typer.Option("--max-new-tokens", help="Tokens that the model goes on with; 0 reads the prompt alone.")
     ] = 12,
     raw: Annotated[bool, typer.Option("--raw", help="head(h), without the final norm.")] = False,
+    attribution: Annotated[
+        bool, typer.Option("--attribution", help="Also: which layer's attention and MLP wrote the model's token.")
+    ] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
@@ -46,15 +49,45 @@ def lens(
     if loaded.remark:
         notice(loaded.remark, quiet=quiet)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
+    shares = _shares(loaded, trace) if attribution else None
     if html is not None:
         from probekit.presentation.report import write_lens_page
 
         write_lens_page(trace, html)
         notice(f"wrote {html}", quiet=quiet)
     if as_json:
-        print_json({"schema": "probekit/lens/1", **table.to_json()})
+        extra = {} if shares is None else {"attribution": shares.to_json()}
+        print_json({"schema": "probekit/lens/1", **table.to_json(), **extra})
     else:
         _print_lens(table)
+        if shares is not None:
+            _print_shares(shares, len(trace.prompt_ids(0)) - 1)
+
+
+def _shares(loaded: Any, trace: Any) -> Any:
+    """Who wrote the logits of the model's tokens: at each token that it reads."""
+    from probekit.probing.attribution import attribute
+
+    return attribute(loaded, [*trace.prompt_ids(0).tolist(), *trace.outputs(0).tolist()][:-1])
+
+
+def _print_shares(shares: Any, first: int) -> None:
+    """Terms from the last to the first, generated positions from left to right, folded to the window."""
+    out.print()
+    names = max(map(len, shares.terms)) + 1
+    fit = max(1, (out.width - names) // 8)
+    for start in range(first, len(shares.tokens), fit):
+        places = range(start, min(start + fit, len(shares.tokens)))
+        header = Text("writes".ljust(names), style="bold")
+        for place in places:
+            header.append(_filled(shares.token_texts[place], 7) + " ")
+        _print_row(header)
+        for term in reversed(range(len(shares.terms))):
+            values = "".join(f"{shares.values[place, term]:7.2f} " for place in places)
+            _print_row(Text(shares.terms[term].ljust(names) + values))
+        _print_row(Text("logit".ljust(names) + "".join(f"{shares.logits[place]:7.2f} " for place in places), "bold"))
+        out.print()
+    out.print(Text("Shares of the token's logit, the final norm's scale held: each column adds up.", style="dim"))
 
 
 def _print_lens(table: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.hooks.components import Site, check_site
 from probekit.hooks.layer_stack import Turn
 from probekit.hooks.sites import HookContext
 
@@ -24,7 +25,9 @@ class Capture(HookContext):
     Parameters
     ----------
     model: a causal language model, or its Anatomy.
-    sites: the sites to read; all of 0..L by default.
+    sites: the sites to read: residual ones by their numbers, or by name as in `probekit.hooks.components`
+        ("attention:3", "mlp:3": what layer 3 adds); all of 0..L by default. A component of a layer that is skipped is
+        not reached.
     reduce: called as `reduce(site, residual)` while the model runs; nothing is then kept here.
     into: a preallocated buffer, (sites, batch, positions, width); each pass is copied into its first
         `positions` places. Only device work happens in the hook, so that it can be recorded into a CUDA graph.
@@ -38,6 +41,11 @@ class Capture(HookContext):
     ...     _ = loaded.model(ids)
     >>> tuple(capture[6].shape)  # batch, positions, width
     (1, 4, 128)
+    >>> with probekit.Capture(loaded.model, [3, "attention:3", "mlp:3", 4]) as capture:
+    ...     _ = loaded.model(ids)
+    >>> added = capture["attention:3"] + capture["mlp:3"]
+    >>> bool((capture[3] + added - capture[4]).abs().max() < 1e-5)
+    True
     """
 
     turn = Turn.CAPTURE
@@ -45,13 +53,14 @@ class Capture(HookContext):
     def __init__(
         self,
         model: Any,
-        sites: Iterable[int] | None = None,
+        sites: Iterable[Site | str] | None = None,
         *,
-        reduce: Callable[[int, Tensor], None] | None = None,
+        reduce: Callable[[Any, Tensor], None] | None = None,
         into: Tensor | None = None,
     ) -> None:
         super().__init__(model)
-        self.sites = tuple(self.anatomy.sites if sites is None else map(self.anatomy.check_site, sites))
+        named = self.anatomy.sites if sites is None else (check_site(self.anatomy, site) for site in sites)
+        self.sites: tuple[Site, ...] = tuple(named)
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise InputError(f"sites must be distinct and at least one, not {self.sites}.")
         if reduce is not None and into is not None:
@@ -60,23 +69,25 @@ class Capture(HookContext):
             raise InputError(
                 f"the buffer has shape {tuple(into.shape)}; expected ({len(self.sites)}, batch, positions, width)."
             )
-        self.passes: list[dict[int, Tensor]] = []
+        self.passes: list[dict[Site, Tensor]] = []
         self._reduce = reduce
         self._into = into
         self.replays = into is not None
 
-    def __getitem__(self, site: int) -> Tensor:
+    def __getitem__(self, site: Site | str) -> Tensor:
+        site = check_site(self.anatomy, site) if isinstance(site, str) else site
         if site not in self.sites:
-            raise InputError(f"site {site!r} is not captured: this Capture reads sites {list(self.sites)}.")
+            sites = ", ".join(map(str, self.sites))
+            raise InputError(f"site {site} is not captured: this Capture reads sites [{sites}].")
         if not self.passes or site not in self.passes[-1]:
             raise InputError(f"site {site} has not been reached: run the model inside the context first.")
         return self.passes[-1][site]
 
     def _register(self, undo: ExitStack) -> None:
         for index, site in enumerate(self.sites):
-            self._on_residual(undo, site, self._reader(index, site))
+            self._on_site(undo, site, self._reader(index, site))
 
-    def _reader(self, index: int, site: int) -> Callable[[Tensor], None]:
+    def _reader(self, index: int, site: Site) -> Callable[[Tensor], None]:
         if self._reduce is not None:
             reduce = self._reduce
             return lambda residual: reduce(site, residual)

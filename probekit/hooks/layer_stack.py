@@ -1,9 +1,10 @@
 """One stack a module: what acts on a layer, in one order, however it was opened and closed.
 
-On the way in: the residual of a Resume takes the input's place; Captures of site 0 read it; a Stop at site 0 ends the
-pass. Then the layer runs, unless a Resume or an Edit skips it. On the way out: Edits rewrite what it wrote, in the
-order in which they were opened; Captures read what they left; a Stop ends the pass. So a Capture sees an Edit of the
-same layer also where it was opened first. A layer that a Resume skips hands its input on, whatever is edited there.
+On the way in: the residual of a Resume takes the input's place, or else Edits of site 0 rewrite it; Captures of site 0
+read it; a Stop at site 0 ends the pass. Then the layer runs, unless a Resume or an Edit skips it. On the way out:
+Edits rewrite what it wrote, in the order in which they were opened; Captures read what they left; a Stop ends the
+pass. So a Capture sees an Edit of the same layer also where it was opened first. A layer that a Resume skips hands its
+input on, whatever is edited there.
 """
 
 from __future__ import annotations
@@ -111,9 +112,11 @@ class LayerStack:
         return restore
 
     def enter(self, residual: Tensor) -> Tensor:
+        resumed = False
         for entry in list(self._entries):
-            if entry.before is not None:
-                residual = entry.before(residual)
+            if entry.before is not None and not (resumed and entry.turn is Turn.EDIT):
+                given, residual = residual, entry.before(residual)
+                resumed |= entry.turn is Turn.RESUME and residual is not given
         return residual
 
     def leave(self, given: Tensor, written: Tensor) -> Tensor:
@@ -123,7 +126,8 @@ class LayerStack:
             written = given
         for entry in list(self._entries):
             if entry.after is not None and not (resumed and entry.turn is Turn.EDIT):
-                written = entry.after(given, written)
+                before, written = written, entry.after(given, written)
+                resumed |= entry.turn is Turn.RESUME and written is not before
         return written
 
     @property

@@ -1,7 +1,7 @@
-"""What the four primitives share: the residual sites, and how a model comes back as it was.
+"""What the four primitives share: the sites, and how a model comes back as it was.
 
-Sites: site 0 is the embedding output, site l the residual stream after l layers, site L the last residual,
-before the final norm.
+Residual sites: site 0 is the embedding output, site l the residual stream after l layers, site L the last residual,
+before the final norm. Component sites: `probekit.hooks.components`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import InputError
+from probekit.hooks.components import Component, Site, component_module
 from probekit.hooks.layer_stack import Entry, Turn, residual_of, stack_of
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.states import only_placed
@@ -53,29 +54,44 @@ class HookContext:
 
     def _act(self, undo: ExitStack, layer: int, **acts: Any) -> None:
         """Put an entry on the stack of layer number `layer`."""
-        stack, entry = stack_of(self.anatomy.layers[layer]), Entry(self.turn, replays=self.replays, **acts)
+        self._act_on(undo, self.anatomy.layers[layer], **acts)
+
+    def _act_on(self, undo: ExitStack, module: nn.Module, **acts: Any) -> None:
+        stack, entry = stack_of(module), Entry(self.turn, replays=self.replays, **acts)
         undo.callback(stack.remove, entry)  # before it is there: an interrupt in between must not leave it
         stack.add(entry)
 
-    def _on_residual(self, undo: ExitStack, site: int, read: Callable[[Tensor], None]) -> None:
-        """Call `read(residual)` whenever the model passes `site`."""
+    def _on_site(self, undo: ExitStack, site: Site, read: Callable[[Tensor], None]) -> None:
+        """Call `read(value)` whenever the model passes `site`."""
 
-        def before(given: Tensor) -> Tensor:
-            read(given)
-            return given
+        def look(value: Tensor) -> Tensor:
+            read(value)
+            return value
 
-        def after(given: Tensor, written: Tensor) -> Tensor:
-            read(written)
-            return written
+        self._change(undo, site, look)
 
-        if site == 0:
-            self._act(undo, 0, before=before)
+    def _change(self, undo: ExitStack, site: Site, function: Callable[[Tensor], Tensor]) -> None:
+        """Let `function(value)` stand where the model has `value`, whenever it passes `site`."""
+        if isinstance(site, Component):
+            module, factor = component_module(self.anatomy, site)
+            self._act_on(undo, module, after=lambda _, written: _scaled(function, written, factor))
+        elif site == 0:
+            self._act(undo, 0, before=function)
         else:
-            self._act(undo, site - 1, after=after)
+            self._act(undo, site - 1, after=lambda _, written: function(written))
 
     def _skip(self, undo: ExitStack, layer: int, when: Callable[[], bool] = lambda: True) -> None:
         """Let a layer hand its input on."""
         self._act(undo, layer, skips=when, runs=not self.anatomy.family.decodes)
+
+
+def _scaled(function: Callable[[Tensor], Tensor], written: Tensor, factor: float | None) -> Tensor:
+    """`function` of what a layer adds, where it adds `written` times a factor; as the module shall write it."""
+    if factor is None:
+        return function(written)
+    added = written * factor
+    changed = function(added)
+    return written if changed is added else changed / factor
 
 
 def refuse_compiled(model: Any) -> None:

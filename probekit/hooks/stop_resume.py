@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.hooks.components import Component, Site, check_site, depth_of
 from probekit.hooks.layer_stack import Turn
 from probekit.hooks.sites import HookContext, run_layers
 
@@ -26,8 +27,9 @@ class _Reached(InputError):  # noqa: N818 - a signal first
 class Stop(HookContext):
     """End the forward pass after a site: the draft.
 
-    `stop(**inputs)` runs the model's own forward on `inputs` as far as `site` and returns the residual there,
-    (batch, positions, width). The layers behind the site never run, and their caches stay as they are.
+    `stop(**inputs)` runs the model's own forward on `inputs` as far as `site` and returns what stands there, (batch,
+    positions, width): the residual, or what a component ("attention:3") adds to it. The layers behind the site
+    never run, and their caches stay as they are.
 
     `stop.direct(embedded, **inputs)` is the same with less overhead, and needs no open context: it calls the layers
     before the site one by one on the embedding output. The caller computes what the model's own forward would:
@@ -47,9 +49,9 @@ class Stop(HookContext):
 
     turn = Turn.STOP
 
-    def __init__(self, model: Any, site: int) -> None:
+    def __init__(self, model: Any, site: Site | str) -> None:
         super().__init__(model)
-        self.site = self.anatomy.check_site(site)
+        self.site = check_site(self.anatomy, site)
 
     def __call__(self, **inputs: Any) -> Tensor:
         self._require_open()
@@ -63,13 +65,13 @@ class Stop(HookContext):
 
     def direct(self, embedded: Tensor, each: Sequence[Mapping[str, Any]] | None = None, **inputs: Any) -> Tensor:
         given = repeat(inputs) if each is None else each
-        return run_layers(self.anatomy.layers[: self.site], embedded, given)
+        return run_layers(self.anatomy.layers[: _residual_site(self.site)], embedded, given)
 
     def _register(self, undo: ExitStack) -> None:
         def end(residual: Tensor) -> None:
             raise _Reached(self, residual)
 
-        self._on_residual(undo, self.site, end)
+        self._on_site(undo, self.site, end)
 
 
 class Resume(HookContext):
@@ -77,6 +79,8 @@ class Resume(HookContext):
 
     `resume(residual, **inputs)` returns the last residual after the final norm, (batch, positions, width). Only its own
     call skips layers: the model called by itself in its context runs as ever.
+    At a component site, `resume(residual, added, **inputs)` starts from the residual before its layer, and lets `added`
+    stand for what the component adds there; the module itself still runs, with its cache.
     With a cache, give `position_ids` and an additive 4D `attention_mask`: the caches below and above the site
     differ in length at that moment, so the model must not build the mask itself.
 
@@ -98,13 +102,20 @@ class Resume(HookContext):
 
     turn = Turn.RESUME
 
-    def __init__(self, model: Any, site: int) -> None:
+    def __init__(self, model: Any, site: Site | str) -> None:
         super().__init__(model)
-        self.site = self.anatomy.check_site(site)
+        self.site = check_site(self.anatomy, site)
+        self._start = depth_of(self.site)
         self._given: Tensor | None = None  # while it is called
+        self._added: Tensor | None = None
 
-    def __call__(self, residual: Tensor, **inputs: Any) -> Tensor:
+    def __call__(self, residual: Tensor, added: Tensor | None = None, **inputs: Any) -> Tensor:
         self._require_open()
+        if (added is None) != isinstance(self.site, int):
+            raise InputError(
+                f"a Resume at site {self.site} takes the residual"
+                + (" alone." if added is not None else " before its layer, and what the component adds to it.")
+            )
         mask = inputs.get("attention_mask")
         explicit = inputs.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 4
         if inputs.get("past_key_values") is not None and not explicit:
@@ -112,18 +123,27 @@ class Resume(HookContext):
                 "a Resume with a cache needs position_ids and an additive attention mask of "
                 "(batch, 1, positions, keys): the caches of the layers may differ in length."
             )
-        self._given = residual  # and a copy for what a model may scale in place
+        self._given, self._added = residual, added  # and a copy for what a model may scale in place
         try:
             return self.anatomy.decoder(inputs_embeds=residual.clone(), **inputs).last_hidden_state
         finally:
-            self._given = None
+            self._given = self._added = None
 
     def direct(self, residual: Tensor, each: Sequence[Mapping[str, Any]] | None = None, **inputs: Any) -> Tensor:
-        given = repeat(inputs) if each is None else each[self.site :]
-        return self.anatomy.norm(run_layers(self.anatomy.layers[self.site :], residual, given))
+        start = _residual_site(self.site)
+        given = repeat(inputs) if each is None else each[start:]
+        return self.anatomy.norm(run_layers(self.anatomy.layers[start:], residual, given))
 
     def _register(self, undo: ExitStack) -> None:
         # The residual takes the first layer's input: a model may scale its inputs_embeds, or add positions to them.
         self._act(undo, 0, before=lambda given: given if self._given is None else self._given)
-        for layer in range(self.site):
+        for layer in range(self._start):
             self._skip(undo, layer, lambda: self._given is not None)
+        if isinstance(self.site, Component):
+            self._change(undo, self.site, lambda value: value if self._added is None else self._added)
+
+
+def _residual_site(site: Site) -> int:
+    if isinstance(site, Component):
+        raise InputError(f"layers are called one by one up to a residual site, or from one, not {site}.")
+    return site

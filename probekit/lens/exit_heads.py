@@ -124,9 +124,10 @@ def fit_heads(
     fit = HeadFit(parts, exits)
     parts = fit.parts
     for ids in batches:
-        with torch.no_grad(), Capture(parts, sorted({*fit.exits, parts.depth})) as capture:
+        sites = sorted({*fit.exits, parts.depth})
+        with torch.no_grad(), Capture(parts, sites) as capture:
             parts.decoder(input_ids=ids.to(parts.device), use_cache=False)
-        fit.add({site: capture[site].flatten(0, 1) for site in capture.sites})
+        fit.add({site: capture[site].flatten(0, 1) for site in sites})
     return fit.solve(ridge)
 
 

@@ -91,5 +91,6 @@ def family_of(model: Any) -> Family:
         logit_factor=lambda config: getattr(config, "logit_scale", None),
         logit_divisor=lambda config: getattr(config, "logits_scaling", None),
         logit_cap=lambda config: getattr(config, "final_logit_softcapping", None),
+        branches=None,
         decodes=False,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from probekit.errors import InputError
-from probekit.models.family import Family, Names, no_weight, one_plus_weight, one_window, rotary_by_kind
+from probekit.models.family import Branches, Family, Names, no_weight, one_plus_weight, one_window, rotary_by_kind
 
 
 def _soft_cap(config: Any) -> float | None:
@@ -19,9 +19,19 @@ def _logit_scale(config: Any) -> float | None:
     return config.logit_scale
 
 
-def _granite(model_type: str) -> Family:
+def _residual_multiplier(config: Any) -> float | None:
+    return config.residual_multiplier
+
+
+NORMED = Branches("post_attention_layernorm", "post_feedforward_layernorm")
+"""Of layers whose norms stand behind their branches."""
+
+
+def _granite(model_type: str, branches: Branches = Branches()) -> Family:  # noqa: B008 - a tuple
     return Family(
         model_type,
+        branches=branches,
+        branch_factor=_residual_multiplier,
         embedding_factor=lambda config: config.embedding_multiplier,
         logit_divisor=lambda config: config.logits_scaling,
     )
@@ -42,24 +52,30 @@ FAMILIES: dict[str, Family] = {
         Family("phi", names=Names(norm="final_layernorm")),
         Family("phi3", kinds=one_window),
         Family("phimoe", kinds=one_window),
-        Family("gpt_neox", names=Names("gpt_neox", "embed_in", norm="final_layer_norm", cache="layer_past")),
+        Family(
+            "gpt_neox",
+            names=Names("gpt_neox", "embed_in", norm="final_layer_norm", cache="layer_past"),
+            branches=Branches(attention="attention"),
+        ),
         Family("olmo", gain=no_weight),
-        Family("olmo2"),
-        Family("olmo3", rotary=rotary_by_kind),
+        Family("olmo2", branches=NORMED),
+        Family("olmo3", rotary=rotary_by_kind, branches=NORMED),
         Family("olmoe"),
-        Family("flex_olmo"),
+        Family("flex_olmo", branches=NORMED),
         Family("smollm3"),
         Family("gemma", gain=one_plus_weight),
-        Family("gemma2", logit_cap=_soft_cap, gain=one_plus_weight),
-        Family("gemma3_text", rotary=rotary_by_kind, logit_cap=_soft_cap, gain=one_plus_weight),
+        Family("gemma2", logit_cap=_soft_cap, gain=one_plus_weight, branches=NORMED),
+        Family("gemma3_text", rotary=rotary_by_kind, logit_cap=_soft_cap, gain=one_plus_weight, branches=NORMED),
         Family("vaultgemma", logit_cap=_soft_cap, gain=one_plus_weight),
         _granite("granite"),
         _granite("granite_swa"),
-        _granite("granitemoe"),
+        _granite("granitemoe", Branches(mlp="block_sparse_moe")),
         Family(
             "hyperclovax",
             embedding_factor=lambda config: config.embedding_multiplier,
             logit_factor=lambda config: config.logits_scaling,
+            branches=Branches("post_norm1", "post_norm2"),
+            branch_factor=_residual_multiplier,
         ),
         Family("cohere", logit_factor=_logit_scale),
         Family("cohere2", logit_factor=_logit_scale),
@@ -69,9 +85,9 @@ FAMILIES: dict[str, Family] = {
         Family("stablelm"),
         Family("nemotron", gain=one_plus_weight),
         Family("glm"),
-        Family("glm4"),
+        Family("glm4", branches=Branches("post_self_attn_layernorm", "post_mlp_layernorm")),
         Family("glm4_moe"),
-        Family("exaone4"),
+        Family("exaone4", branches=NORMED),
         Family("ernie4_5"),
         Family("ernie4_5_moe"),
         Family("hunyuan_v1_dense"),

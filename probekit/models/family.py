@@ -81,6 +81,16 @@ def rotary_by_kind(rotary: Any, like: Tensor, positions: Tensor, kind: LayerKind
     return rotary(like, positions, kind.name)
 
 
+class Branches(NamedTuple):
+    """The modules of a layer whose outputs are added to the residual stream: paths within it.
+
+    A norm behind a branch belongs to it, so that h[l+1] = h[l] + attention + mlp, each times the branch factor.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+
+
 def norm_weight(norm: Any) -> Tensor:
     """The gain of a norm that multiplies with its weight."""
     return norm.weight.float()
@@ -114,6 +124,8 @@ class Family:
     logit_factor, logit_divisor: config -> what it multiplies the head's products with, or divides them by; above 0;
         None: nothing.
     logit_cap: config -> c of c tanh(logit / c), after those; None: none.
+    branches: the modules whose outputs a layer adds to the stream; None: not known.
+    branch_factor: config -> what it multiplies them with before it adds them; None: nothing.
     gain: final norm -> (width,) float32, or one number, what it multiplies h / rms(h) with.
     decodes: whether the engine may run its layers; if not, its models are traced and read through their own forward.
     """
@@ -126,6 +138,8 @@ class Family:
     logit_factor: Callable[[Any], float | None] = _no_number
     logit_divisor: Callable[[Any], float | None] = _no_number
     logit_cap: Callable[[Any], float | None] = _no_number
+    branches: Branches | None = Branches()  # noqa: RUF009 - a tuple
+    branch_factor: Callable[[Any], float | None] = _no_number
     gain: Callable[[Any], Tensor] = norm_weight
     decodes: bool = True
 

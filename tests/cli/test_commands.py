@@ -166,6 +166,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "models": ["models"],
         "inspect": ["inspect", tiny_folder],
         "lens": ["lens", tiny_folder, "abc", "--max-new-tokens", 2, "--raw", "--html", tmp_path / "lens.html"],
+        "patch": ["patch", tiny_folder, "abcd", "abxd", "--sites", "residual"],
         "trace": ["trace", tiny_folder, "--prompts", prompts, "-o", other, "--max-new-tokens", 6],
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],

@@ -1,0 +1,1 @@
+"""What the residual stream knows, and what happens when it is changed."""
