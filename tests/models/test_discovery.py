@@ -151,6 +151,7 @@ def test_a_prompt_is_looked_into_step_by_step(folder):
 
 
 def test_the_commands_say_what_they_do_of_it(folder, tmp_path, capsys):
+    pytest.importorskip("nnsight", reason="nnsight is not installed")
     from probekit.cli.app import run
 
     (tmp_path / "prompts.txt").write_text("abc\nde\n")

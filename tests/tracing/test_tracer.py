@@ -315,6 +315,7 @@ def test_near_ties_are_counted_in_every_trace(tiny, monkeypatch, statistics) -> 
 
 
 def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:
+    pytest.importorskip("nnsight", reason="nnsight is not installed")
     unchanged(any_tiny.model)
     hooks = trace(any_tiny, TEXTS, max_new_tokens=6)
     nnsight = trace(any_tiny, TEXTS, max_new_tokens=6, backend="nnsight")
@@ -391,6 +392,7 @@ def test_progress_counts_prompts(tiny, tmp_path) -> None:
 
 
 def test_the_model_comes_back_as_it_was(tiny, tmp_path, unchanged) -> None:
+    pytest.importorskip("nnsight", reason="nnsight is not installed")
     unchanged(tiny.model)
     side = tiny.tokenizer.padding_side
     trace(tiny, TEXTS, max_new_tokens=3)
@@ -669,6 +671,7 @@ def test_a_resumed_run_obeys_the_plan_of_its_manifest(tiny, tmp_path) -> None:
 
 
 def test_a_run_of_other_settings_is_refused(tiny, tiny_tied, tmp_path) -> None:
+    pytest.importorskip("nnsight", reason="nnsight is not installed")
     folder = tmp_path / "run"
     trace(tiny, TEXTS, folder, max_new_tokens=5)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
