@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ from probekit.tracing.prompts import bundled_prompts_for
 RESULTS = Path("docs/results/benchmarks")
 TEXTS = Path("build/benchmarks/texts")
 QUANTILES = (0.2, 0.5, 0.8)
-PACKAGES = ("probekit", "torch", "transformers", "nnsight", "transformer-lens", "numpy")
+PACKAGES = ("probekit", "torch", "transformers", "triton", "nnsight", "transformer-lens", "numpy")
 CONTINUATION = 96  # new tokens after each bundled prompt, when text is made
 MIB = 2**20
 
@@ -130,7 +131,7 @@ def fingerprint(ids: torch.Tensor) -> str:
 # ------------------------------------------------------------------------------------------------------ the clock
 def timed(way: Way, device: torch.device | str) -> tuple[float, Any]:
     """Seconds of one call, the device's work included, and what it returned."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+    wait = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else _nothing
     wait()
     began = time.perf_counter()
     returned = way()
@@ -186,7 +187,7 @@ def extra_memory(device: torch.device | str) -> Iterator[Callable[[], int | None
     On the CPU it is resident memory of the process as the kernel counts it, so call it in a fresh one.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield lambda: torch.cuda.max_memory_allocated() - before

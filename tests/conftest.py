@@ -94,6 +94,7 @@ def real_model_path(name: str) -> Path:
 
     The cache is PROBEKIT_TEST_CACHE, or ~/.cache/probekit.
     """
+    pytest.importorskip("gguf", reason="gguf, which reads the real models' files, is not installed")
     from analyses.fetch_real_models import fetch
     from probekit.errors import ResourceError
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def plan_trace(
     rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
     row_budget = _row_budget(loaded)
     libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend == "nnsight" else []))
+    if find_spec(libraries[-1]) is None:
+        raise InputError(f"{libraries[-1]} is not installed.", f"pip install {libraries[-1]}, or use --backend hooks.")
     decoding = Sampling(temperature=1.0) if settings.given else sampling
     manifest = Manifest.of(
         model=_record(loaded),

@@ -44,8 +44,10 @@ def kernel(cuda, monkeypatch):
     """The row kernel in Triton's interpreter, on the numbers behind the pretended tensors; how often it was called."""
     import torch
     from gpu.pretend import Cuda
+    from lens import truth
 
     row_kernel = pytest.importorskip("probekit.lens.row_kernel", reason="Triton is not installed")
+    truth.check_interpreter()
     theirs, calls = row_kernel.row_statistics, []
 
     def launched(*tensors, **setting):

@@ -32,6 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(logits, model, inputs, texts, **setting):
     """The kernel's figures, on the CPU. logits: (tokens, sites, vocabulary)."""
+    truth.check_interpreter()
     found = row_statistics(*(each.to(DEVICE) for each in (logits, model, inputs, texts)), **setting)
     return {name: figures.cpu() for name, figures in found.items()}
 

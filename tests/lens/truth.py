@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,17 @@ def rank(logits: Tensor, ids: Tensor) -> Tensor:
     own = logits.gather(-1, ids[:, None])
     lower = torch.arange(logits.shape[-1]) < ids[:, None]
     return ((logits > own) | ((logits == own) & lower)).sum(-1)
+
+
+def check_interpreter() -> None:
+    """Skip where Triton's interpreter cannot run these kernels: 3.6 reads one-element arrays as numbers."""
+    import numpy
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    new = tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    if old and new and not torch.cuda.is_available():
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not run with numpy {numpy.__version__}")
 
 
 def row_statistics(

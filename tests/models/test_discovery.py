@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -151,6 +153,8 @@ def test_a_prompt_is_looked_into_step_by_step(folder):
 
 
 def test_the_commands_say_what_they_do_of_it(folder, tmp_path, capsys):
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
     from probekit.cli.app import run
 
     (tmp_path / "prompts.txt").write_text("abc\nde\n")

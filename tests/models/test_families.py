@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from probekit.decoding.autoregressive import Autoregressive
@@ -241,7 +242,12 @@ def test_rounds_are_those_of_the_trace(loaded, run):
         assert (decoded.drafted, decoded.accepted) == (rounds.drafted.tolist(), rounds.accepted.tolist())
 
 
+BROKEN_IN_5_17 = ["cohere2", "gemma2", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
+
+
 def test_transformers_own_early_exit_makes_these_rounds(loaded, run):
+    if transformers.__version__.startswith("5.17.") and loaded.anatomy.family.model_type in BROKEN_IN_5_17:
+        pytest.skip("transformers 5.17's own early exit fails past a sliding window")
     table = predict(run, [2, 4], [3], "draft", with_rounds=True)
     if loaded.anatomy.family.model_type in WITHOUT_EARLY_EXIT:
         with pytest.raises(InputError, match="cannot run its own early exit"):

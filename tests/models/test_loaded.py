@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -28,6 +27,8 @@ from probekit.models.checkpoint import check_device, hash_files
 from probekit.models.loaded import describe, load
 from probekit.models.reference import bundled_models
 from probekit.models.synthetic import END_OF_TEXT, byte_tokenizer, synthetic
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

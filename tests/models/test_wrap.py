@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -308,6 +309,8 @@ def test_a_model_over_several_devices_is_traced_and_not_decoded(monkeypatch):
 
 
 def test_nnsight_says_that_it_reads_no_offloaded_model():
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
     loaded = probekit.wrap(STATES["offloaded to the CPU"](), name="mine")
     with pytest.raises(InputError, match="whose weights are offloaded"):
         trace(loaded, PROMPTS, backend="nnsight")

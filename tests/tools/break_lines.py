@@ -1,6 +1,6 @@
 """Break chosen lines of probekit one at a time, and see whether the fast tests notice.
 
-    python tests/tools/break_lines.py [-o FILE.json] [--only WORD]
+    python tests/tools/break_lines.py [-o FILE.json] [--only WORD] [--table FILE.csv]
 
 Each row of `breaks.csv` names a line, what it becomes, what that breaks, and the tests of the rooms that should see it.
 Those are run first, and all fast tests where they see nothing. The tree is copied; the checkout is never touched. A row
@@ -26,9 +26,9 @@ MOST_MISSED = 2
 SECONDS = 900  # a break that loops for ever counts as noticed
 
 
-def rows() -> list[dict[str, str]]:
+def rows(path: Path = TABLE) -> list[dict[str, str]]:
     """The table, each row checked against the tree."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     for row in table:
         found = (ROOT / row["file"]).read_text(encoding="utf-8").count(row["old"])
@@ -40,7 +40,8 @@ def rows() -> list[dict[str, str]]:
 def noticed(copy: Path, tests: list[str]) -> str:
     """How these tests notice a break in the copy: "a failed test", "no import", "no end"; empty: they do not."""
     environment = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    marks = ["-m", "not long"] if tests else []  # the second part, too, of the rooms that should see it
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *marks, *tests]
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -58,12 +59,15 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("-o", "--output", type=Path)
     options.add_argument("--only", default="", help="rows whose file holds this word")
+    options.add_argument(
+        "--table", type=Path, default=TABLE, help="breaks_gpu.csv: mistakes that only a GPU would show"
+    )
     given = options.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "probekit"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache"))
-        table = [row for row in rows() if given.only in row["file"]]
+        table = [row for row in rows(given.table) if given.only in row["file"]]
         for tests in dict.fromkeys(row["tests"] for row in table):
             if how := noticed(copy, tests.split()):
                 raise SystemExit(f"{tests} do not pass before anything is broken: {how}.")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ def batch(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> tuple[dic
     return inputs, rows
 
 
+needs_nnsight = pytest.mark.skipif(find_spec("nnsight") is None, reason="nnsight is not installed")
+EACH = [pytest.param(name, marks=needs_nnsight if name == "nnsight" else ()) for name in BACKENDS]
+
+
 def naive(model, inputs, rows) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' own hidden states, text by text, without padding; the last site before the norm."""
     residuals, logits, last = [], [], []
@@ -45,7 +50,7 @@ def kept(reading: Reading) -> Reading:
     return replace(reading, residuals=reading.residuals.clone())
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EACH)
 def test_each_backend_reads_what_transformers_computes(name, any_tiny, unchanged) -> None:
     model = unchanged(any_tiny.model)
     inputs, rows = batch((7, 3, 12, 1), any_tiny.anatomy.vocabulary)
@@ -57,6 +62,7 @@ def test_each_backend_reads_what_transformers_computes(name, any_tiny, unchanged
     torch.testing.assert_close(reading.logits, logits, rtol=1e-4, atol=1e-5)
 
 
+@needs_nnsight
 def test_backends_give_the_same_numbers(any_tiny) -> None:
     inputs, rows = batch((5, 9), any_tiny.anatomy.vocabulary, seed=1)
     with HooksBackend(any_tiny) as hooks, NnsightBackend(any_tiny) as nnsight:
@@ -65,7 +71,7 @@ def test_backends_give_the_same_numbers(any_tiny) -> None:
     assert torch.equal(one.logits, two.logits)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_text_may_come_in_segments(name, tiny) -> None:
     inputs, rows = batch((12,), tiny.anatomy.vocabulary)
     with open_backend(name, tiny) as backend:
@@ -103,6 +109,7 @@ def test_passes_share_one_place(tiny) -> None:
     assert places[0] == places[1] != places[2] == places[3]
 
 
+@needs_nnsight
 def test_nnsight_leaves_no_trace() -> None:
     loaded = synthetic("tiny", seed=5)
     side, backward = loaded.tokenizer.padding_side, torch.Tensor.backward
@@ -129,6 +136,7 @@ def test_nnsight_leaves_no_trace() -> None:
         assert torch.equal(hooks.read(inputs, rows).residuals, first.residuals)
 
 
+@needs_nnsight
 def test_nnsight_reads_a_model_without_a_tokenizer(tiny) -> None:
     inputs, rows = batch((4, 6), 97)
     with NnsightBackend(replace(tiny, tokenizer=None)) as nnsight, HooksBackend(tiny) as hooks:

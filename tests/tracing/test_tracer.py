@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,8 @@ def test_near_ties_are_counted_in_every_trace(tiny, monkeypatch, statistics) -> 
 
 
 def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
     unchanged(any_tiny.model)
     hooks = trace(any_tiny, TEXTS, max_new_tokens=6)
     nnsight = trace(any_tiny, TEXTS, max_new_tokens=6, backend="nnsight")
@@ -391,6 +394,8 @@ def test_progress_counts_prompts(tiny, tmp_path) -> None:
 
 
 def test_the_model_comes_back_as_it_was(tiny, tmp_path, unchanged) -> None:
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
     unchanged(tiny.model)
     side = tiny.tokenizer.padding_side
     trace(tiny, TEXTS, max_new_tokens=3)
@@ -669,6 +674,8 @@ def test_a_resumed_run_obeys_the_plan_of_its_manifest(tiny, tmp_path) -> None:
 
 
 def test_a_run_of_other_settings_is_refused(tiny, tiny_tied, tmp_path) -> None:
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
     folder = tmp_path / "run"
     trace(tiny, TEXTS, folder, max_new_tokens=5)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
