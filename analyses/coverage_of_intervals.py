@@ -5,7 +5,7 @@
 A population of some 280 prompts is made of the bundled ones: each goes on with what the model itself says after it, at
 temperature 1, cut after 4 to 23 tokens. The trace of all of them is the truth. Samples of 4 to 48 prompts are drawn
 from it, an interval is made of each, and counted is how many hold the figure of the whole population: acceptance rate
-and tokens per round of several cells, and what one cell has more of than another, prompt by prompt. Beside the
+and tokens per round of several cells, and what one exit has more of than another, prompt by prompt. Beside the
 intervals that probekit gives stand the percentiles that it gave before.
 """
 
@@ -80,8 +80,9 @@ def coverage(whole: Trace, sizes: tuple[int, ...] = SIZES, samples: int = 1000, 
                 "percentile": percentiles(above[taken], below[taken]),
             }
             truths = dict.fromkeys(kinds, above.sum() / below.sum())
-            if place + 2 < len(every):  # the same figure of the next cell, prompt by prompt
-                _, other, beneath = every[place + 2]
+            apart = 2 * len(LENGTHS)
+            if place + apart < len(every):  # the same figure at the next exit, prompt by prompt
+                _, other, beneath = every[place + apart]
                 prompts = tuple(range(size))
                 pair = difference(
                     Share(above[taken], below[taken], prompts), Share(other[taken], beneath[taken], prompts)
