@@ -52,8 +52,8 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("trees", "profile", "blocks", "timing", "recorded", "measure", "roofline"),
-    "choice": ("certainty", "ranking", "choose", "export", "robustness", "rank"),
+    "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
+    "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
@@ -72,7 +72,7 @@ WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile",
-    "probekit.costs.blocks", "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

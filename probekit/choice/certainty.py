@@ -17,7 +17,7 @@ from scipy import stats
 
 from probekit.costs.blocks import redrawn
 from probekit.costs.profile import Costs
-from probekit.prediction.intervals import FEW_PROMPTS, RESAMPLES, draws, standard_errors
+from probekit.prediction.intervals import FEW_PROMPTS, draws, standard_errors
 from probekit.prediction.table import Cell
 
 CALIBRATIONS = 200
@@ -53,19 +53,18 @@ def certainty(cells: Sequence[Cell], costs: Costs) -> Certainty:
     times = draws(prompts)
     one = np.ones((1, prompts))
     value, error = _logarithms(plain, drafting, one)
-    drawn, errors = _logarithms(plain, drafting, times)
+    drawn, _ = _logarithms(plain, drafting, times)
     slower, slower_error = _behind(plain, drafting, best, one)
-    drawn_behind, errors_behind = _behind(plain, drafting, best, times)
+    drawn_behind, _ = _behind(plain, drafting, best, times)
     which = np.arange(len(times)) % max(1, len(calibrated))
     shift = calibrated[which].T if len(calibrated) else np.zeros((len(cells), 1))
     shift_behind = behind[which].T if len(calibrated) else np.zeros((len(cells), 1))
 
-    reach = _reach(drawn - value + shift, np.hypot(errors, of_costs[:, None]), prompts, costs.block_count)
-    half = reach * np.hypot(error[:, 0], of_costs)
-    whole = np.hypot(slower_error[:, 0], behind_of_costs)
-    deviation = drawn_behind - slower + shift_behind
-    limit = _reach(deviation, np.hypot(errors_behind, behind_of_costs[:, None]), prompts, costs.block_count)
-    alike = slower[:, 0] + limit * whole >= 0
+    whole = np.hypot(error[:, 0], of_costs)
+    half = _reach(drawn - value + shift, whole, prompts, costs.block_count) * whole
+    apart = np.hypot(slower_error[:, 0], behind_of_costs)
+    limit = _reach(drawn_behind - slower + shift_behind, apart, prompts, costs.block_count)
+    alike = slower[:, 0] + limit * apart >= 0
     alike[best] = True
     return Certainty(speedups * np.exp(-half), speedups * np.exp(half), alike)
 
@@ -102,14 +101,16 @@ def _behind(plain: np.ndarray, drafting: np.ndarray, best: int, times: np.ndarra
 
 
 def _reach(deviations: np.ndarray, errors: np.ndarray, prompts: int, blocks: int) -> float:
-    """Standard errors that all intervals reach at once. deviations, errors: (cells, draws).
+    """Standard errors that all intervals reach at once. deviations: (cells, draws); errors: (cells,).
 
-    With few prompts (or blocks) there are too few different draws: at least Student's t of a single interval.
+    The largest deviation of any cell, in standard errors, as Student's t is wider than the normal distribution: each
+    draw's own standard errors would make the largest of many heavy-tailed ones. With few prompts, a single interval's.
     """
     freedom = min(prompts, blocks or prompts) - 1
     student = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))
     if prompts < FEW_PROMPTS:
         return student
     usable = errors > 0
-    worst = np.max(np.where(usable, np.abs(deviations) / np.where(usable, errors, 1.0), 0.0), axis=0)
-    return max(student if blocks else 0.0, float(np.quantile(worst[:RESAMPLES], _CONFIDENCE)))
+    worst = np.max(np.abs(deviations[usable]) / errors[usable, None], axis=0, initial=0.0)
+    joint = float(np.quantile(worst, _CONFIDENCE)) / float(stats.norm.ppf((1 + _CONFIDENCE) / 2))
+    return student * max(1.0, joint * np.sqrt(prompts / (prompts - 1)))

@@ -76,6 +76,7 @@ class Costs:
     fit_error: largest relative distance of a measured time from the straight line in the number of layers.
     seconds, sweeps: how long the calibration took, and how often it measured each step.
     blocks: {step: its median in each sweep}: what costs are drawn again from (`probekit.costs.blocks`).
+    rows: rows in the batch; seconds are of all of them together.
     engine: who ran the rounds; a round that "cuda" recorded takes as long with fewer drafts in the budget.
     """
 
@@ -99,6 +100,7 @@ class Costs:
     seconds: float = 0.0
     sweeps: int = 0
     engine: str = "host"
+    rows: int = 1
     blocks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -266,6 +268,7 @@ class Costs:
             "seconds": self.seconds,
             "sweeps": self.sweeps,
             "engine": self.engine,
+            "rows": self.rows,
             "blocks": {name: list(each) for name, each in self.blocks.items()},
         }
 
