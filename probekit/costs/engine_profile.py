@@ -102,7 +102,7 @@ class EngineProfile:
         line = [*known.items(), (depth, plain)]
         slope = (line[1][1] - line[0][1]) / (line[1][0] - line[0][0])
         exits = range(1, depth)
-        step_s = np.interp(exits, *zip(*line, strict=True))
+        step_s = np.interp(exits, [at for at, _ in line], [seconds for _, seconds in line])
         below = np.array([line[0][1] - slope * (line[0][0] - exit_layer) for exit_layer in exits])
         step_s = np.where(np.array(exits) < line[0][0], np.maximum(below, line[0][1] / line[0][0]), step_s)
         tokens = sorted({step.tokens for step in self.steps if step.step == "verify"})
@@ -152,7 +152,7 @@ def read_profile(path: str | Path) -> EngineProfile:
             frame = pd.read_csv(path, dtype=str)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        rows = [
+        rows: Any = [
             {key: _number(value) for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")
         ]
         about: dict[str, Any] = {"engine": path.stem, "device": "unknown", "dtype": "unknown"}

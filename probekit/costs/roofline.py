@@ -149,8 +149,8 @@ def roofline_costs(
     def seconds(of: Dimensions, layers: int, heads: float, tokens: int) -> float:
         weights = layers * of.layer_parameters + heads * of.head_parameters
         cached = rows * layers * 2 * (of.key_value_width or 0) * context
-        layer_bytes = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
-        head_bytes = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
+        layer_bytes: float = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
+        head_bytes: float = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
         if weight_bits is not None:
             layer_bytes, head_bytes = (each * weight_bits / 8 for each in (of.layer_parameters, of.head_parameters))
         moved = layers * layer_bytes + heads * head_bytes + cached * _BYTES[dtype]
