@@ -53,8 +53,8 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("trees", "profile", "timing", "recorded", "measure", "roofline"),
-    "choice": ("ranking", "choose", "export", "robustness", "rank"),
+    "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
+    "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
@@ -73,7 +73,8 @@ FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may 
 WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
-    "probekit.tracing.prompts", "probekit.costs.profile", "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit.tracing.prompts", "probekit.costs.profile",
+    "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

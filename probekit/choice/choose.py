@@ -1,7 +1,8 @@
 """The table times the costs: the best exit layer and draft length, its interval, the runners-up, or neither.
 
 speedup = tokens x T_autoregressive / the sum over rounds of T_round(E, k), with the drafts k of each round as they are:
-the last rounds of a text draft less. The interval is over prompts; the costs are taken as given.
+the last rounds of a text draft less. Intervals are over prompts and blocks of the calibration, and joint: the fastest
+was selected for being so, and its interval knows (`certainty`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.choice.certainty import certainty
 from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter
@@ -22,7 +24,7 @@ from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
 from probekit.prediction.grids import grid_html
-from probekit.prediction.intervals import FEW_PROMPTS, bootstrap_ratio, interval_of
+from probekit.prediction.intervals import FEW_PROMPTS, interval_of
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Cell, Prediction
 from probekit.settings import Sampling
@@ -37,8 +39,9 @@ class Candidate:
     """A way to decode, and what it should gain.
 
     drafts: who drafts; None for autoregressive decoding, where nobody does.
-    speedup: over autoregressive decoding on the same engine, decoding only; its interval is over prompts, None with
-    fewer than two.
+    speedup: over autoregressive decoding on the same engine, decoding only; its interval is over prompts and blocks of
+    the calibration, jointly with all others of a ranking; None with few prompts. alike: it cannot be told apart from
+    the fastest on these prompts and costs.
     """
 
     drafts: Drafter | None
@@ -47,6 +50,7 @@ class Candidate:
     interval: tuple[float, float] | None
     tokens_per_round: float | None = None
     acceptance_rate: float | None = None
+    alike: bool = False
 
     @property
     def key(self) -> DrafterKey | None:
@@ -169,6 +173,11 @@ class Choice:
         return self.ranking[first : first + RUNNERS_UP]
 
     @property
+    def alike(self) -> tuple[Candidate, ...]:
+        """The other ways of drafting that cannot be told apart from the fastest, on these prompts and these costs."""
+        return tuple(candidate for candidate in self.ranking[1:] if candidate.alike)
+
+    @property
     def way(self) -> Ranked | None:
         """The fastest of all ways, lookups, policies and trees among them; None where nobody ranked them."""
         return None if self.ways is None else self.ways.best
@@ -212,7 +221,17 @@ class Choice:
             sentence += f" Drafts are chosen among the {self.draft_rows:,} most frequent tokens only."
         if self.text == "given":
             sentence += " Estimated from given text, which is taken for the model's own."
-        return sentence + self._caution()
+        return sentence + self._alike_sentence() + self._caution()
+
+    def _alike_sentence(self) -> str:
+        """Which ways are as good as the chosen one, as far as anybody can tell."""
+        if self.few_prompts or not self.alike:
+            return ""
+        first = self.alike[0]
+        named = f"{first.label}, {first.draft_length} token{'s' if first.draft_length > 1 else ''}"
+        if len(self.alike) == 1:
+            return f" It cannot be told apart from {named}."
+        return f" It cannot be told apart from {len(self.alike)} others, {named} the next."
 
     def _caution(self) -> str:
         if not self.few_prompts:
@@ -238,6 +257,8 @@ class Choice:
             "methods": [candidate.to_json() for candidate in self.methods],
             "prompts": self.prompts,
             "few_prompts": self.few_prompts,
+            "alike": [candidate.to_json() for candidate in self.alike],
+            "calibration_blocks": self.costs.block_count,
             "sentence": self.sentence(),
             **({} if self.ways is None else self.ways.for_choice()),
             "costs": self.costs.to_json(),
@@ -335,14 +356,15 @@ def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None
         )
     plain = np.array([cell.tokens_of_prompt * costs.autoregressive_s for cell in cells])
     drafting = np.array([decoding_seconds(cell, costs) for cell in cells])
-    low, high = bootstrap_ratio(plain, drafting)
+    sure = certainty(cells, costs)
     ratio = plain.sum(axis=1) / drafting.sum(axis=1)
     candidates = [
         Candidate(
             drafts=cell.drafts,
             draft_length=cell.draft_length,
             speedup=float(ratio[place]),
-            interval=interval_of(low[place], high[place], len(prediction.prompts)),
+            interval=interval_of(sure.low[place], sure.high[place], len(prediction.prompts)),
+            alike=bool(sure.alike[place]),
             tokens_per_round=cell.tokens_per_round,
             acceptance_rate=cell.acceptance_rate,
         )

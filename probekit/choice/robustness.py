@@ -89,7 +89,7 @@ def closed_form_error(
             with np.errstate(invalid="ignore", divide="ignore"):
                 alpha = accepted / (accepted + rejected)
                 drawn = _closed_form(alpha, cell.draft_length) / (emitted / rounds) - 1
-        low, high = spread(drawn)
+        low, high = spread(drawn, len(trace))
         rows.append(
             {
                 "model": trace.manifest.model.name,
@@ -213,7 +213,8 @@ def transfer(tables: Mapping[str, Timed]) -> pd.DataFrame:
             mine_drawn = here.speedups(draws(len(here.prompts)))
             theirs_drawn = there.speedups(draws(len(there.prompts), seed=0 if same else 1))
             picked = np.take_along_axis(theirs_drawn, mine_drawn.argmax(axis=1)[:, None], axis=1)[:, 0]
-            low, high = spread(1 - picked / theirs_drawn.max(axis=1))
+            prompts = min(len(here.prompts), len(there.prompts))
+            low, high = spread(1 - picked / theirs_drawn.max(axis=1), prompts)
             rows.append(
                 {
                     "chosen_on": chosen_on,

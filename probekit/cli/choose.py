@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -14,9 +14,16 @@ from probekit.cli.traced_models import models_of, pretrained_of
 from probekit.errors import InputError
 from probekit.presentation.study_folder import open_study
 
+if TYPE_CHECKING:
+    from probekit.costs.engine_profile import EngineProfile
+    from probekit.costs.profile import Costs as Profile
+
 MEASURED_CONTEXT, SERVED_CONTEXT = 128, 1024
 
 Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
+AnyCosts = Annotated[
+    str, typer.Option("--costs", help="measured on this device, from a roofline, or an engine's profile (.json, .csv).")
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", help="Tokens in the cache of a step. [default: 128, of a roofline 1024]"),
@@ -30,8 +37,15 @@ Imported = Annotated[
 
 def choose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `probekit trace` or `study` wrote.")],
-    costs: Costs = "measured",
+    costs: AnyCosts = "measured",
     context: Context = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="Rows in the batch, as 1,4,16: a choice for each.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", help="Tokens in the cache, as 128,4096: a choice for each.")
+    ] = None,
+    weight_bits: Annotated[
+        float | None, typer.Option("--weight-bits", help="Of a roofline: bits of a quantised weight.")
+    ] = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write the choice for use in transformers.")] = None,
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
@@ -48,12 +62,26 @@ def choose(
     from probekit.choice.export import check_export, export_choice
     from probekit.choice.rank import rank as rank_ways
     from probekit.choice.rank import with_trees
+    from probekit.choice.schedule import schedule
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
-    context = context_of(costs, context)
+    profile = profile_named(costs)
+    if profile is None:
+        context = context_of(costs, context)
+    else:
+        context = profile.contexts[0] if context is None else options.at_least_one(context, "--context")
+    batches = options.integers(rows, "--rows")
+    places = options.integers(contexts, "--contexts")
+    if costs == "measured" and batches and batches != [1]:
+        raise InputError(
+            f"--rows {rows} needs the costs of a batch; this device is measured at one row.",
+            "Give --costs roofline, or the profile of an engine.",
+        )
+    if weight_bits is not None and costs != "roofline":
+        raise InputError("--weight-bits is of a roofline.", "Give --costs roofline.")
     if export is not None:
         check_export(export)  # before minutes of timing
     if (run / "study.json").is_file():
@@ -66,19 +94,48 @@ def choose(
     others = [import_drafter(path, trace) for path in imported or ()]
     prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows, policy=when_to_stop)
     with progress_bars(quiet or as_json) as bars:
-        timed = costs_of(
-            trace, costs, context, with_trees(trace, lengths, context), draft_rows, when_to_stop, device, dtype, bars
-        )
+
+        def costs_at(count: int, at: int) -> Profile:
+            if profile is not None:
+                return profile.costs(trace.depth, rows=count, context=at)
+            widest = with_trees(trace, lengths, at)
+            return costs_of(
+                trace, costs, at, widest, draft_rows, when_to_stop, device, dtype, bars, rows=count, bits=weight_bits
+            )
+
+        timed = costs_at(1 if batches is None else min(batches), context if places is None else min(places))
+        plan = None
+        if batches is not None or places is not None:
+            plan = schedule(prediction, costs_at, batches or [1], places or [timed.context])
     ways = None
-    if when_to_stop == FIXED:  # a policy that was asked for is the only one, and these costs hold its time
+    if (
+        when_to_stop == FIXED and profile is None
+    ):  # a policy that was asked for is the only one, and these costs hold its time
         ways = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
     choice = choose_pair(prediction, timed, ways=ways)
     if export is not None:
         export_choice(choice, export, pretrained_of(trace))
     if as_json:
-        print_json(choice.to_json())
+        print_json(choice.to_json() | ({} if plan is None else {"schedule": plan.to_json()}))
         return
     notice(choice.sentence())
+    if plan is not None:
+        print_table(
+            "the best way by rows in the batch and tokens in the cache",
+            ["rows", "context", "drafts at", "length", "speedup", "95 %"],
+            [
+                [
+                    count,
+                    at,
+                    each.best.label if each.speculate else "off",
+                    each.draft_length,
+                    each.speedup,
+                    each.interval,
+                ]
+                for (count, at), each in plan.choices.items()
+            ],
+            "off: no way of drafting is predicted to beat plain decoding of the same batch.",
+        )
     print_table(
         f"costs: {timed.source}, {timed.device}, {timed.dtype}, context {timed.context}",
         ["drafts at", "length", "speedup", "95 %"],
@@ -100,7 +157,10 @@ def choose(
 def context_of(costs: str, context: int | None) -> int:
     """Tokens in the cache of a step, by default those that suit where the costs come from. Raises InputError."""
     if costs not in ("measured", "roofline"):
-        raise InputError(f"--costs is {costs!r}; expected measured or roofline.")
+        raise InputError(
+            f"--costs is {costs!r}; expected measured or roofline.",
+            "`choose` takes an engine's profile, too: a .json or .csv file.",
+        )
     if context is None:
         return MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
     return options.at_least_one(context, "--context")
@@ -122,14 +182,23 @@ def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
         out.print(Text(str(entry["sentence"])))
 
 
-def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars):
+def profile_named(costs: str) -> EngineProfile | None:
+    """The engine's profile that `--costs` names by its file; None for the words that are none."""
+    if not costs.lower().endswith((".json", ".csv")):
+        return None
+    from probekit.costs.engine_profile import read_profile
+
+    return read_profile(costs)
+
+
+def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars, *, rows=1, bits=None):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":
         from probekit.costs.roofline import roofline_costs
 
         return roofline_costs(
             trace, context=context, device=device, dtype=dtype or served_dtype(device), longest_draft=max(lengths),
-            drafter=trace.manifest.drafter, draft_rows=draft_rows,
+            drafter=trace.manifest.drafter, draft_rows=draft_rows, rows=rows, weight_bits=bits,
         )  # fmt: skip
     from probekit.costs.measure import measure_costs
     from probekit.tracing.plan import traced_heads

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.terminal import print_json, print_table
+from probekit.cli.terminal import notice, print_json, print_table
 
 FirstRound = Annotated[
     str, typer.Option("--first-round", help="prefill: the prefill emits the first token; draft: it is drafted.")
@@ -31,6 +31,7 @@ def predict(
     """Predict the acceptance of every exit layer and draft length, or of another drafter, from one trace."""
     from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
+    from probekit.prediction.intervals import FEW_PROMPTS
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
@@ -49,6 +50,10 @@ def predict(
     if as_json:
         print_json(prediction.to_json())
         return
+    if len(prediction.prompts) < FEW_PROMPTS:
+        notice(
+            f"{len(prediction.prompts)} prompts only: intervals are rough; take at least {FEW_PROMPTS}.", quiet=quiet
+        )
     print_table(
         f"{prediction.model}: predicted from {prediction.text} text, first round by {prediction.first_round}"
         + ("" if draft_rows is None else f", draft head of {draft_rows:,} rows")

@@ -6,14 +6,14 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probekit.costs.profile import Costs, DraftHeadKey, DraftModelCosts
-from probekit.costs.trees import assemble_trees, timed_exits, timed_shapes
+from probekit.costs.blocks import MOST_DRAFTS, assemble
+from probekit.costs.profile import Costs, DraftHeadKey
+from probekit.costs.trees import timed_exits, timed_shapes
 from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.keys import check_draft_model
 from probekit.drafting.policies import FIXED, Policy
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from probekit.lens.exit_heads import ExitHead
     from probekit.models.loaded import Loaded
 
-QUANTILES = (0.2, 0.5, 0.8)
 CALIBRATION_S = 4.0
 FEWEST, MOST = 5, 40
 """A calibration sweeps over all steps for about CALIBRATION_S seconds, FEWEST times at least and MOST at most."""
-MOST_DRAFTS = 4  # of a timed round: further ones take as long as the last of these
 
 
 def measure_costs(
@@ -126,6 +124,7 @@ def measure_costs(
     rows = row_design(longest)
     order = random.Random(0)
     times: dict[str, list[float]] = defaultdict(list)
+    blocks: dict[str, list[float]] = defaultdict(list)
     with torch.inference_mode():
         bound = {each.key: each.on(loaded) for each in drafters}
         sampling = sampling or Sampling()
@@ -141,9 +140,13 @@ def measure_costs(
         sweeps, planned, share = 0, repeats or FEWEST, 0.0
         while sweeps < planned:
             order.shuffle(jobs)
+            block: dict[str, list[float]] = defaultdict(list)
             for job in jobs:
                 for step, seconds in timer.measure(job, order.sample(rows, len(rows))):
-                    times[step].append(seconds)
+                    block[step].append(seconds)
+            for step, each in block.items():
+                times[step] += each
+                blocks[step].append(float(np.median(each)))
             sweeps += 1
             if repeats is None:
                 planned = int(np.clip(CALIBRATION_S * sweeps / (time.perf_counter() - began), FEWEST, MOST))
@@ -163,6 +166,7 @@ def measure_costs(
         seconds=time.perf_counter() - started,
         sweeps=sweeps,
         engine=engine,
+        blocks={step: tuple(each) for step, each in sorted(blocks.items())},
     )
     return assemble(times, exits, rows, blank, None if drafter is None else drafter.name)
 
@@ -180,58 +184,6 @@ def _checked_lengths(draft_lengths: Iterable[int]) -> list[int]:
 def row_design(longest: int) -> list[int]:
     """The widths of verification passes to time: every one up to 9 rows, then one in four, and the widest."""
     return sorted({*range(1, min(longest + 1, 9) + 1), *range(13, longest + 1, 4), longest + 1})
-
-
-def assemble(
-    times: Mapping[str, Sequence[float]],
-    exits: Sequence[int],
-    rows: Sequence[int],
-    costs: Costs,
-    draft_model: str | None = None,
-) -> Costs:
-    """Fill in every exit and width of `costs` from the medians of those that were timed."""
-    median = {step: float(np.median(each)) for step, each in times.items()}
-    every, widths = range(1, costs.depth), range(1, rows[-1] + 1)
-    early = np.array([median[f"early {exit_layer}"] for exit_layer in exits])
-    verify = np.array([[median[f"verify {exit_layer} {count}"] for count in rows] for exit_layer in exits])
-    by_exit = np.stack([np.interp(every, exits, column) for column in verify.T], axis=1)  # (exits, timed widths)
-    by_width = np.stack([np.interp(widths, rows, row) for row in by_exit])  # (exits, widths)
-    verify_s = {
-        (exit_layer, count): float(by_width[exit_layer - 1, count - 1]) for exit_layer in every for count in widths
-    }
-    drafted = min(rows[-1] - 1, MOST_DRAFTS)
-    # "booking" is what the accounting of a round is called in the quantiles that profiles keep
-    accounting = max(0.0, (median[f"booking {drafted}"] - median["booking 0"]) / drafted)
-    heads = np.array([median[f"head {exit_layer}"] for exit_layer in exits]) + accounting
-    colder = np.array([median[f"early first {exit_layer}"] for exit_layer in exits]) - early
-    colder = np.maximum(colder + median["head first"] + accounting - heads, 0.0)
-    errors = [_distance_from_line(exits, column) for column in (early, *verify.T)]
-    helper = None
-    if draft_model is not None:
-        whole = np.interp(widths, rows, [median[f"verify all {count}"] for count in rows]).tolist()
-        first = median["drafter first"]
-        verify_all = dict(zip(widths, whole, strict=True))
-        helper = DraftModelCosts(draft_model, median.get("drafter step", first), first, verify_all)
-    return replace(
-        costs,
-        autoregressive_s=median["autoregressive"],
-        early_s=dict(zip(every, np.interp(every, exits, early).tolist(), strict=True)),
-        head_s=float(np.median(heads)),
-        heads_s=dict(zip(every, np.interp(every, exits, heads).tolist(), strict=True)),
-        verify_s=verify_s,
-        overhead_s=median["booking 0"],
-        cold_s=dict(zip(every, np.interp(every, exits, colder).tolist(), strict=True)),
-        draft_model=helper,
-        trees=assemble_trees(median, costs.depth, verify_s),
-        quantiles={step: np.quantile(each, QUANTILES).tolist() for step, each in sorted(times.items())},
-        fit_error=max(errors) if len(exits) > 2 else None,
-    )
-
-
-def _distance_from_line(exits: Sequence[int], seconds: np.ndarray) -> float:
-    """Largest relative distance of the points between the ends from the line through the ends."""
-    line = np.interp(exits, [exits[0], exits[-1]], [seconds[0], seconds[-1]])
-    return float(np.max(np.abs(line - seconds) / seconds))
 
 
 def device_name(device: Any) -> str:

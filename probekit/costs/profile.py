@@ -75,6 +75,8 @@ class Costs:
     quantiles: {step: [20 %, 50 %, 80 %] in seconds} of what was measured.
     fit_error: largest relative distance of a measured time from the straight line in the number of layers.
     seconds, sweeps: how long the calibration took, and how often it measured each step.
+    blocks: {step: its median in each sweep}: what costs are drawn again from (`probekit.costs.blocks`).
+    rows: rows in the batch; seconds are of all of them together.
     engine: who ran the rounds; a round that "cuda" recorded takes as long with fewer drafts in the budget.
     """
 
@@ -98,6 +100,8 @@ class Costs:
     seconds: float = 0.0
     sweeps: int = 0
     engine: str = "host"
+    rows: int = 1
+    blocks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times = [self.autoregressive_s, self.head_s, *self.early_s.values(), *self.verify_s.values()]
@@ -118,6 +122,11 @@ class Costs:
     def drafter(self) -> str | None:
         """The draft model's name; None without one."""
         return None if self.draft_model is None else self.draft_model.name
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that the calibration was made of; 0 where it was not measured."""
+        return min((len(each) for each in self.blocks.values()), default=0)
 
     @property
     def longest_draft(self) -> int:
@@ -259,11 +268,14 @@ class Costs:
             "seconds": self.seconds,
             "sweeps": self.sweeps,
             "engine": self.engine,
+            "rows": self.rows,
+            "blocks": {name: list(each) for name, each in self.blocks.items()},
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Costs:
         values = dict(document)
+        values["blocks"] = {step: tuple(each) for step, each in document.get("blocks", {}).items()}
         for name in ("early_s", "heads_s", "cold_s"):
             values[name] = {row["exit_layer"]: row["seconds"] for row in document[name]}
         values["verify_s"] = {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["verify_s"]}

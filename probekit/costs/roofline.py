@@ -23,8 +23,12 @@ class Roof(NamedTuple):
 
 DEVICES = {
     "h200": Roof(4.3e12, 788e12),  # measured: a device-to-device copy, and an 8192^3 product
-    "h100": Roof(3.35e12, 989e12),  # published peaks of the SXM cards
-    "a100": Roof(2.04e12, 312e12),
+    "h100": Roof(3.35e12, 989e12),  # NVIDIA H100 Tensor Core GPU datasheet, SXM5: dense bfloat16
+    "a100": Roof(2.04e12, 312e12),  # NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM
+    "l4": Roof(0.3e12, 121e12),  # NVIDIA L4 Tensor Core GPU datasheet: half of the sparse 242
+    "m1": Roof(68.25e9, 2.6e12),  # Apple newsroom, "Apple unleashes M1", November 2020
+    "m1-max": Roof(400e9, 10.4e12),  # Apple newsroom, "Introducing M1 Pro and M1 Max", October 2021
+    "m2": Roof(100e9, 3.6e12),  # Apple newsroom, "Apple unveils M2", June 2022
 }
 
 
@@ -96,6 +100,8 @@ def roofline_costs(
     flops: float | None = None,
     dtype: str | None = None,
     context: int = 128,
+    rows: int = 1,
+    weight_bits: float | None = None,
     longest_draft: int = 32,
     drafter: Any = None,
     draft_rows: int | None = None,
@@ -114,6 +120,8 @@ def roofline_costs(
     draft_rows: rows of the head that exit layers draft with; all by default.
     exit_heads: the name of the exit heads that they draft through: a map of width x width more. A trace's own by
         default.
+    rows: rows in the batch: weights are read once for all of them, keys and values of each.
+    weight_bits: of each weight, where they are quantised on the other device; by default those of the dtype.
     bandwidth, flops: bytes and operations a second, instead of a device's.
     dtype: of the weights; by default the trace's or the model's, or bfloat16.
     """
@@ -135,13 +143,18 @@ def roofline_costs(
     exit_heads = exit_heads or getattr(manifest, "heads_name", None)
     share = 1.0 if draft_rows is None else check_draft_rows(draft_rows, model.vocabulary) / model.vocabulary
 
-    def seconds(of: Dimensions, layers: int, heads: float, rows: int) -> float:
+    if rows < 1 or (weight_bits is not None and not 0 < weight_bits <= 32):
+        raise InputError(f"{rows} rows of {weight_bits} bits a weight make no batch.")
+
+    def seconds(of: Dimensions, layers: int, heads: float, tokens: int) -> float:
         weights = layers * of.layer_parameters + heads * of.head_parameters
-        cached = layers * 2 * (of.key_value_width or 0) * context
-        layer_bytes = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
-        head_bytes = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
+        cached = rows * layers * 2 * (of.key_value_width or 0) * context
+        layer_bytes: float = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
+        head_bytes: float = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
+        if weight_bits is not None:
+            layer_bytes, head_bytes = (each * weight_bits / 8 for each in (of.layer_parameters, of.head_parameters))
         moved = layers * layer_bytes + heads * head_bytes + cached * _BYTES[dtype]
-        return max(moved / bandwidth, 2 * weights * rows / flops)
+        return max(moved / bandwidth, 2 * weights * tokens * rows / flops)
 
     L = model.depth
     exits, widths = range(1, L), range(1, longest_draft + 2)
@@ -155,16 +168,17 @@ def roofline_costs(
         early_s={exit_layer: seconds(model, exit_layer, 0, 1) for exit_layer in exits},
         head_s=seconds(model, 0, share + (0.0 if exit_heads is None else model.width / model.vocabulary), 1),
         verify_s={
-            (exit_layer, rows): seconds(model, L - exit_layer, 1, rows) for exit_layer in exits for rows in widths
+            (exit_layer, wide): seconds(model, L - exit_layer, 1, wide) for exit_layer in exits for wide in widths
         },
         draft_head=DraftHeadKey(draft_rows, exit_heads),
+        rows=rows,
         draft_model=None
         if helper is None
         else DraftModelCosts(
             helper.name,
             step_s=seconds(helper, helper.depth, 1, 1),
             first_s=seconds(helper, helper.depth, 1, 2),
-            verify_s={rows: seconds(model, L, 1, rows) for rows in widths},
+            verify_s={wide: seconds(model, L, 1, wide) for wide in widths},
         ),
     )
 

@@ -12,7 +12,7 @@ from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
 from probekit.errors import InputError
-from probekit.prediction.intervals import bootstrap_ratio, interval_or_none
+from probekit.prediction.intervals import SHARE, bootstrap_ratio, interval_or_none
 from probekit.prediction.replay import replay
 from probekit.prediction.rounds import CUT, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
 from probekit.prediction.table import Cell, Prediction, PromptRounds
@@ -262,8 +262,8 @@ def _cells(
         [own @ sizes_of(each, longest) for own, each in zip(counts.rounds_by_drafted, drafters, strict=True)]
     )
     accepted = counts.accepted_by_position.sum(axis=-1)
-    rate = bootstrap_ratio(accepted, drafted)
-    per_round = bootstrap_ratio(tokens, rounds)
+    rate = bootstrap_ratio(accepted, drafted, bounds=SHARE)
+    per_round = bootstrap_ratio(tokens, rounds, bounds=(1.0, np.inf))
     expected = {}
     if near_ties is None:
         share = 1 / len(tokens)  # a ratio to the number of prompts: the interval of a sum

@@ -60,7 +60,7 @@ class RunLengths:
         """
         prompts = len(self.tokens_of_prompt)
         value = float(self._variance_ratios(np.ones((1, prompts)))[0])
-        low, high = spread(self._variance_ratios(draws(prompts))) if prompts > 1 else (np.nan, np.nan)
+        low, high = spread(self._variance_ratios(draws(prompts)), prompts) if prompts > 1 else (np.nan, np.nan)
         return Estimate(value, float(low), float(high))
 
     def to_pandas(self) -> pd.DataFrame:

@@ -23,7 +23,7 @@ import pandas as pd
 
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
-from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.intervals import SHARE, UNBOUNDED, bootstrap_ratio
 from probekit.prediction.run_lengths import run_lengths
 from probekit.prediction.table import Prediction
 from probekit.presentation.tokens import shown
@@ -198,7 +198,8 @@ def layers_table(trace: Trace, model: str | None = None) -> pd.DataFrame:
             table[[name, f"{name}_low", f"{name}_high"]] = np.nan
             continue
         above = sums[name].to_numpy().reshape(-1, prompts)
-        low, high = bootstrap_ratio(above, below)
+        bounds = UNBOUNDED if name in ("entropy", "kl", "log_probability") else SHARE
+        low, high = bootstrap_ratio(above, below, bounds=bounds)
         table[name], table[f"{name}_low"], table[f"{name}_high"] = above.sum(axis=1) / below.sum(axis=1), low, high
     return table
 
@@ -283,7 +284,8 @@ def _intervals_of_cell(cell: pd.DataFrame) -> dict[str, float]:
             ("acceptance_rate", sums[accepted].to_numpy(), sums["drafted"].to_numpy()),
             ("rounds", many, share),
         ):
-            low, high = bootstrap_ratio(above, below)
+            bounds = SHARE if name == "acceptance_rate" else UNBOUNDED
+            low, high = bootstrap_ratio(above, below, bounds=bounds)
             found |= {f"{side}_{name}_low": float(low), f"{side}_{name}_high": float(high)}
     return found
 

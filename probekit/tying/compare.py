@@ -15,7 +15,7 @@ import pandas as pd
 
 from probekit.errors import InputError
 from probekit.foreign.json import loads
-from probekit.prediction.intervals import Estimate, Share, draws, spread
+from probekit.prediction.intervals import Estimate, Share, chance_of, difference, draws, holm, spread
 from probekit.prediction.predict import predict
 from probekit.tying.shares import CLASSES, class_shares, half_agreement, last_rise, layer_means, require_all, valley
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "probekit/compare/1"
 DRAFT_LENGTH = 4
+RESAMPLES = 10_000  # of each difference: many are judged together, which asks for small chances
 _DRAFTS_WELL = "tokens per round"  # the quantity by which drafting is judged
 _WEIGHTS = {"data", "data (not known)", "training (not known)"}  # factors that two checkpoints of one model differ in
 DEPTHS = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}
@@ -64,9 +65,9 @@ class Comparison:
         half_agreement (layers) and half_agreement_share (of the depth), valley figures, echo at the first layers;
         [low, high] beside them under `<name>_interval`.
     layers: one dict for each model and layer: shares of the four classes, echo, kl, with intervals.
-    differences: one dict for each pair and quantity: one minus other, interval, `paired`, `clear` (the interval leaves
-        out 0), `factor`.
-        With fewer than two prompts there is no interval: None.
+    differences: one dict for each pair and quantity: one minus other, its 95 % interval by itself, `p`, `p_corrected`
+        (Holm, over all differences of the comparison), `clear` (that is below 5 %), `paired`, `factor`.
+        With fewer than two prompts there is no interval and no p: None.
     factors: one dict for each pair: what the two models differ in, and whether the cause can be told.
     """
 
@@ -188,7 +189,8 @@ class Comparison:
             [*columns, *(["factor"] if self._explained else [])],
             rows,
             "one minus other; bootstrap over prompts, the same ones drawn for both where they share them (paired). "
-            f"clear: the interval leaves out 0. Acceptance rates are for drafts of {DRAFT_LENGTH} tokens. The interval "
+            f"95 %: of this one by itself. clear: also when all {len(self.differences)} are looked at (Holm, 5 % for "
+            f"all of them together). Acceptance rates are for drafts of {DRAFT_LENGTH} tokens. The interval "
             "is over prompts, not over trainings: another seed may give another difference.",
         )
 
@@ -223,7 +225,7 @@ def compare_traces(traces: Sequence[Trace]) -> Comparison:
             differences.append(
                 {"quantity": quantity, "one": runs[one], "other": runs[other], **found, "factor": factor["factor"]}
             )
-    return Comparison(models, layers, differences, factors)
+    return Comparison(models, layers, _judged_together(differences), factors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,18 +274,35 @@ def _measure(trace: Trace) -> dict[str, _Measured]:
 
 def _difference(one: _Measured, other: _Measured, paired: bool) -> dict[str, Any]:
     mine, theirs = (float(each.of(np.ones((1, each.prompts)))[0]) for each in (one, other))
-    low = high = np.nan
-    if min(one.prompts, other.prompts) > 1:
+    low = high = p = np.nan
+    fewest = min(one.prompts, other.prompts)
+    if not one.curve:
+        found = difference(one.share, other.share, paired=paired, resamples=RESAMPLES)
+        low, high, p = float(found.low), float(found.high), float(found.p)
+    elif fewest > 1:  # where a curve crosses one half has no standard error but that of its draws
         drawn = one.of(draws(one.prompts)) - other.of(draws(other.prompts, seed=0 if paired else 1))
-        low, high = (float(bound) for bound in spread(drawn))
+        low, high = (float(bound) for bound in spread(drawn, fewest))
+        error = float(np.nanstd(drawn)) * np.sqrt(fewest / (fewest - 1)) if np.isfinite(drawn).any() else np.nan
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = float(chance_of(np.abs(np.float64(mine - theirs)) / error, np.empty(0), fewest))
+        p = 1.0 if mine == theirs else p
     return {
         "one_value": mine,
         "other_value": theirs,
         "difference": mine - theirs,
         "interval": None if np.isnan(low) else [low, high],
-        "clear": bool(low > 0 or high < 0),
+        "p": None if np.isnan(p) else p,
         "paired": paired,
     }
+
+
+def _judged_together(differences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Which differences are clear, when all of them are looked at: by Holm's correction, 5 % for all at once."""
+    p = holm(np.array([np.nan if row["p"] is None else row["p"] for row in differences]))
+    return [
+        row | {"p_corrected": None if np.isnan(each) else float(each), "clear": bool(each < 0.05)}
+        for row, each in zip(differences, p, strict=True)
+    ]
 
 
 def _same_prompts(one: Trace, other: Trace) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.models.anatomy import Anatomy, anatomy
-from probekit.prediction.intervals import Share, difference
+from probekit.prediction.intervals import SHARE, UNBOUNDED, Share, difference
 from probekit.prediction.predict import predict
 from probekit.tying.shares import layer_means
 
@@ -155,7 +155,11 @@ def read_with(loaded: Loaded, trace: Trace, weight: Tensor) -> HeadReading:
         sums["agreement"].append(agrees[prompt].sum(axis=1).astype(float))
         sums["kl"].append(kl.double().sum(dim=1).numpy())
     tokens = np.array([len(trace.outputs(prompt)) for prompt in trace.prompts], dtype=float)
-    shares = {name: Share(np.stack(each, axis=-1), tokens, tuple(trace.prompts)) for name, each in sums.items()}
+    prompts = tuple(trace.prompts)
+    shares = {
+        name: Share(np.stack(each, axis=-1), tokens, prompts, UNBOUNDED if name == "kl" else SHARE)
+        for name, each in sums.items()
+    }
     return HeadReading(**shares, agrees=agrees)
 
 

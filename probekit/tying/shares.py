@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.prediction.intervals import Estimate, Share, difference, estimate
+from probekit.prediction.intervals import SHARE, UNBOUNDED, Estimate, Share, difference, estimate
 
 if TYPE_CHECKING:
     from probekit.traces.schema import LensName
@@ -40,13 +40,14 @@ def class_shares(trace: Trace, lens: LensName = "final-norm") -> Share:
     for prompt in trace.prompts:
         classes = classes_of(trace, prompt, lens)
         counts.append(np.stack([(classes == index).sum(axis=1) for index in range(len(CLASSES))]))
-    return Share(np.stack(counts, axis=-1), _tokens(trace), tuple(trace.prompts))
+    return Share(np.stack(counts, axis=-1), _tokens(trace), tuple(trace.prompts), SHARE)
 
 
 def layer_means(trace: Trace, column: str, lens: LensName = "final-norm") -> Share:
     """(L+1,): mean of one column of `layers` over the generated positions."""
     sums = [trace.values(prompt, column, lens).sum(axis=1, dtype=np.float64) for prompt in trace.prompts]
-    return Share(np.stack(sums, axis=-1), _tokens(trace), tuple(trace.prompts))
+    bounds = SHARE if column in ("agrees", "echo") else UNBOUNDED
+    return Share(np.stack(sums, axis=-1), _tokens(trace), tuple(trace.prompts), bounds)
 
 
 def shares_table(trace: Trace, lens: LensName = "final-norm") -> pd.DataFrame:
@@ -99,7 +100,7 @@ class Valley:
 def valley(trace: Trace, lens: LensName = "final-norm") -> Valley:
     """The valley between echo and answer."""
     shares = class_shares(trace, lens)
-    known = Share(shares.numerators[:2].sum(axis=0), shares.denominators[0], shares.prompts)
+    known = Share(shares.numerators[:2].sum(axis=0), shares.denominators[0], shares.prompts, SHARE)
     return Valley(
         floor=estimate(known, lambda curve: curve.min(axis=0)),
         layer=estimate(known, lambda curve: curve.argmin(axis=0).astype(float)),
@@ -128,7 +129,7 @@ def norm_or_raw(trace: Trace) -> pd.DataFrame:
     for name, layers in groups.items():
         pooled = {key: share.at((slice(None), layers)) for key, share in (("norm", norm), ("raw", raw))}
         summed = {
-            key: Share(share.numerators.sum(axis=1), share.denominators.sum(axis=1), share.prompts)
+            key: Share(share.numerators.sum(axis=1), share.denominators.sum(axis=1), share.prompts, SHARE)
             for key, share in pooled.items()
         }
         gone = Share(

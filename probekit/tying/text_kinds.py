@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from probekit.prediction.intervals import Share
+from probekit.prediction.intervals import SHARE, Share
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import CUT
 from probekit.traces.token_text import LOOP_TOKENS
@@ -111,7 +111,7 @@ def acceptance_where(trace: Trace, marked: Mapping[int, np.ndarray] | None = Non
             accepted = accepted[:, marked[prompt]]
         above.append(accepted.sum(axis=1, dtype=np.float64))
         below.append(np.full(len(accepted), accepted.shape[1], dtype=np.float64))
-    return Share(np.stack(above, axis=-1), np.stack(below, axis=-1), tuple(trace.prompts))
+    return Share(np.stack(above, axis=-1), np.stack(below, axis=-1), tuple(trace.prompts), SHARE)
 
 
 def positions_by_kind(trace: Trace) -> dict[tuple[str, str], dict[int, np.ndarray]]:
@@ -204,7 +204,7 @@ def side_by_side(
 def looped_tokens(trace: Trace) -> Share:
     """Generated tokens inside a repeated run: the share of them over all texts, (); it can be drawn again."""
     tokens = trace.texts["new_tokens"].to_numpy(np.float64)
-    return Share(trace.texts["looped"].to_numpy(np.float64) * tokens, tokens, tuple(trace.texts["prompt"]))
+    return Share(trace.texts["looped"].to_numpy(np.float64) * tokens, tokens, tuple(trace.texts["prompt"]), SHARE)
 
 
 def looped_share(trace: Trace) -> float:

@@ -52,8 +52,11 @@ def test_a_speedup_by_hand():
     choice = choose(one_cell(copies=2), linear_costs())
     assert choice.speedup == pytest.approx(10 * 6.5 / (3 * 9.5 + 6.5))
     assert (choice.method, choice.exit_layer, choice.draft_length, choice.speculate) == ("self-speculative", 1, 2, True)
-    single = [6 * 6.5 / (2 * 9.5), 4 * 6.5 / (9.5 + 6.5)]
-    assert choice.interval == (pytest.approx(min(single)), pytest.approx(max(single)))  # four prompts of two kinds
+    low, high = choice.interval  # four prompts of two kinds: Student's t, on a logarithmic scale
+    assert low * high == pytest.approx(choice.speedup**2)
+    residuals = np.array([6 * 6.5 - choice.speedup * 2 * 9.5, 4 * 6.5 - choice.speedup * (9.5 + 6.5)] * 2)
+    error = np.sqrt(4 / 3 * (residuals**2).sum()) / (2 * (3 * 9.5 + 6.5))
+    assert np.log(high / choice.speedup) == pytest.approx(3.1824 * error / choice.speedup, rel=1e-4)
     assert choice.runners_up == ()
     assert speedups(one_cell().cells, linear_costs()) == [pytest.approx(choice.speedup)]
 
@@ -132,7 +135,7 @@ def test_the_sentence_says_what_and_how_sure():
     assert not choose(one_cell(copies=4), linear_costs()).few_prompts
     assert "From" not in choose(one_cell(copies=4), linear_costs()).sentence()
     assert sentence.startswith("toy: draft with the first layer (exit layer 1), 2 tokens at a time; ")
-    assert "1.86x [1.62, 2.05]" in sentence
+    assert "1.86x [1.51, 2.29]" in sentence
     assert "on cpu in float32 (measured costs, context 64)" in sentence
     unsure = one_cell(rounds=((0, 0, 2), (0, 0, 3)), copies=2)  # the first prompt loses, the second gains
     assert "may gain nothing" in choose(unsure, linear_costs()).sentence()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from traces.fabricate import fabricate
 
 from probekit.errors import InputError
-from probekit.prediction.intervals import bootstrap_ratio
+from probekit.prediction.intervals import bootstrap_ratio, drawn_indices
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import closed_form_tokens_per_round, expected_rounds, rounds_of
 from probekit.prediction.table import SCHEMA
@@ -358,22 +358,30 @@ def test_bootstrap_covers_a_known_ratio():
     assert 0.88 <= covered <= 0.99
 
 
-def test_bootstrap_is_scipys():
-    """The same pairs through scipy's own paired bootstrap, with a statistic that needs no tricks."""
-    from scipy import stats
-
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bootstrap_t_draw_by_draw(sign):
+    """The same interval, spelled out; logarithms where there is no sign to lose."""
     random = np.random.default_rng(1)
-    above, below = random.integers(0, 20, 12), random.integers(20, 40, 12)
-    low, high = bootstrap_ratio(above, below, resamples=20_000)
-    plain = stats.bootstrap(
-        (above, below),
-        lambda x, y, axis=-1: x.sum(axis=axis) / y.sum(axis=axis),
-        paired=True,
-        n_resamples=20_000,
-        method="percentile",
-        rng=np.random.default_rng(2),
-    ).confidence_interval
-    assert (low, high) == (pytest.approx(plain.low, abs=0.004), pytest.approx(plain.high, abs=0.004))
+    above, below = sign * random.integers(1, 20, 12), random.integers(20, 40, 12)
+
+    def judged(a, b):
+        ratio = a.sum() / b.sum()
+        error = np.sqrt(12 / 11 * ((a - ratio * b) ** 2).sum()) / b.sum()
+        return (np.log(ratio), error / ratio) if sign > 0 else (ratio, error)
+
+    centre, error = judged(above, below)
+    drawn = [judged(above[take], below[take]) for take in drawn_indices(12)]
+    reach = np.quantile([abs(one - centre) / own for one, own in drawn], 0.95) * error
+    ends = (np.exp(centre - reach), np.exp(centre + reach)) if sign > 0 else (centre - reach, centre + reach)
+    assert bootstrap_ratio(above, below) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
+
+
+def test_few_prompts_take_students_t():
+    """4 prompts: ratio 1/2, standard error sqrt(4/3 x 4 x 1/4) / 8 = .1443; t of 3 degrees of freedom is 3.182."""
+    low, high = bootstrap_ratio([1.5, 0.5, 1.5, 0.5], np.full(4, 2.0))
+    reach = np.exp(3.1824 * 0.14434 / 0.5)
+    assert (low, high) == (pytest.approx(0.5 / reach, rel=1e-3), pytest.approx(0.5 * reach, rel=1e-3))
+    assert bootstrap_ratio([1.5, 0.5, 1.5, 0.5], np.full(4, 2.0), bounds=(0.0, 1.0))[1] == 1.0
 
 
 def test_bootstrap_is_seeded_and_vectorised():
@@ -391,6 +399,8 @@ def test_bootstrap_at_its_limits():
     assert np.isnan(bootstrap_ratio([0.0, 0.0], [0.0, 0.0])).all()
     low, high = bootstrap_ratio([1.0, 0.0], [2.0, 0.0])  # a draw of the second alone counts nothing
     assert low == high == 0.5
+    one_differs = bootstrap_ratio([1.0] * 9 + [0.5], np.ones(10))  # draws without it have no spread
+    assert one_differs[0] < 0.95 < one_differs[1] < 1.5
 
 
 # ------------------------------------------------------------------------------------------------ how it runs

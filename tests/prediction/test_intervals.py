@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from probekit.errors import InputError
-from probekit.prediction.intervals import Share, difference, draws, estimate, spread
+from probekit.prediction.intervals import Share, difference, draws, estimate, holm, spread
 
 
 def share(numerators, denominators):
-    return Share(np.array(numerators, float), np.array(denominators, float), tuple(range(len(denominators))))
+    return Share(np.array(numerators, float), np.array(denominators, float), tuple(range(np.shape(denominators)[-1])))
 
 
 def test_pooled_not_averaged():
@@ -60,6 +60,32 @@ def test_one_prompt_has_no_interval():
 def test_estimate_of_a_statistic():
     found = estimate(share([[1, 1, 1], [2, 2, 2]], [4, 4, 4]), lambda curve: curve[1] - curve[0])
     assert found == (pytest.approx(0.25), pytest.approx(0.25), pytest.approx(0.25))
+
+
+def test_holm_by_hand():
+    """.01 x 3, .02 x 2, .04 x 1, never less than the one before; what is not known does not count."""
+    assert holm(np.array([0.04, 0.01, np.nan, 0.03])) == pytest.approx([0.06, 0.03, np.nan, 0.06], nan_ok=True)
+    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+
+
+def test_a_difference_of_nothing_is_not_clear():
+    same = difference(share([1, 2], [4, 4]), share([1, 2], [4, 4]))
+    assert (same.p, same.clear) == (1, False)
+    assert difference(share([2, 3], [4, 4]), share([1, 2], [4, 4])).p == 0  # the same difference on each prompt
+
+
+def test_p_is_as_often_small_as_it_says():
+    """Of 300 differences between two samples of one kind, about 5 % have p < .05."""
+    random = np.random.default_rng(4)
+    shares = [share(random.binomial(40, random.beta(4, 2, (300, 12))), np.full((300, 12), 40)) for _ in range(2)]
+    assert 0.02 <= (difference(*shares).p < 0.05).mean() <= 0.08
+    assert 0.02 <= (difference(*shares, paired=False).p < 0.05).mean() <= 0.08
+
+
+def test_spread_is_wider_for_few_prompts():
+    drawn = np.random.default_rng(0).normal(size=(1, 100_000))
+    (plain,), (few,) = spread(drawn)[1], spread(drawn, 8)[1]
+    assert (plain, few) == (pytest.approx(1.96, abs=0.03), pytest.approx(2.365 * np.sqrt(8 / 7), abs=0.06))
 
 
 def test_spread_leaves_undefined_draws_out():

@@ -75,6 +75,22 @@ def test_a_difference_by_hand():
     assert found["depth of half agreement, share of the depth"]["difference"] == pytest.approx(4 / 9 - 1 / 3)
 
 
+def test_clear_is_said_of_all_differences_together():
+    """Two models of one kind: by themselves some intervals leave out 0 by chance, all together hardly ever."""
+    comparisons = [
+        compare_traces([fabricate(prompts=12, seed=2 * seed), fabricate(prompts=12, seed=2 * seed + 1)])
+        for seed in range(6)
+    ]
+    rows = [row for comparison in comparisons for row in comparison.differences]
+    alone = [row for row in rows if row["interval"][0] > 0 or row["interval"][1] < 0]
+    assert alone
+    assert sum(row["clear"] for row in rows) < len(alone)
+    assert all(row["p_corrected"] >= row["p"] for row in rows)
+    assert "Holm" in comparisons[0].tables()[2].footnote
+    apart = compare_traces([fabricate(prompts=12), fabricate(prompts=12, agreement=[0.95] * 6)])
+    assert any(row["clear"] for row in apart.differences)
+
+
 def test_other_prompts_are_not_paired():
     rows = compare_traces([toy(RISING), toy(RISING, prompts_hash="others")]).differences
     assert not any(row["paired"] for row in rows)

@@ -1,0 +1,116 @@
+"""How sure the speedups of a ranking are: other prompts, other moments of calibration, and the best of many.
+
+A speedup varies for two reasons that have nothing to do with each other: which prompts were traced, and in which moment
+the costs were measured. Both are drawn again, and their standard errors added in quadrature, on a logarithmic scale.
+The fastest of many ways looks faster than it is, since it was selected for that; so the intervals are joint: at 95 %
+all of them hold at once, whichever is picked (the largest deviation of any way, in its own standard errors, is what is
+drawn; J. Romano and M. Wolf, Econometrica 73, 2005). Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from probekit.costs.blocks import redrawn
+from probekit.costs.profile import Costs
+from probekit.prediction.intervals import FEW_PROMPTS, draws, standard_errors
+from probekit.prediction.table import Cell
+
+CALIBRATIONS = 200
+_CONFIDENCE = 0.95
+
+
+class Certainty(NamedTuple):
+    """low, high: (cells,) joint 95 % intervals of the speedups; NaN with fewer than two prompts. alike: (cells,) bool,
+    not clearly slower than the fastest, which is among them."""
+
+    low: np.ndarray
+    high: np.ndarray
+    alike: np.ndarray
+
+
+def certainty(cells: Sequence[Cell], costs: Costs) -> Certainty:
+    """Of the speedups of cells, in their order, over autoregressive decoding on the same costs."""
+    seconds = [costs.rounds_seconds_of(cell.drafts, cell.draft_length) for cell in cells]
+    plain = np.array([cell.tokens_of_prompt * costs.autoregressive_s for cell in cells], float)
+    drafting = np.array([cell.rounds_by_drafted @ each for cell, each in zip(cells, seconds, strict=True)])
+    prompts = plain.shape[1]
+    speedups = plain.sum(axis=1) / drafting.sum(axis=1)
+    best = int(speedups.argmax())
+    if prompts < 2:
+        unknown = np.full(len(cells), np.nan)
+        return Certainty(unknown, unknown, np.ones(len(cells), bool))
+
+    calibrated = _calibration_draws(cells, costs)  # (calibrations, cells) logarithms, around 0
+    of_costs = calibrated.std(axis=0, ddof=1) if len(calibrated) else np.zeros(len(cells))
+    behind = calibrated - calibrated[:, [best]]
+    behind_of_costs = behind.std(axis=0, ddof=1) if len(calibrated) else np.zeros(len(cells))
+
+    times = draws(prompts)
+    one = np.ones((1, prompts))
+    value, error = _logarithms(plain, drafting, one)
+    drawn, _ = _logarithms(plain, drafting, times)
+    slower, slower_error = _behind(plain, drafting, best, one)
+    drawn_behind, _ = _behind(plain, drafting, best, times)
+    which = np.arange(len(times)) % max(1, len(calibrated))
+    shift = calibrated[which].T if len(calibrated) else np.zeros((len(cells), 1))
+    shift_behind = behind[which].T if len(calibrated) else np.zeros((len(cells), 1))
+
+    whole = np.hypot(error[:, 0], of_costs)
+    half = _reach(drawn - value + shift, whole, prompts, costs.block_count) * whole
+    apart = np.hypot(slower_error[:, 0], behind_of_costs)
+    limit = _reach(drawn_behind - slower + shift_behind, apart, prompts, costs.block_count)
+    alike = slower[:, 0] + limit * apart >= 0
+    alike[best] = True
+    return Certainty(speedups * np.exp(-half), speedups * np.exp(half), alike)
+
+
+def _calibration_draws(cells: Sequence[Cell], costs: Costs) -> np.ndarray:
+    """(calibrations, cells): logarithms of the speedups by costs that are drawn again, around their mean."""
+    totals = [cell.rounds_by_drafted.sum(axis=0) for cell in cells]
+    found = [
+        [
+            np.log(again.autoregressive_s / (total @ again.rounds_seconds_of(cell.drafts, cell.draft_length)))
+            for cell, total in zip(cells, totals, strict=True)
+        ]
+        for again in redrawn(costs, CALIBRATIONS)
+    ]
+    drawn = np.array(found).reshape(-1, len(cells))
+    return drawn - drawn.mean(axis=0) if len(drawn) else drawn
+
+
+def _logarithms(plain: np.ndarray, drafting: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cells, draws): logarithms of the speedups over drawn prompts, and their standard errors."""
+    slow, fast = plain @ times.T, drafting @ times.T
+    value = np.log(slow / fast)
+    return value, standard_errors([plain, drafting], [1 / slow, -1 / fast], times, np.ones_like(value))
+
+
+def _behind(plain: np.ndarray, drafting: np.ndarray, best: int, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cells, draws): logarithms of each speedup over the best one's, the same prompts drawn for both."""
+    columns = [plain, drafting, plain[[best]], drafting[[best]]]
+    sums = [column @ times.T for column in columns]
+    value = np.log(sums[0] / sums[1]) - np.log(sums[2] / sums[3])
+    signs = (1, -1, -1, 1)
+    slopes = [sign / each for sign, each in zip(signs, sums, strict=True)]
+    return value, standard_errors(columns, slopes, times, np.ones_like(value))
+
+
+def _reach(deviations: np.ndarray, errors: np.ndarray, prompts: int, blocks: int) -> float:
+    """Standard errors that all intervals reach at once. deviations: (cells, draws); errors: (cells,).
+
+    The largest deviation of any cell, in standard errors, as Student's t is wider than the normal distribution: each
+    draw's own standard errors would make the largest of many heavy-tailed ones. With few prompts, a single interval's.
+    """
+    freedom = min(prompts, blocks or prompts) - 1
+    student = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))
+    if prompts < FEW_PROMPTS:
+        return student
+    usable = errors > 0
+    worst = np.max(np.abs(deviations[usable]) / errors[usable, None], axis=0, initial=0.0)
+    joint = float(np.quantile(worst, _CONFIDENCE)) / float(stats.norm.ppf((1 + _CONFIDENCE) / 2))
+    return student * max(1.0, joint * np.sqrt(prompts / (prompts - 1)))
