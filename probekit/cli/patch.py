@@ -43,12 +43,13 @@ def patch(
     quiet: options.Quiet = False,
 ) -> None:
     """Change one value of the stream at a time, and see what the model says: layer by position."""
+    from probekit.files import check_file_target
     from probekit.models.loaded import load
     from probekit.probing.attribution_patching import attribution_patch
     from probekit.probing.patching import patch as patch_model
 
     if html is not None:
-        options.check_file(html, "--html")
+        check_file_target(html, "--html")
     if (answer is None) != (against is None):
         raise InputError("--answer and --against belong together: two tokens whose logits are compared.")
     answers = None if answer is None else (answer, against)
