@@ -31,7 +31,7 @@ def read_bytes(path: Path) -> bytes:
             raise InputError(f"{path} cannot be read: it is no regular file.", "Write what it gives into a file.")
         if found.st_size > MOST_BYTES:
             raise InputError(f"{path} cannot be read: it has {found.st_size:,} bytes; at most {MOST_BYTES:,} are read.")
-        return file.read(MOST_BYTES)
+        return file.read(found.st_size)  # a larger number would be set aside whole
 
 
 def check_text(text: str, where: str) -> str:
