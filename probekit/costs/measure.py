@@ -107,7 +107,8 @@ def measure_costs(
     ]
     if drafter is not None:
         drafters.append(DraftModel(drafter.name, drafter))
-    if (sampling or Sampling()).greedy and (policy or FIXED) == FIXED and head.rows is None:
+    chains_only = engine == "cuda"  # no round of a tree is recorded
+    if not chains_only and (sampling or Sampling()).greedy and (policy or FIXED) == FIXED and head.rows is None:
         drafters += [
             TreeDrafts(ExitLayer(exit_layer, exit_heads=head.exit_heads, exit_head=heads.get(exit_layer)), shape)
             for exit_layer in timed_exits(loaded.depth)
