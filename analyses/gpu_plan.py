@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from benchmarking import machine, say, versions
 
+from probekit.files import atomic_text
 from probekit.models.cuda_kernels import attention_order
 from probekit.models.reference import TALES
 from probekit.models.synthetic import SHAPES, Shape
@@ -125,9 +126,8 @@ class Records:
         record = self.read(cell.part)
         record["cells"][cell.name] = dict(found)
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path(cell.part).with_suffix(".tmp")  # a call may be ended at any moment
-        unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(self.path(cell.part))
+        # whole or not at all: a call may be ended at any moment
+        atomic_text(self.path(cell.part), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def missing(cells: Sequence[Cell], records: Records) -> Iterator[Cell]:

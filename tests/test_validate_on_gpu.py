@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 pytestmark = pytest.mark.second
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
-FILES = ("validate_on_gpu", "gpu_parts", "gpu_page", "gpu_plan", "benchmarking")
+FILES = ("validate_on_gpu", "gpu_device", "gpu_parts", "gpu_page", "gpu_plan", "benchmarking")
 
 
 @pytest.fixture(scope="module")

@@ -101,11 +101,11 @@ def _print(found: Patching) -> None:
             line = Text(found.sites[row].ljust(names))
             for place in shown:
                 value = float(values[row, place])
-                line.append(f"{value:6.2f} ", style=_shade(value / most))
+                line.append(f"{value:z6.2f} ", style=_shade(value / most))
             out.print(line, no_wrap=True, overflow="crop")
         out.print()
     base = float(found.base.difference)
-    out.print(Text(f"{found.measure}. Clean {float(found.clean.difference):.2f}, as read {base:.2f}.", style="dim"))
+    out.print(Text(f"{found.measure}. Clean {float(found.clean.difference):.2f}, unpatched {base:.2f}.", style="dim"))
 
 
 def _right(token: str) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from probekit.errors import InputError
-from probekit.foreign.json import parse_json, read_json
+from probekit.foreign.json import read_json
+from probekit.foreign.prompt_files import READERS
 
 MOST_ID = 2**31 - 1
 _HINT = "Ask the engine for token ids (vLLM: return_token_ids; SGLang: return_logprob; llama.cpp: return_tokens)."
@@ -39,16 +40,10 @@ def read_log(path: str | Path) -> list[LoggedText]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no log file {path}.", "Name a .json or .jsonl file of an engine's answers.")
     if path.suffix.lower() == ".jsonl":
-        try:
-            lines = path.read_bytes().decode("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"line {number}", parse_json(line, f"{path}, line {number}")
+        yield from READERS[".jsonl"](path)
         return
     document = read_json(path)
     for number, record in enumerate(document if isinstance(document, list) else [document]):

@@ -7,7 +7,7 @@ import hashlib
 from html import escape
 from pathlib import Path
 
-from probekit.traces.storage import atomic_text
+from probekit.files import atomic_text
 
 STYLE = (
     ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;margin:2em}"

@@ -331,7 +331,7 @@ def _joined(found: Sequence[Outcome], name: str, shape: tuple[int, int]) -> np.n
 
 
 def _cell(value: float, most: float) -> HtmlCell:
-    return HtmlCell(f"{value:.2f}", abs(value) / most, "blue" if value >= 0 else "orange")
+    return HtmlCell(f"{value:z.2f}", abs(value) / most, "blue" if value >= 0 else "orange")
 
 
 def _numbers(values: np.ndarray) -> list:
