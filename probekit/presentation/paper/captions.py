@@ -51,8 +51,8 @@ def of_speedup(study: StudyFolder) -> str:
     costs = " and ".join(sorted({_costs(study, model) for model in study.models}))
     return (
         f"Predicted speedup over autoregressive decoding, over exit layer E and draft length K, with {costs}. White is "
-        "1, red a loss, blue a gain, and a line parts them; a frame marks the chosen pair. Brackets: 95 % intervals, "
-        "bootstrap over prompts."
+        "1, red a loss, blue a gain, and a line parts them; a frame marks the chosen pair. Brackets: 95 % intervals "
+        "over prompts and blocks of the calibration, for all pairs at once."
     )
 
 

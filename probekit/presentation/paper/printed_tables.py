@@ -61,6 +61,8 @@ PRINTED: dict[str, Printed] = {
          "acceptance_rate": "acceptance rate", "alpha": r"$\alpha$", "tokens_per_round": "tokens per round",
          "speedup": "speedup"},
         {"acceptance_rate": _SHARE, "alpha": _SHARE, "tokens_per_round": _RATIO, "speedup": _RATIO},
+        intervals="95 % intervals, bootstrap over prompts; those of the speedup over blocks of the calibration as "
+        "well, for all pairs at once.",
     ),
     "validation": Printed(
         "The prediction beside the running decoder, at exit layers E (–: the draft model) and draft lengths K.",
