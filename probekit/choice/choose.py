@@ -91,7 +91,7 @@ class Candidate:
         }
 
 
-NO_DRAFTS = Candidate(None, 0, 1.0, (1.0, 1.0), 1.0)
+NO_DRAFTS = Candidate(None, 0, 1.0, None, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,12 @@ class Choice:
         return None if self.ways is None else self.ways.best
 
     @property
+    def other_way(self) -> Ranked | None:
+        """The fastest of all ways where it is faster than the choice; None where nothing is, or nobody ranked them."""
+        way = self.way
+        return way if way is not None and way.way is not None and self.ways.beats(self.speedup) else None
+
+    @property
     def methods(self) -> tuple[Candidate, ...]:
         best: dict[str, Candidate] = {"autoregressive": NO_DRAFTS}
         for candidate in self.ranking:
@@ -202,10 +208,14 @@ class Choice:
         costs = self.costs
         where = f"on {costs.device} in {costs.dtype} ({costs.source} costs, context {costs.context})"
         if not self.speculate:
-            first = self.ranking[0]
+            first, refused = self.ranking[0], "do not speculate"
+            if self.other_way is not None:
+                tried = {each.method for each in self.ranking}
+                refused = "neither an exit layer nor the draft model pays" if len(tried) > 1 else "no exit layer pays"
             return (
-                f"{self.model}: do not speculate {where}. The best that drafting could do, {_described(first)}, is "
-                f"predicted to run at {_times(first)} the speed of plain autoregressive decoding." + self._caution()
+                f"{self.model}: {refused} {where}. The best that {'drafting' if self.other_way is None else 'they'} "
+                f"could do, {_described(first)}, is predicted to run at {_times(first)} the speed of plain "
+                "autoregressive decoding." + self._caution()
             )
         best = self.best
         rate = "" if best.acceptance_rate is None else f", {best.acceptance_rate:.0%} of the drafts accepted"

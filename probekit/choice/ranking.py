@@ -221,10 +221,14 @@ class Ranking:
         pair = interval_of(float(low), float(high), len(self.prompts))
         return HeldOut(float(plain.sum() / seconds.sum()), pair)
 
+    def beats(self, speedup: float) -> bool:
+        """Whether the best of all ways is faster than that; a difference in the last digits is none."""
+        return self.best.speedup > speedup * (1 + 1e-12)
+
     def beside(self, pair_speedup: float) -> str:
         """A sentence or two that follow a choice of pairs of that speedup: what all other ways add."""
         best = self.best
-        if best.speedup <= pair_speedup * (1 + 1e-12):
+        if not self.beats(pair_speedup):
             return " No other way of drafting is faster."
         held = self.held_out
         return (

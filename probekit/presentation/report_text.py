@@ -68,6 +68,7 @@ def study_view(study: StudyFolder) -> dict[str, Any]:
     return {
         "models": [_recommendation(study, model) for model in study.models],
         "unspeculated": any(study.chosen(model) is None for model in study.models),
+        "ranked": any((entry.get("choice") or {}).get("way") for entry in study.entries),
         "layers": [row for model in study.models for row in _layer_rows(study, model)],
         "cells_note": _cells_note(study),
         "validation": [
@@ -95,6 +96,7 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
         "label": entry["label"],
         "sentence": capital(entry["sentence"].removeprefix(f"{entry['label']}: ")),
         "pair": pair and {"drafter": drafter_name(pair[0], choice), "length": pair[1]},
+        "way": _fastest_way(entry),
         "predicted": choice.get("speedup") if pair else None,
         "interval": choice.get("interval") if pair else None,
         "measured": cell.get("speedup_measured"),
@@ -108,6 +110,29 @@ def _recommendation(study: StudyFolder, model: str) -> dict[str, Any]:
             for each in runners_up
         ],
     }
+
+
+def _fastest_way(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The best of all ways: in words, its predicted speedup, and the measured one where the decoder ran it."""
+    way = (entry.get("choice") or {}).get("way")
+    if way is None or way["policy"] == "none":
+        return None
+    by = "" if way["policy"] == "fixed" else f" by {way['policy']}"
+    ran = (entry.get("ways") or {}).get("validated") or [{}]  # the best first
+    return {
+        "words": f"{way_label(way)}{by}, K {way['draft_length']}",
+        "speedup": way["speedup"],
+        "interval": way["interval"],
+        "measured": ran[0].get("speedup_measured"),
+    }
+
+
+def way_label(row: Mapping[str, Any]) -> str:
+    """Who drafts, as a person reads it: `layer 3`, `layer 3, tree:2x1`, `ngram:2`."""
+    exit_layer, drafter = row["exit_layer"], str(row["drafter"])
+    if exit_layer is None:
+        return drafter
+    return f"layer {exit_layer}" if drafter == "self" else f"layer {exit_layer}, {drafter}"
 
 
 def capital(sentence: str) -> str:

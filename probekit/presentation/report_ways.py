@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from probekit.presentation.report_text import capital
+from probekit.presentation.report_text import capital, way_label
 from probekit.presentation.study_folder import StudyFolder
 
 WIDTH = 100.0  # of a bar's drawing
@@ -55,7 +55,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The oracle, then the best length of each drafter and policy."""
     for row in (*filter(None, [document["oracle"]]), *document["ways"]):
         yield {
-            "drafts": label_of(row),
+            "drafts": way_label(row),
             "policy": row["policy"] + (", learned" if row["cross_fitted"] else ""),
             "length": row["draft_length"],
             "tokens_per_round": row["tokens_per_round"],
@@ -66,16 +66,8 @@ def _rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def label_of(row: Mapping[str, Any]) -> str:
-    """Who drafts, as a person reads it: `layer 3`, `layer 3, tree:2x1`, `ngram:2`."""
-    exit_layer, drafter = row["exit_layer"], str(row["drafter"])
-    if exit_layer is None:
-        return drafter
-    return f"layer {exit_layer}" if drafter == "self" else f"layer {exit_layer}, {drafter}"
-
-
 def _kind(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "drafts": label_of(row["best"]), "policy": row["best"]["policy"]}
+    return {**row, "drafts": way_label(row["best"]), "policy": row["best"]["policy"]}
 
 
 def _run(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _summary_of(study: ModelStudy) -> dict[str, Any]:
         "anatomy": {"layers": model.depth, "width": model.width, "vocabulary": model.vocabulary, "tied": model.tied,
                     "parameters": model.parameters},
         "threads": int(trace.manifest.provenance.versions["threads"]),
-        "sentence": recommendation(choice, chosen),
+        "sentence": recommendation(choice, chosen, study.validated.ways),
         "choice": document,
         "chosen_validation": chosen,
         "validation": {"schema": "probekit/validate/1", "cells": cells},
@@ -198,20 +198,26 @@ def _ways_of(study: ModelStudy) -> dict[str, Any] | None:
     return {**ways.brief(), "validated": study.validated.ways}
 
 
-def recommendation(choice: Choice, chosen: dict[str, Any] | None) -> str:
+def recommendation(
+    choice: Choice, chosen: dict[str, Any] | None, ways: Sequence[dict[str, Any]] = ()
+) -> str:  # fmt: skip
     """The choice in a sentence or two, with what the decoder then did on prompts that had no part in it.
 
-    chosen: the validation of the chosen pair, as in `validate --json`; None where nothing was chosen.
+    chosen: the validation of the chosen pair, as in `validate --json`; None where nothing was chosen. ways: the
+    validation of other ways, the best of all first.
     """
     said, measured = choice.pair_sentence(), None if chosen is None else chosen["speedup_measured"]
     if measured is not None:
         said += f" Measured on the other prompts: {measured:.2f}x."
         foreseen = chosen["speedup_predicted"] if chosen else None
         if measured <= 1:
-            said += " That is no gain: do not speculate here, or study again while the machine does nothing else."
+            said += " That is no gain: do not draft so here, or study again while the machine does nothing else."
         elif foreseen is not None and abs(foreseen / measured - 1) > MISSED:
             said += (
                 f" Predicted for those prompts: {foreseen:.2f}x; a miss of over {MISSED:.0%} mostly means that "
                 "something else ran while steps were timed."
             )
-    return said + choice.ways_sentence()
+    said += choice.ways_sentence()
+    if choice.other_way is not None and ways and ways[0]["speedup_measured"] is not None:
+        said += f" Measured on {ways[0]['prompts']} other prompts: {ways[0]['speedup_measured']:.2f}x."
+    return said

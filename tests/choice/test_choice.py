@@ -96,7 +96,7 @@ def test_do_not_speculate():
     choice = choose(predict(fabricate(agreement=[0.0] * 6)), linear_costs())
     assert not choice.speculate
     assert (choice.method, choice.exit_layer, choice.draft_length, choice.speedup) == ("autoregressive", None, None, 1)
-    assert choice.interval == (1.0, 1.0)
+    assert choice.interval is None
     assert len(choice.runners_up) == 2
     assert choice.runners_up[0].cell == (1, 1)  # the least that can be lost
     assert choice.runners_up[0].speedup < 1

@@ -24,7 +24,7 @@ from probekit.errors import InputError
 from probekit.presentation.next_steps import next_steps
 from probekit.presentation.report import joined_scripts, write_lens_page, write_report
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
-from probekit.presentation.report_ways import label_of
+from probekit.presentation.report_text import way_label
 from probekit.presentation.study_folder import open_study
 from probekit.settings import Sampling
 from probekit.traces.token_text import visible
@@ -255,11 +255,15 @@ def test_do_not_speculate_is_said(study, tmp_path):
     folder = _copy(study, tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     choice = summary["models"][0]["choice"]
-    choice |= {"speculate": False, "exit_layer": None, "draft_length": None, "speedup": 1.0, "interval": [1.0, 1.0]}
+    choice |= {"speculate": False, "exit_layer": None, "draft_length": None, "speedup": 1.0, "interval": None}
     (folder / "summary.json").write_text(json.dumps(summary))
-    page = Page(write_report(folder))
-    assert "do not speculate" in page.text
+    page = Page(write_report(folder))  # another way pays
+    assert "no pair pays" in page.text and "do not speculate" not in page.text
     assert page.data["models"][0]["chosen"] is None
+    for model in summary["models"]:
+        del model["choice"]["way"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "do not speculate" in Page(write_report(folder)).text
 
 
 def test_markup_in_data_stays_data(tmp_path):
@@ -369,7 +373,7 @@ def test_every_way_of_drafting_is_in_the_page(tmp_path):
         for row in ways["ladder"]:
             assert f"{row['speedup']:.2f}×" in section and row["rung"] in section
         for row in ways["ways"]:
-            assert f">{label_of(row)}</th>" in section and f"{row['tokens_per_round']:.2f}" in section
+            assert f">{way_label(row)}</th>" in section and f"{row['tokens_per_round']:.2f}" in section
         assert f"{100 * ways['ways'][0]['oracle_share']:.0f} %" in section
         assert len(re.findall(r"<td>\d+ / \d+</td>", section)) == 2 * 10 * len(study.entries)
     assert section.count("<circle") == sum(len(entry["ways"]["ladder"]) for entry in study.entries)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from probekit.choice.choose import NO_DRAFTS, Candidate, Choice
+from probekit.choice.choose import NO_DRAFTS, Candidate, Choice, choose
+from probekit.choice.rank import rank
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import ExitLayer
+from probekit.prediction.predict import predict
 from probekit.study.summary import recommendation
+from tests.choice.test_choice import linear_costs
+from tests.traces.fabricate import fabricate
 
 
 @pytest.fixture
@@ -28,7 +32,22 @@ def test_what_was_measured_follows_what_was_predicted(choice):
 
 
 def test_no_gain_is_said(choice):
-    assert "0.57x. That is no gain: do not speculate" in recommendation(choice, measured(0.57))
+    assert "0.57x. That is no gain: do not draft so" in recommendation(choice, measured(0.57))
+
+
+def test_where_a_lookup_pays_and_no_exit_the_lookup_is_recommended():
+    """No layer ever agrees with a text that repeats one token."""
+    trace = fabricate(agreement=[0.0] * 6, vocabulary=2, prompts=10)
+    costs = linear_costs()
+    choice = choose(predict(trace), costs, ways=rank(trace, costs))
+    assert not choice.speculate and choice.interval is None
+    assert choice.other_way is not None and choice.other_way.drafter.startswith(("ngram", "suffix"))
+    ran = {"prompts": 4, "speedup_measured": 2.1}
+    said = recommendation(choice, None, [ran])
+    assert "do not speculate" not in said and "no exit layer pays" in said
+    assert f"drafting with {choice.other_way.label}" in said and said.endswith("Measured on 4 other prompts: 2.10x.")
+    alone = choose(predict(trace), costs)
+    assert alone.other_way is None and "do not speculate" in alone.sentence()
 
 
 def test_a_wide_miss_is_remarked_on(choice):
