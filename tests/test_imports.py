@@ -56,7 +56,10 @@ ROWS = {
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
-    "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
+    "probing": (
+        "labels", "probe_scores", "probe_curve", "probes", "probe", "patch_plan", "patching", "attribution_patching",
+        "attribution",
+    ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
