@@ -7,9 +7,8 @@ and the layer; one of your own goes into LABELS under a name.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -149,12 +148,14 @@ def _of_table(table: pd.DataFrame, source: str) -> tuple[str, Label]:
     if table.duplicated(keys).any():
         first = table[table.duplicated(keys)].iloc[0]
         raise InputError(f"{source} labels prompt {first['prompt']}, {place} {first[place]} twice.")
-    values: Mapping[Any, Any] = table.set_index(keys)[name]
+    values: pd.Series = table.set_index(keys)[name]
 
     def read(trace: Trace, rows: pd.DataFrame, layer: int) -> np.ndarray:
-        found = pd.Series(values).reindex(pd.MultiIndex.from_frame(rows[keys]))
+        found = values.reindex(pd.MultiIndex.from_frame(rows[keys]))
         if found.isna().all():
-            raise InputError(f"{source} labels none of the rows that this run kept.", f"Label them by prompt and {place}.")
+            raise InputError(
+                f"{source} labels none of the rows that this run kept.", f"Label them by prompt and {place}."
+            )
         return _as_labels(found)
 
     return name, read

@@ -3,7 +3,8 @@
 Prompts are dealt into folds; a fold's rows are answered by a probe of the other folds' prompts, whose regularisation
 was chosen within these: fitted on two thirds of the training prompts, judged by log loss (classes) or squared error
 (numbers) on the last third, then fitted again on all of them. The same goes for baselines; the control is fitted on
-labels that were shuffled among the rows of each part, with the probe's own regularisation.
+labels that were shuffled among the rows of each part, with the probe's own regularisation. What the residual adds to
+the lens's confidence is read off a second probe, that weighs the first one's answer and the lens's figures.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import pandas as pd
 from sklearn.base import clone
 
 from probekit.errors import InputError
-from probekit.probing.probe_curve import Figure, LayerProbe, ProbeCurve
+from probekit.prediction.intervals import spread
 from probekit.probing.labels import Label, is_number, known_labels, label_named
-from probekit.probing.probes import HELD_BYTES, LogisticProbe, MLPProbe, RidgeProbe
+from probekit.probing.probe_curve import Figure, LayerProbe, ProbeCurve
 from probekit.probing.probe_scores import Auroc, auroc, brier, calibration_error, explained, reliability
+from probekit.probing.probes import HELD_BYTES, LogisticProbe, MLPProbe, RidgeProbe
 from probekit.progress import Progress, usual_progress
 from probekit.settings import whole_number
 from probekit.traces.residuals import Residuals
@@ -100,8 +102,8 @@ def probe(
 
     Parameters
     ----------
-    label: a name (`probekit.probing.labels.LABELS`: accepted, agrees, entropy, token-class, looped, position); a file or
-        a table with `prompt`, `position` and a column; or a function of trace, rows and layer.
+    label: a name (`probekit.probing.labels.LABELS`: accepted, agrees, entropy, token-class, looped, position); a file
+        or or a table with `prompt`, `position` and a column; or a function of trace, rows and layer.
     layers: those that were kept by default; of `accepted` the exits among them.
     estimator: "logistic", "mlp" (classes) or "ridge" (also taken for numbers); or any of scikit-learn.
     grid: {parameter: values} that are chosen among within the training part; by default the estimator's own.
@@ -127,7 +129,7 @@ def probe(
     else:
         chosen = sorted(dict.fromkeys(layers))
     if not chosen:
-        raise InputError("this run has kept no residuals that could be probed.", "Trace again with --keep-residuals all.")
+        raise InputError("this run kept no residuals that could be probed.", "Trace again with --keep-residuals all.")
     if len(trace) < LEAST_PROMPTS:
         raise InputError(f"this run has {len(trace)} prompts; a probe needs {LEAST_PROMPTS}, which are split.")
     folds = min(whole_number("the number of folds must be", folds, 2), len(trace))
@@ -194,9 +196,7 @@ def deal(prompts: Sequence[int], folds: int, seed: int) -> dict[int, int]:
 class _Judge:
     """One layer's probes, fold by fold."""
 
-    def __init__(
-        self, sample: Sample, engine: Estimator, fold_of: Mapping[int, int], shuffles: int, seed: int
-    ) -> None:
+    def __init__(self, sample: Sample, engine: Estimator, fold_of: Mapping[int, int], shuffles: int, seed: int) -> None:
         self.sample, self.engine, self.shuffles = sample, engine, shuffles
         self.prompt = sample.frame["prompt"].to_numpy()
         self.fold = np.array([fold_of[prompt] for prompt in self.prompt.tolist()], dtype=np.int64)
@@ -214,7 +214,8 @@ class _Judge:
             facts["share"] = float((y == self.classes[1]).mean())
         if len(self.classes) < 2 or len(np.unique(self.prompt)) < LEAST_PROMPTS:
             return LayerProbe(**facts)
-        answers, chosen, known = self._answers(sample.rows, self.engine)
+        figures = sample.confidence
+        answers, chosen, known, together = self._answers(sample.rows, self.engine, figures)
         if not known.any():
             return LayerProbe(**facts)
         linear = Estimator.of("ridge" if self.number else "logistic", None, self.number)
@@ -229,56 +230,68 @@ class _Judge:
                 float(next(iter(each.values()))) for each in chosen.values() if len(each) == 1
             ),
         }  # fmt: skip
-        if sample.confidence is not None:
-            facts |= self._beside_confidence(sample.confidence, linear)
+        if figures is not None:
+            facts |= self._beside_confidence(figures, together, linear)
         if not self.number:
             facts |= self._calibration(answers, known)
         return LayerProbe(**facts)
 
-    def _beside_confidence(self, figures: np.ndarray, linear: Estimator) -> dict[str, Any]:
-        own, _, known = self._answers(lambda rows: figures[rows], linear)
-        alone = self._scored(own, known)
+    def _beside_confidence(self, figures: np.ndarray, both: np.ndarray, linear: Estimator) -> dict[str, Any]:
+        """both: answers of probes that saw the residual and the lens's figures, NaN where a fold has none."""
+        own, _, known, _ = self._answers(lambda rows: figures[rows], linear)
+        known &= ~np.isnan(both if self.number else both[:, 0])
+        if not known.any():
+            return {}
+        alone, together = self._scored(own, known), self._scored(both, known)
         found: dict[str, Any] = {"confidence": _shown(alone)}
         if len(self.classes) == 2 and not self.number:
             truth = self.sample.y == self.classes[1]
             for name, column in zip(CONFIDENCE, figures.T, strict=True):
                 score = -column if name == "entropy" else column
                 found.setdefault("alone", {})[name] = auroc(truth, score, self.place, self.fold).value
-        if isinstance(self.sample.x, np.ndarray):
-            both = np.concatenate([self.sample.x, figures], axis=1)
-            answers, _, known = self._answers(lambda rows: both[rows], self.engine)
-            together = self._scored(answers, known)
-            found["together"] = _shown(together)
-            if isinstance(together, Auroc) and isinstance(alone, Auroc):
-                gain = together.drawn - alone.drawn
-                low, high = np.nanquantile(gain, [0.025, 0.975]) if np.isfinite(gain).any() else (np.nan, np.nan)
-                found["added"] = Figure(together.value - alone.value, float(low), float(high))
+        found["together"] = _shown(together)
+        if isinstance(together, Auroc) and isinstance(alone, Auroc):
+            low, high = spread(together.drawn - alone.drawn)
+            found["added"] = Figure(together.value - alone.value, float(low), float(high))
         return found
 
     def _answers(
-        self, features: Callable[[np.ndarray], Any], engine: Estimator
-    ) -> tuple[np.ndarray, dict[int, dict[str, Any]], np.ndarray]:
-        """Answers of probes that never saw a row's prompt, what each fold chose, and which rows have an answer.
+        self, features: Callable[[np.ndarray], Any], engine: Estimator, beside: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[int, dict[str, Any]], np.ndarray, np.ndarray]:
+        """Answers of probes that never saw a row's prompt, what each fold chose, which rows have an answer, and answers
+        of the same probe with some figures beside it.
 
-        Answers: (rows,) of numbers; (rows, classes) of classes.
+        Answers: (rows,) of numbers; (rows, classes) of classes. beside: (rows, figures): a second, small probe weighs
+        the first one's answer and these; it is fitted on the training prompts that the first was judged on.
         """
         y = self.sample.y
-        answers = np.full(len(y) if self.number else (len(y), len(self.classes)), np.nan)
+        answers, both = self._unknown(), self._unknown()
         chosen: dict[int, dict[str, Any]] = {}
         for each in np.unique(self.fold).tolist():
             train, test = self.fold != each, self.fold == each
             if len(np.unique(y[train])) < 2:
                 continue
-            chosen[each] = choose_setting(engine, features, y, self.prompt, train, self.classes)
-            fitted = engine.fitted(chosen[each], features(train), y[train])
+            choice = choose_setting(engine, features, y, self.prompt, train, self.classes)
+            chosen[each] = choice.setting
+            fitted = engine.fitted(choice.setting, features(train), y[train])
             answers[test] = answers_of(fitted, features(test), self.number, self.classes)
-        return answers, chosen, ~np.isnan(answers if self.number else answers[:, 0])
+            inner = choice.judged
+            if beside is not None and choice.answers is not None and len(np.unique(y[inner])) > 1:
+                weigh = (RidgeProbe() if self.number else LogisticProbe()).fit(
+                    _beside(choice.answers, beside[inner]), y[inner]
+                )
+                both[test] = answers_of(weigh, _beside(answers[test], beside[test]), self.number, self.classes)
+        return answers, chosen, ~np.isnan(answers if self.number else answers[:, 0]), both
+
+    def _unknown(self) -> np.ndarray:
+        rows = len(self.sample.y)
+        return np.full(rows if self.number else (rows, len(self.classes)), np.nan)
 
     def _control(self, chosen: Mapping[int, Mapping[str, Any]]) -> Figure:
         """Labels shuffled among the rows of a fold, and among those it is fitted on."""
         y, drawn, values = self.sample.y, [], []
         for _ in range(self.shuffles):
-            shuffled, answers = y.copy(), np.full(len(y) if self.number else (len(y), len(self.classes)), np.nan)
+            shuffled, answers = y.copy(), self._unknown()
             for each in np.unique(self.fold).tolist():
                 here = np.flatnonzero(self.fold == each)
                 shuffled[here] = self.random.permutation(y[here])
@@ -293,9 +306,9 @@ class _Judge:
             drawn.append(found.drawn if isinstance(found, Auroc) else np.array([found.low, found.value, found.high]))
         if not values:
             return Figure(np.nan, np.nan, np.nan)
-        every = np.concatenate(drawn)
-        low, high = np.nanquantile(every, [0.025, 0.975]) if np.isfinite(every).any() else (np.nan, np.nan)
-        return Figure(float(np.nanmean(values)), float(low), float(high))
+        low, high = spread(np.concatenate(drawn))
+        mean = np.nan if np.isnan(values).all() else float(np.nanmean(values))
+        return Figure(mean, float(low), float(high))
 
     def _scored(self, answers: np.ndarray, known: np.ndarray, y: np.ndarray | None = None) -> Any:
         y = (self.sample.y if y is None else y)[known]
@@ -319,6 +332,14 @@ class _Judge:
         return {"brier": float(score.mean()), "ece": calibration_error(curve), "curve": tuple(curve)}
 
 
+class Choice(NamedTuple):
+    """A setting; which rows it was judged on, (rows,) bool, and its answers there, None where nothing was judged."""
+
+    setting: dict[str, Any]
+    judged: np.ndarray
+    answers: np.ndarray | None
+
+
 def choose_setting(
     engine: Estimator,
     features: Callable[[np.ndarray], Any],
@@ -326,21 +347,27 @@ def choose_setting(
     prompt: np.ndarray,
     train: np.ndarray,
     classes: np.ndarray,
-) -> dict[str, Any]:
+) -> Choice:
     """The setting that is best on every third training prompt, fitted on the others. train: (rows,) bool."""
     settings = engine.settings()
     prompts = np.unique(prompt[train])
     inner = train & np.isin(prompt, prompts[2::3])
     outer = train & ~inner
     number = is_number(y)
-    if len(settings) == 1 or not inner.any() or len(np.unique(y[outer])) < 2:
-        return settings[0]
+    if not inner.any() or len(np.unique(y[outer])) < 2:
+        return Choice(settings[0], inner, None)
     x, judged = features(outer), features(inner)
-    losses = []
-    for setting in settings:
-        answers = answers_of(engine.fitted(setting, x, y[outer]), judged, number, classes)
-        losses.append(loss_of(answers, y[inner], classes))
-    return settings[int(np.argmin(losses))]
+    every = [answers_of(engine.fitted(setting, x, y[outer]), judged, number, classes) for setting in settings]
+    best = int(np.argmin([loss_of(answers, y[inner], classes) for answers in every]))
+    return Choice(settings[best], inner, every[best])
+
+
+def _beside(answers: np.ndarray, figures: np.ndarray) -> np.ndarray:
+    """Answers as numbers or log-odds, and figures: (rows, columns)."""
+    if answers.ndim == 1:
+        return np.concatenate([answers[:, None], figures], axis=1)
+    logs = np.log(np.clip(answers, 1e-6, 1.0))
+    return np.concatenate([logs[:, 1:] - logs[:, :1], figures], axis=1)
 
 
 def answers_of(fitted: Any, x: Any, number: bool, classes: np.ndarray) -> np.ndarray:

@@ -30,6 +30,8 @@ class Figure(NamedTuple):
         return None if np.isnan(self.low) else [float(self.low), float(self.high)]
 
 
+# Kinds of probes in tables, and where their scores stand.
+_KINDS = {"probe": "score"} | {name: name for name in ("control", "confidence", "position", "together")}
 NONE = Figure(np.nan, np.nan, np.nan)
 
 
@@ -118,7 +120,11 @@ class ProbeCurve:
 
     def __repr__(self) -> str:
         best = self.best
-        found = "nothing to tell apart" if best is None else f"best layer {best.layer}, {self.scored} {best.score.value:.3f}"
+        found = (
+            "nothing to tell apart"
+            if best is None
+            else f"best layer {best.layer}, {self.scored} {best.score.value:.3f}"
+        )
         return f"ProbeCurve({self.label} in {self.model}: {len(self.layers)} layers, {found})"
 
     @property
@@ -141,12 +147,15 @@ class ProbeCurve:
         }
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a layer and a kind of probe (`probe`, `control`, `confidence`, `position`, `together`): value, low, high."""
+        """A row a layer and a kind of probe: value, low, high.
+
+        Kinds: probe, control, confidence, position, together; those that a layer has.
+        """
         rows = [
             {"model": self.model, "label": self.label, "score": self.scored, "layer": each.layer, "kind": kind}
             | getattr(each, name)._asdict()
             for each in self.layers
-            for kind, name in (("probe", "score"), *((name, name) for name in ("control", "confidence", "position", "together")))
+            for kind, name in _KINDS.items()
             if getattr(each, name).known is not None
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=["model", "label", "score", "layer", "kind", "value", "low", "high"])
@@ -155,7 +164,9 @@ class ProbeCurve:
         rows = []
         for each in self.layers:
             cells = [
-                HtmlCell("-" if np.isnan(value) else f"{value:.3f}", 0.0 if np.isnan(value) else float(np.clip(value, 0, 1)))
+                HtmlCell(
+                    "-" if np.isnan(value) else f"{value:.3f}", 0.0 if np.isnan(value) else float(np.clip(value, 0, 1))
+                )
                 for value in (each.score.value, each.control.value, each.confidence.value, each.position.value)
             ]
             rows.append((str(each.layer), cells))

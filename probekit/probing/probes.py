@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -70,7 +71,7 @@ def blocks_of(x: Any) -> Iterator[np.ndarray]:
         yield from x.blocks(BLOCK_ROWS)
         return
     for start in range(0, len(x), BLOCK_ROWS):
-        yield np.asarray(x[start : start + BLOCK_ROWS])
+        yield np.array(x[start : start + BLOCK_ROWS])
 
 
 def _checked(probe: Any, x: Any, y: Any = None, *, numeric: bool = False) -> tuple[Any, Any]:
@@ -133,7 +134,8 @@ class _Classes(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """(rows,): the most probable class."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        shares = self.predict_proba(X)
+        return self.classes_[shares.argmax(axis=1)]
 
 
 class LogisticProbe(_Classes):
@@ -182,7 +184,9 @@ class LogisticProbe(_Classes):
         return _linear(X, self.coef_, self.intercept_)
 
 
-def _logistic_loss(rows: Rows, truth: Tensor, outputs: int, C: float) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+def _logistic_loss(
+    rows: Rows, truth: Tensor, outputs: int, C: float
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """The mean of the losses and their gradient; of two classes one logit, of more a softmax."""
     wanted = truth.double()[:, None] if outputs == 1 else functional.one_hot(truth, outputs).double()
 
@@ -219,6 +223,10 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
     After `fit`: `coef_`, (width,) or (outputs, width), and `intercept_`, of the rows as they are given.
     """
 
+    coef_: np.ndarray
+    intercept_: np.ndarray | float
+    classes_: np.ndarray
+
     def __init__(self, alpha: float = 1.0, *, standardize: bool = True) -> None:
         self.alpha, self.standardize = alpha, standardize
 
@@ -226,6 +234,8 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         """X: (rows, width). y: (rows,) or (rows, outputs), numbers or truth values."""
         if not self.alpha >= 0:
             raise InputError(f"alpha must be 0 or more, not {self.alpha}.")
+        if y is None:
+            raise ValueError("RidgeProbe requires y to be passed, but the target y is None.")
         truths = np.asarray(y).dtype == bool
         X, y = _checked(self, X, np.asarray(y, dtype=np.float64) if truths else y, numeric=True)
         flat = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
@@ -239,10 +249,14 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
             gram += centred.T @ centred
             cross += centred.T @ wanted[here]
         gram.diagonal().add_(self.alpha)
-        weights = torch.linalg.lstsq(gram, cross, driver="gelsd").solution.T if not self.alpha else None
-        weights = torch.linalg.solve(gram, cross, ).T if weights is None else weights
+        if self.alpha:
+            weights = torch.linalg.solve(gram, cross).T
+        else:  # columns may depend on each other: the shortest solution
+            weights = torch.linalg.lstsq(gram, cross, driver="gelsd").solution.T
         coef, offset = rows.unscaled(weights, middle - weights @ mean)
         self.coef_, self.intercept_ = (coef[0], offset[0]) if np.ndim(y) == 1 else (coef, offset)
+        if hasattr(self, "classes_"):
+            del self.classes_
         if truths:
             self.classes_ = np.array([False, True])
         return self
@@ -253,11 +267,20 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         found = _linear(_checked(self, X)[0], np.atleast_2d(self.coef_), np.atleast_1d(self.intercept_))
         return found[:, 0] if np.ndim(self.coef_) == 1 else found
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _tells_classes(self) -> bool:
+        if hasattr(self, "coef_") and not hasattr(self, "classes_"):
+            raise AttributeError("this ridge probe was fitted on numbers, which have no probability; fit truth values.")
+        return True
+
+    @available_if(_tells_classes)
     def predict_proba(self, X: Any) -> np.ndarray:
-        """(rows, 2): of a probe of truth values. Raises InputError for one of numbers."""
+        """(rows, 2): of a probe of truth values. One of numbers has no such method."""
         found = self.predict(X).clip(0, 1)
-        if not hasattr(self, "classes_"):
-            raise InputError("this probe estimates numbers, which have no probability.", "Fit it on truth values.")
         return np.stack([1 - found, found], axis=1)
 
 

@@ -141,7 +141,8 @@ class Residuals:
 
 def read_residuals(folder: Path, parts: int, layer: int, rows: pd.DataFrame) -> Residuals:
     """The residuals of some rows. rows: indexed by (prompt, position), with what is known of them."""
-    frames, found = [rows.iloc[:0].reset_index()], []
+    frames = [rows.iloc[:0].reset_index()]
+    found: list[ResidualPart] = []
     for part in range(parts):
         tensors = _mapped(folder / f"residuals-{part:05d}.safetensors")
         keys = pd.MultiIndex.from_arrays([tensors["prompt"], tensors["position"]], names=["prompt", "position"])
