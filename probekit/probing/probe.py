@@ -381,7 +381,7 @@ def answers_of(fitted: Any, x: Any, number: bool, classes: np.ndarray) -> np.nda
 
 def loss_of(answers: np.ndarray, y: np.ndarray, classes: np.ndarray) -> float:
     """Mean squared error of numbers, mean log loss of classes."""
-    if answers.ndim == 1:
+    if is_number(y):
         return float(((answers - y) ** 2).mean())
     own = answers[np.arange(len(y)), np.searchsorted(classes, y)]
     return float(-np.log(np.maximum(own, 1e-12)).mean())

@@ -69,6 +69,7 @@ class Trace:
         prompts: Sequence[int] | None = None,
         pivots: dict[tuple[str, str, str], dict[int, np.ndarray]] | None = None,
         exit_heads: bytes | None = None,
+        residuals: dict[int, Residuals] | None = None,
     ) -> None:
         self.manifest = manifest
         self._exit_heads = exit_heads
@@ -76,6 +77,7 @@ class Trace:
         self._source = source
         self._chosen = None if prompts is None else tuple(prompts)
         self._pivots = {} if pivots is None else pivots
+        self._residuals: dict[int, Residuals] = {} if residuals is None else residuals
         self._views: dict[str, pd.DataFrame | None] = {}
 
     @classmethod
@@ -170,7 +172,7 @@ class Trace:
             raise InputError("a trace needs at least one prompt; none was selected.")
         return Trace(
             self.manifest, self._source, folder=self.folder, prompts=chosen, pivots=self._pivots,
-            exit_heads=self._exit_heads,
+            exit_heads=self._exit_heads, residuals=self._residuals,
         )  # fmt: skip
 
     @property
@@ -310,6 +312,17 @@ class Trace:
             checked_file(self.folder, self.manifest, part_name("residuals", part))
         frame = self.tokens.set_index(["prompt", "position"])[["output", "generated"]]
         return read_residuals(self.folder, len(self.manifest.plan.batches), layer, frame)
+
+    def residuals_of(self, prompt: int, layer: int) -> np.ndarray:
+        """(N, width) float32: the residuals after `layer` layers that predict each output token, as far as kept."""
+        self._check(prompt)
+        scored = self._residuals.get(layer)
+        if scored is None:
+            found = Trace(self.manifest, self._source, folder=self.folder).residuals(layer).scored()
+            scored = self._residuals[layer] = found
+        rows = scored.frame.index[scored.frame["prompt"] == prompt]
+        order = np.argsort(scored.frame["output"].to_numpy()[rows], kind="stable")
+        return scored.take(rows.to_numpy()[order])
 
     def ended(self, prompt: int) -> str:
         """Why the text ended: "eos", "budget" or "given"."""
