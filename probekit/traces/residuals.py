@@ -45,7 +45,7 @@ class Residuals:
     Parameters
     ----------
     layer: 0 is the embedding, L the last, before the final norm.
-    frame: a row for each position: prompt, position, output (below 0 inside the prompt), generated.
+    frame: a row for each position: prompt, position; output (below 0 inside the prompt) and generated of a trace's.
     parts: where the numbers lie, in the order of `frame`.
     """
 
@@ -95,6 +95,18 @@ class Residuals:
         )
         return Residuals(self.layer, self.frame[chosen].reset_index(drop=True), tuple(parts))
 
+    def within(self, rows: pd.DataFrame) -> Residuals:
+        """Those of some rows, with what is known of them in `frame`. rows: indexed by (prompt, position)."""
+        keys = pd.MultiIndex.from_frame(self.frame[["prompt", "position"]])
+        mine = keys.isin(rows.index)
+        return Residuals(self.layer, rows.loc[keys[mine]].reset_index(), self.where(mine).parts)
+
+    def between(self, prompt: int, start: int, end: int) -> np.ndarray:
+        """(rows, width), float32: of a prompt, at positions from start up to before end, in their order."""
+        position = self.frame["position"].to_numpy()
+        rows = np.flatnonzero((self.frame["prompt"].to_numpy() == prompt) & (position >= start) & (position < end))
+        return self.take(rows[np.argsort(position[rows], kind="stable")])
+
     def scored(self) -> Residuals:
         """The rows that predict a token of the continuation."""
         return self.where(self.frame["generated"].to_numpy())
@@ -139,17 +151,13 @@ class Residuals:
         self.__dict__.update(state | {"parts": parts})
 
 
-def read_residuals(folder: Path, parts: int, layer: int, rows: pd.DataFrame) -> Residuals:
-    """The residuals of some rows. rows: indexed by (prompt, position), with what is known of them."""
-    frames = [rows.iloc[:0].reset_index()]
-    found: list[ResidualPart] = []
+def read_residuals(folder: Path, parts: int, layer: int) -> Residuals:
+    """All residuals that a run kept of a layer; `frame` has the prompt and position of each row."""
+    frames, found = [], []
     for part in range(parts):
         tensors = _mapped(folder / f"residuals-{part:05d}.safetensors")
-        keys = pd.MultiIndex.from_arrays([tensors["prompt"], tensors["position"]], names=["prompt", "position"])
-        wanted = np.flatnonzero(keys.isin(rows.index))
-        if len(wanted) or not found:
-            frames.append(rows.loc[keys[wanted]].reset_index())
-            found.append(ResidualPart(wanted, tensors[f"layer_{layer}"]))
+        frames.append(pd.DataFrame({name: np.array(tensors[name]) for name in ("prompt", "position")}))
+        found.append(ResidualPart(np.arange(len(frames[-1])), tensors[f"layer_{layer}"]))
     return Residuals(layer, pd.concat(frames, ignore_index=True), tuple(found))
 
 
