@@ -25,7 +25,7 @@ from probekit.errors import ProbekitError
 from probekit.models.loaded import Loaded, load
 from probekit.models.reference import TALES
 from probekit.presentation.plots.style import STYLE
-from probekit.settings import Sampling
+from probekit.settings import KeptResiduals, Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.tracer import trace
@@ -71,13 +71,18 @@ class Bench:
         count = min(self.prompts, len(every))
         return [every[place * len(every) // count] for place in range(count)]
 
-    def trace(self, loaded: Loaded, text: str = "greedy") -> Trace:
-        """Greedy or sampled text of the model after each prompt; or the prompts themselves, as given text."""
-        folder = self.traces / f"{loaded.name}-{text}-{self.prompts}x{self.max_new_tokens}"
+    def trace(self, loaded: Loaded, text: str = "greedy", *, residuals: bool = False) -> Trace:
+        """Greedy or sampled text of the model after each prompt; or the prompts themselves, as given text.
+
+        residuals: keep those of all layers where a token of the continuation is predicted.
+        """
+        kind = f"{text}-residuals" if residuals else text
+        folder = self.traces / f"{loaded.name}-{kind}-{self.prompts}x{self.max_new_tokens}"
         say(f"{loaded.name}: {text} text of {self.prompts} prompts")
         return trace(
             loaded, self.prompts_for(loaded), folder, max_new_tokens=self.max_new_tokens, given=text == "given",
             sampling=SAMPLING if text == "sampled" else Sampling(), top_prompts=0, resume=True,
+            keep_residuals=KeptResiduals(None if residuals else (), rows="scored" if residuals else "all"),
         )  # fmt: skip
 
     def write(self, name: str, table: pd.DataFrame, figure: Figure, **more: Any) -> None:

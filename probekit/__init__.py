@@ -33,6 +33,7 @@ _ROOMS = {
     "measure_costs": "probekit.costs.measure",
     "patch": "probekit.probing.patching",
     "predict": "probekit.prediction.predict",
+    "probe": "probekit.probing.probe",
     "rank": "probekit.choice.rank",
     "run_study": "probekit.study.run",
     "trace": "probekit.tracing.tracer",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from probekit.models.loaded import wrap as wrap
     from probekit.prediction.predict import predict as predict
     from probekit.probing.patching import patch as patch
+    from probekit.probing.probe import probe as probe
     from probekit.settings import Sampling as Sampling
     from probekit.study.run import run_study as run_study
     from probekit.traces.trace import Trace as Trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,6 +61,52 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class KeptResiduals:
+    """Which residuals a trace keeps, and how.
+
+    Parameters
+    ----------
+    layers: sites 0..L; None: all of them.
+    dtype: as which they are written, one of RESIDUAL_DTYPES; None: as the model computes them.
+    rows: "all", or "scored": only those that predict a token of the continuation.
+    share: in (0, 1], of those rows; which ones follows from the run's seed, each prompt's index and each position.
+
+    Examples
+    --------
+    >>> from probekit.settings import KeptResiduals
+    >>> KeptResiduals((3, 6), dtype="float16", rows="scored").layers
+    (3, 6)
+    """
+
+    layers: tuple[int, ...] | None = ()
+    dtype: str | None = None
+    rows: str = "all"
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in RESIDUAL_DTYPES:
+            raise InputError(f"residuals are kept as {', '.join(RESIDUAL_DTYPES)}, not as {self.dtype!r}.")
+        if self.rows not in ("all", "scored"):
+            raise InputError(f"the rows whose residuals are kept are 'all' or 'scored', not {self.rows!r}.")
+        if not 0 < self.share <= 1:
+            raise InputError(f"the share of rows whose residuals are kept must lie in (0, 1], not {self.share}.")
+
+    @classmethod
+    def of(cls, given: Iterable[int] | str | KeptResiduals) -> KeptResiduals:
+        """From sites, or "all" of them."""
+        if isinstance(given, KeptResiduals):
+            return given
+        if isinstance(given, str):
+            if given != "all":
+                raise InputError(f"residuals are kept of named sites or of 'all', not of {given!r}.")
+            return cls(None)
+        return cls(tuple(given))
+
+
+RESIDUAL_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
 class TraceSettings:
     """How a trace is made; the parameters are those of `probekit.trace`."""
 
@@ -68,7 +114,7 @@ class TraceSettings:
     sampling: Sampling = Sampling()
     given: bool = False
     statistics: str = "all"
-    keep_residuals: tuple[int, ...] = ()
+    keep_residuals: KeptResiduals = KeptResiduals()
     backend: str = "hooks"
     chat: bool = False
     batch_size: int | None = None

@@ -38,8 +38,8 @@ ROWS = {
     "training": ("layerskip",),
     "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
     "drafting": (
-        "keys", "policies", "round_policies", "trees", "lookup", "proposers", "drafters", "text_drafters", "imported",
-        "tree_proposer", "tree_drafters", "named", "ways",
+        "keys", "probe_policy", "policies", "round_policies", "trees", "lookup", "proposers", "drafters",
+        "text_drafters", "imported", "tree_proposer", "tree_drafters", "named", "ways",
     ),
     "prediction": (
         "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
@@ -56,7 +56,10 @@ ROWS = {
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
     "validation": ("differences", "results", "transformers", "run", "ways"),
-    "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
+    "probing": (
+        "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",
+        "patching", "attribution_patching", "attribution",
+    ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
@@ -75,7 +78,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile",
     "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
-    "probekit.drafting.policies",
+    "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from probekit.cli.lens import lens
 from probekit.cli.models import models
 from probekit.cli.patch import patch
 from probekit.cli.predict import predict
+from probekit.cli.probe import probe
 from probekit.cli.rank import rank
 from probekit.cli.report import report
 from probekit.cli.study import study
@@ -29,6 +30,7 @@ ALL: tuple[Callable[..., None], ...] = (
     predict,
     choose,
     rank,
+    probe,
     decode,
     validate,
     fit_heads,

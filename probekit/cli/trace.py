@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest
+
+if TYPE_CHECKING:
+    from probekit.settings import KeptResiduals
 
 
 def trace(
@@ -30,8 +33,18 @@ def trace(
     ] = None,
     statistics: Annotated[str, typer.Option("--statistics", help="all, or agreement (several times faster).")] = "all",
     keep_residuals: Annotated[
-        str | None, typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12.")
+        str | None,
+        typer.Option("--keep-residuals", metavar="LAYERS", help="Write these layers' residuals: 6,12, or all."),
     ] = None,
+    residual_dtype: Annotated[
+        str | None, typer.Option("--residual-dtype", help="float32, bfloat16 or float16. [default: as computed]")
+    ] = None,
+    residual_rows: Annotated[
+        str, typer.Option("--residual-rows", help="all, or scored: only rows that predict a continuation's token.")
+    ] = "all",
+    residual_share: Annotated[
+        float, typer.Option("--residual-share", help="Keep so many of those rows, drawn by the seed.")
+    ] = 1.0,
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
     exit_heads: options.ExitHeads = None,
@@ -66,7 +79,7 @@ def trace(
         )
     check_unlocked(output)
     check_run_target(output, resume=resume)
-    layers = options.integers(keep_residuals, "--keep-residuals") or ()
+    kept = kept_of_options(keep_residuals, residual_dtype, residual_rows, residual_share)
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
     given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
@@ -83,7 +96,7 @@ def trace(
             sampling=sampling,
             given=given,
             statistics=statistics,
-            keep_residuals=layers,
+            keep_residuals=kept,
             draft_model=drafter,
             draft_vocabulary=draft_vocabulary,
             exit_heads=exit_heads,
@@ -136,6 +149,18 @@ def _of_log(manifest: Manifest) -> str:
         f"{unlike:,} of {tokens:,} tokens of the log are not this model's own here (the furthest lies {furthest:.3g} "
         "logits below it): rounds that meet them can differ, and predictions are not called exact."
     )
+
+
+def kept_of_options(layers: str | None, dtype: str | None, rows: str, share: float) -> KeptResiduals:
+    """Which residuals to keep."""
+    from probekit.settings import KeptResiduals
+
+    if layers is None:
+        if (dtype, rows, share) != (None, "all", 1.0):
+            raise InputError("these options say how residuals are kept, and none are.", "Name --keep-residuals LAYERS.")
+        return KeptResiduals()
+    sites = None if layers.strip() == "all" else tuple(options.integers(layers, "--keep-residuals") or ())
+    return KeptResiduals(sites, dtype, rows, share)
 
 
 def kept_of(folder: Path) -> str:

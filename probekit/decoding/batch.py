@@ -103,21 +103,24 @@ class DecodeBatch:
         policy: Policy,
         step: Callable[[Tensor, int], Tensor],
         ids: Tensor | None = None,
+        figure: Callable[[], Tensor] | None = None,
     ) -> DraftTree:
         """Draft a round for all rows.
 
         step: called with the last token of each row, (rows, 1), and its place in the round, 0, 1, ..; returns the
         drafter's logits after it, (rows, vocabulary), or (rows, F) where `ids`, (F,), says which tokens these are.
+        figure: what the policy is told of the last draft, (rows,), where it does not look at its logits.
         """
         limits = [row.limit(draft_length) for row in self.rows]
         outputs = self.outputs
-        confidence = looks_at(policy) if policy.needs_confidence else None
+        confidence = looks_at(policy) if policy.needs_confidence and figure is None else None
         tokens, distributions = [self.last], list[Tensor]()
         place = 0
         while place < max(limits):
             token, distribution, sureness = self.sampler.draft(
                 step(tokens[-1], place), self.stream, None if outputs is None else outputs + place, confidence
             )
+            sureness = sureness if figure is None else figure()
             if distribution is not None:
                 distributions.append(distribution if ids is None else scatter(distribution, ids, self.vocabulary))
             tokens.append((token if ids is None else ids[token])[:, None])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from probekit.drafting.keys import DrafterKey, check_exits
-from probekit.drafting.policies import CONFIDENCES, Policy, drafts_allowed, looks_at
+from probekit.drafting.policies import CONFIDENCES, Policy, ResidualPolicy, drafts_allowed, looks_at
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,10 +96,42 @@ def sizes_of(drafter: Drafter, longest: int) -> np.ndarray:
 def allowed_by(policy: Policy, drafter: Drafter, trace: Trace, prompt: int, longest: int) -> np.ndarray:
     """(N,) int32: the most drafts that a policy lets a round have that starts at each output position."""
     sure = None
-    if policy.needs_confidence:
+    if isinstance(policy, ResidualPolicy):
+        sure = np.asarray(policy.of_residuals(residuals_of(drafter, policy, trace, prompt)))
+    elif policy.needs_confidence:
         of = looks_at(policy)
         sure = drafter.confidence(trace, prompt, *(() if of == CONFIDENCES[0] else (of,)))
     return drafts_allowed(policy, sure, len(trace.outputs(prompt)), longest)
+
+
+def check_reads(key: DrafterKey, policy: Policy) -> None:
+    """Raise InputError where a policy reads the residuals of another exit than the one that drafts."""
+    if isinstance(policy, ResidualPolicy) and key != DrafterKey.exit(
+        policy.exit_layer, rows=key.rows, exit_heads=key.exit_heads
+    ):
+        raise InputError(
+            f"this policy reads the residuals of exit layer {policy.exit_layer}, and {key.label} drafts.",
+            f"Draft from layer {policy.exit_layer}, or fit a probe for the one that drafts.",
+        )
+
+
+def residuals_of(drafter: Drafter, policy: ResidualPolicy, trace: Trace, prompt: int) -> np.ndarray:
+    """(N, width) float32: the residuals that the exit drafts each output token from, as the run kept them."""
+    check_reads(drafter.key, policy)
+    settings = trace.manifest.settings
+    if settings.residual_dtype not in (None, settings.dtype):
+        raise InputError(
+            f"this run kept its residuals as {settings.residual_dtype}, and a decoder reads {settings.dtype}.",
+            "Trace again without --residual-dtype.",
+        )
+    found = trace.residuals_of(prompt, policy.exit_layer)
+    tokens = len(trace.outputs(prompt))
+    if len(found) != tokens:
+        raise InputError(
+            f"this run kept the residuals of {len(found)} of the {tokens} tokens of prompt {prompt}.",
+            "Trace again without --residual-share.",
+        )
+    return found
 
 
 def runs_of(agrees: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class Policy(Protocol):
 
     exact: whether a trace predicts the rounds exactly. needs_confidence: whether `keep_drafting` looks at it; if not,
     the host need not wait for it, and it is NaN. One that looks at another figure of the last draft's logits than its
-    probability says which by an attribute `looks_at`, one of CONFIDENCES.
+    probability says which by an attribute `looks_at`, one of CONFIDENCES; one that looks at the residual itself is a
+    ResidualPolicy.
     """
 
     @property
@@ -45,6 +46,20 @@ greedy drafts how far its logit stands above the next one's."""
 def looks_at(policy: Policy) -> str:
     """Which of CONFIDENCES a policy is told."""
     return getattr(policy, "looks_at", CONFIDENCES[0])
+
+
+@runtime_checkable
+class ResidualPolicy(Policy, Protocol):
+    """Looks at the residual that the exit drafts from, by a function of it that both a decoder and a trace compute."""
+
+    @property
+    def exit_layer(self) -> int:
+        """E: whose residuals it reads."""
+        ...
+
+    def of_residuals(self, residuals: Any) -> Any:
+        """What `keep_drafting` is told of a draft. residuals: (..., width), an array or a tensor. Returns (...)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -129,17 +144,25 @@ POLICIES: dict[str, Callable[..., Policy] | str] = {
 """By the names that the command line knows; a text says where the policy is."""
 
 
+PROBE = "probe"
+"""In front of a file: `probe:FILE` or `probe:FILE:0.6`, a policy that a probe was exported as."""
+
+
 def policy_named(text: str) -> Policy:
     """The policy that a text names: `fixed`, `confidence:0.6`, or `module.Class` of your own, `:` before each number.
 
     Raises InputError for a name or numbers that make no policy.
     """
+    if text.partition(":")[0] == PROBE:
+        from probekit.drafting.probe_policy import probe_policy_named
+
+        return probe_policy_named(text)
     name, *numbers = text.split(":")
     known = POLICIES.get(name, name)
     make = _imported(known) if isinstance(known, str) else known
     if make is None:
         raise InputError(
-            f"there is no policy {name!r}: there are {', '.join(POLICIES)}.",
+            f"there is no policy {name!r}: there are {', '.join((*POLICIES, PROBE))}.",
             "Write confidence:0.6, or module.Class for one of your own.",
         )
     try:
@@ -170,7 +193,8 @@ def drafts_allowed(policy: Policy, confidence: np.ndarray | None, positions: int
     mismatch, and past the end of the text, a decoder may see another one.
     """
     allowed = np.full(positions, longest, dtype=np.int32)
-    if isinstance(policy, (ConfidenceThreshold, EntropyThreshold, MarginThreshold)) and confidence is not None:
+    counts_none = (ConfidenceThreshold, EntropyThreshold, MarginThreshold)
+    if confidence is not None and (isinstance(policy, counts_none) or getattr(policy, "counts_drafts", True) is False):
         # these do not count drafts, so that one look at each position settles all rounds
         places = np.arange(positions, dtype=np.int32)
         goes_on = [policy.keep_drafting(1, each) for each in confidence.tolist()]

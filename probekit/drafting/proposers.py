@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from probekit.drafting.keys import DrafterKey, check_draft_model
 from probekit.drafting.lookup import TextIndex
-from probekit.drafting.policies import Policy
+from probekit.drafting.policies import Policy, ResidualPolicy
 from probekit.drafting.trees import DraftTree
 from probekit.errors import InputError
 from probekit.models.anatomy import Anatomy
@@ -98,13 +99,18 @@ class ExitLayerProposer:
 
     def propose(self, draft_length: int, policy: Policy) -> DraftTree:
         self.residuals = []
-        tree = self.batch.draft(draft_length, policy, lambda *at: self.head(self.early(*at)), self.head.ids)
+        figure = partial(self.figure, policy) if isinstance(policy, ResidualPolicy) else None
+        tree = self.batch.draft(draft_length, policy, lambda *at: self.head(self.early(*at)), self.head.ids, figure)
         self.early(tree.written[:, -1:], len(tree.parents))
         return tree
 
     def verify(self, tree: DraftTree) -> Tensor:
         places = self.engine.places(self.batch.positions, tree.written.shape[1])
         return self.engine.late(torch.cat(self.residuals, dim=1), places, self.exit_layer)
+
+    def figure(self, policy: ResidualPolicy) -> Tensor:
+        """What a policy makes of the residual of each row's last draft, (rows,)."""
+        return policy.of_residuals(self.residuals[-1][:, -1])
 
     def early(self, tokens: Tensor, place: int) -> Tensor:
         """tokens: (rows, 1), `place` tokens after each row's last one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from probekit.drafting.drafters import Drafter
+from probekit.drafting.drafters import Drafter, check_reads
 from probekit.drafting.keys import MODEL, DrafterKey, check_draft_length
 from probekit.drafting.policies import FIXED, Policy
 from probekit.drafting.round_policies import RoundPolicy
@@ -49,9 +49,10 @@ class Way:
 
 
 def check_turns(keys: Sequence[DrafterKey], policy: Policy) -> None:
-    """Raise InputError for drafters that cannot take turns."""
+    """Raise InputError for drafters that cannot take turns, and for a policy that reads another exit."""
     if not keys or len(set(keys)) != len(keys):
         raise InputError("a way of drafting needs drafters, each of them once.")
+    check_reads(keys[0], policy)
     if len(keys) > 1 and not isinstance(policy, RoundPolicy):
         raise InputError(
             f"{len(keys)} drafters take turns, and {type(policy).__name__} does not say whose turn it is.",

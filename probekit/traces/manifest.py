@@ -23,6 +23,7 @@ SCHEMA = "probekit/trace/1"
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Least1 = Annotated[int, Field(ge=1, le=2**53)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class RunSettings:
 
     text: "greedy" and "sampled" text is the model's own; "given" text came with the prompts.
     decoding: {"temperature", "top_k", "top_p"}; temperature 0 is greedy. max_new_tokens: the budget M.
-    keep_residuals: sites whose residuals are kept. top_prompts: how many prompts have a table of their top tokens.
+    keep_residuals: sites whose residuals are kept; residual_dtype, residual_rows, residual_share: as in
+        `probekit.settings.KeptResiduals`. top_prompts: how many prompts have a table of their top tokens.
     draft_vocabulary: the order in which a draft head keeps rows, where the trace answers for such heads.
     exit_heads: put before the norm where a layer has one: the final-norm lens is then read through them. The heads
         themselves are in the run, too (`Trace.exit_heads`).
@@ -97,6 +99,9 @@ class RunSettings:
     statistics: Literal["all", "agreement"] = "all"
     lenses: tuple[Literal["final-norm", "raw"], ...] = LENSES  # type: ignore[assignment]
     keep_residuals: tuple[Count, ...] = ()
+    residual_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    residual_rows: Literal["all", "scored"] = "all"
+    residual_share: Share = 1.0
     top_prompts: Count = 0
     backend: str = "hooks"
     draft_vocabulary: DraftVocabulary | None = None
@@ -179,14 +184,14 @@ _PART_OF = {each.name: part for part, kind in _PARTS.items() for each in fields(
 # The file's keys, in its order.
 _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
-    "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals", "top_prompts",
-    "backend", "segment_rows", "noise", "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings",
-    "logged", "versions", "timings", "files",
+    "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
+    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend", "segment_rows", "noise",
+    "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings", "logged", "versions", "timings", "files",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (
     "dtype", "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
-    "top_prompts", "backend",
+    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend",
 )  # fmt: skip
 
 

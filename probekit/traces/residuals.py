@@ -5,10 +5,11 @@ They lie in one safetensors file a part. The numbers are mapped, not read: what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,45 +17,123 @@ import pandas as pd
 from probekit.errors import InputError
 from probekit.foreign.json import parse_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "I32": np.dtype("<i4"),
     "BF16": np.dtype("<u2"),
 }
+BLOCK_ROWS = 4096
+"""Rows that are read at once where no memory for all of them is asked for."""
+
+
+class ResidualPart(NamedTuple):
+    """rows: those of the part that belong here, ascending. numbers: (rows of the part, width), mapped."""
+
+    rows: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """The residual stream after one layer.
+    """The residual stream after one layer, for rows that may be more than fit into memory.
 
     Parameters
     ----------
     layer: 0 is the embedding, L the last, before the final norm.
-    frame: a row for each position: prompt, position, output (below 0 inside the prompt), generated.
-    parts: (rows of the part that belong to this trace, its mapped numbers (rows, width)), in the order of `frame`.
+    frame: a row for each position: prompt, position; output (below 0 inside the prompt) and generated of a trace's.
+    parts: where the numbers lie, in the order of `frame`.
     """
 
     layer: int
     frame: pd.DataFrame
-    parts: tuple[tuple[np.ndarray, np.ndarray], ...]
+    parts: tuple[ResidualPart, ...]
 
     def __len__(self) -> int:
         return len(self.frame)
 
     @property
     def width(self) -> int:
-        return self.parts[0][1].shape[1]
+        return self.parts[0].numbers.shape[1] if self.parts else 0
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """(rows, width), float32, part after part: for what does not fit into memory at once."""
-        for rows, numbers in self.parts:
-            yield _as_float32(numbers[rows])
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.width
+
+    def blocks(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """(rows, width), float32: part after part, or at most so many rows at a time, whatever part they lie in."""
+        for part in self.parts:
+            step = max(1, len(part.rows)) if rows is None else rows
+            for start in range(0, len(part.rows), step):
+                yield _as_float32(part.numbers[part.rows[start : start + step]])
 
     def numpy(self, generated: bool = False) -> np.ndarray:
         """(rows, width), float32; with `generated`, only the rows that predict a generated token."""
-        whole = np.concatenate(list(self.blocks()))
-        return whole[self.frame["generated"].to_numpy()] if generated else whole
+        if generated:
+            return self.where(self.frame["generated"].to_numpy()).numpy()
+        return np.concatenate([np.empty((0, self.width), np.float32), *self.blocks()])
+
+    def torch(self, generated: bool = False) -> Tensor:
+        """The same as a tensor on the CPU."""
+        import torch
+
+        return torch.from_numpy(self.numpy(generated))
+
+    def where(self, chosen: np.ndarray) -> Residuals:
+        """The rows that are chosen, (rows,) bool; nothing is read."""
+        chosen = np.asarray(chosen)
+        if chosen.dtype != bool or chosen.shape != (len(self),):
+            raise InputError(f"rows are chosen by {len(self)} truth values, not by {chosen.shape} of {chosen.dtype}.")
+        cuts = np.cumsum([len(part.rows) for part in self.parts])[:-1]
+        parts = (
+            ResidualPart(part.rows[mine], part.numbers)
+            for part, mine in zip(self.parts, np.split(chosen, cuts), strict=True)
+        )
+        return Residuals(self.layer, self.frame[chosen].reset_index(drop=True), tuple(parts))
+
+    def within(self, rows: pd.DataFrame) -> Residuals:
+        """Those of some rows, with what is known of them in `frame`. rows: indexed by (prompt, position)."""
+        keys = pd.MultiIndex.from_frame(self.frame[["prompt", "position"]])
+        mine = keys.isin(rows.index)
+        return Residuals(self.layer, rows.loc[keys[mine]].reset_index(), self.where(mine).parts)
+
+    def between(self, prompt: int, start: int, end: int) -> np.ndarray:
+        """(rows, width), float32: of a prompt, at positions from start up to before end, in their order."""
+        position = self.frame["position"].to_numpy()
+        rows = np.flatnonzero((self.frame["prompt"].to_numpy() == prompt) & (position >= start) & (position < end))
+        return self.take(rows[np.argsort(position[rows], kind="stable")])
+
+    def scored(self) -> Residuals:
+        """The rows that predict a token of the continuation."""
+        return self.where(self.frame["generated"].to_numpy())
+
+    def take(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(places, width), float32: these rows, in any order; the others stay on disk."""
+        places = np.asarray(places, dtype=np.int64)
+        if len(places) and not -len(self) <= places.min() <= places.max() < len(self):
+            raise IndexError(f"rows {places.min()}..{places.max()} of {len(self)} residuals")
+        places = places % max(1, len(self))
+        ends = np.cumsum([len(part.rows) for part in self.parts])
+        of = np.searchsorted(ends, places, side="right")
+        found = np.empty((len(places), self.width), dtype=np.float32)
+        for number in np.unique(of).tolist():
+            part, mine = self.parts[number], of == number
+            found[mine] = _as_float32(part.numbers[part.rows[places[mine] - (ends[number] - len(part.rows))]])
+        return found
+
+    def dataset(self, labels: Any = None) -> Dataset:
+        """A `torch.utils.data.Dataset` of rows, (width,) float32 each; with labels, (rows,), of (row, label) pairs.
+
+        It reads a row when it is asked for, whole batches at once, and goes to a DataLoader's workers as a file's name.
+        """
+        return _dataset(self, None if labels is None else np.asarray(labels))
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        return self.take([place])[0]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         whole = self.numpy()
@@ -63,17 +142,22 @@ class Residuals:
     def __repr__(self) -> str:
         return f"Residuals(layer {self.layer}: {len(self)} positions x {self.width})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Mapped numbers travel as the place where they lie."""
+        return {**self.__dict__, "parts": tuple((part.rows, _place(part.numbers)) for part in self.parts)}
 
-def read_residuals(folder: Path, parts: int, layer: int, rows: pd.DataFrame) -> Residuals:
-    """The residuals of some rows. rows: indexed by (prompt, position), with what is known of them."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = tuple(ResidualPart(rows, _at(place)) for rows, place in state["parts"])
+        self.__dict__.update(state | {"parts": parts})
+
+
+def read_residuals(folder: Path, parts: int, layer: int) -> Residuals:
+    """All residuals that a run kept of a layer; `frame` has the prompt and position of each row."""
     frames, found = [], []
     for part in range(parts):
         tensors = _mapped(folder / f"residuals-{part:05d}.safetensors")
-        keys = pd.MultiIndex.from_arrays([tensors["prompt"], tensors["position"]], names=["prompt", "position"])
-        wanted = np.flatnonzero(keys.isin(rows.index))
-        if len(wanted):
-            frames.append(rows.loc[keys[wanted]].reset_index())
-            found.append((wanted, tensors[f"layer_{layer}"]))
+        frames.append(pd.DataFrame({name: np.array(tensors[name]) for name in ("prompt", "position")}))
+        found.append(ResidualPart(np.arange(len(frames[-1])), tensors[f"layer_{layer}"]))
     return Residuals(layer, pd.concat(frames, ignore_index=True), tuple(found))
 
 
@@ -86,18 +170,67 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
         start = 8 + length
         header.pop("__metadata__", None)
         return {
-            name: np.memmap(
-                path, dtype=_DTYPES[entry["dtype"]], mode="r", offset=start + entry["data_offsets"][0],
-                shape=tuple(entry["shape"]),
-            )
+            name: _at((str(path), start + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
             for name, entry in header.items()
-        }  # fmt: skip
+        }
     except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as residuals: {error}.", "Trace again with --resume.") from None
+
+
+def _at(place: Any) -> np.ndarray:
+    """Numbers by where they lie: (path, offset, dtype, shape); or themselves, when they lie in no file."""
+    if isinstance(place, np.ndarray):
+        return place
+    path, offset, dtype, shape = place
+    if 0 in shape:
+        return np.empty(shape, dtype)  # nothing cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def _place(numbers: np.ndarray) -> Any:
+    if not isinstance(numbers, np.memmap):
+        return numbers
+    return str(numbers.filename), numbers.offset, numbers.dtype, numbers.shape
 
 
 def _as_float32(numbers: np.ndarray) -> np.ndarray:
     """bfloat16 comes as the upper half of a float32's bits."""
     if numbers.dtype == _DTYPES["BF16"]:
         return (numbers.astype("<u4") << 16).view("<f4")
-    return np.asarray(numbers, dtype=np.float32)
+    return np.array(numbers, dtype=np.float32)
+
+
+def _dataset(residuals: Residuals, labels: np.ndarray | None) -> Dataset:
+    if labels is not None and len(labels) != len(residuals):
+        raise InputError(f"{len(labels)} labels were given for {len(residuals)} residuals.", "Give one for each row.")
+    return _dataset_class()(residuals, labels)
+
+
+@cache
+def _dataset_class() -> Any:
+    """Made when it is first asked for: this room is imported without torch."""
+    import torch
+    from torch.utils.data import Dataset
+
+    class ResidualDataset(Dataset):
+        """Rows of residuals, and their labels where there are any."""
+
+        def __init__(self, residuals: Residuals, labels: np.ndarray | None) -> None:
+            self.residuals = residuals
+            self.labels = None if labels is None else torch.tensor(labels)
+
+        def __len__(self) -> int:
+            return len(self.residuals)
+
+        def __getitem__(self, place: int) -> Any:
+            return self.__getitems__([place])[0]
+
+        def __getitems__(self, places: list[int]) -> list[Any]:
+            """What a DataLoader calls for a batch: one read of each part."""
+            rows = list(torch.from_numpy(self.residuals.take(places)))
+            return rows if self.labels is None else list(zip(rows, self.labels[places], strict=True))
+
+        def __reduce__(self) -> Any:
+            return _dataset, (self.residuals, None if self.labels is None else self.labels.numpy())
+
+    return ResidualDataset

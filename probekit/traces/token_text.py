@@ -17,6 +17,11 @@ def looped(tokens: Sequence[int], length: int = LOOP_TOKENS) -> float:
     token is looped when some repeated run covers it. So the first time round of a loop does not count, and a text
     shorter than `length` + 1 tokens has none.
     """
+    return float(looped_mask(tokens, length).mean()) if len(tokens) else 0.0
+
+
+def looped_mask(tokens: Sequence[int], length: int = LOOP_TOKENS) -> np.ndarray:
+    """(tokens,) bool: the tokens that some repeated run covers, as `looped` counts them."""
     covered = np.zeros(len(tokens), dtype=bool)
     seen: set[tuple[int, ...]] = set()
     for start in range(len(tokens) - length + 1):
@@ -24,7 +29,7 @@ def looped(tokens: Sequence[int], length: int = LOOP_TOKENS) -> float:
         if run in seen:
             covered[start : start + length] = True
         seen.add(run)
-    return float(covered.mean()) if len(tokens) else 0.0
+    return covered
 
 
 def visible(text: str) -> str:

@@ -69,6 +69,7 @@ class Trace:
         prompts: Sequence[int] | None = None,
         pivots: dict[tuple[str, str, str], dict[int, np.ndarray]] | None = None,
         exit_heads: bytes | None = None,
+        residuals: dict[int, Residuals] | None = None,
     ) -> None:
         self.manifest = manifest
         self._exit_heads = exit_heads
@@ -76,6 +77,7 @@ class Trace:
         self._source = source
         self._chosen = None if prompts is None else tuple(prompts)
         self._pivots = {} if pivots is None else pivots
+        self._residuals: dict[int, Residuals] = {} if residuals is None else residuals
         self._views: dict[str, pd.DataFrame | None] = {}
 
     @classmethod
@@ -90,12 +92,13 @@ class Trace:
         drafter: pd.DataFrame | None = None,
         draft_head: pd.DataFrame | None = None,
         exit_heads: bytes | None = None,
+        residuals: dict[int, Residuals] | None = None,
     ) -> Trace:
         """A trace in memory. Columns are those of `COLUMNS`; their order and types are put right here."""
         given = {"texts": texts, "tokens": tokens, "layers": layers, "top": top, "drafter": drafter,
                  "draft_head": draft_head}  # fmt: skip
         frames = TablesInMemory({name: conform(name, frame) for name, frame in given.items() if frame is not None})
-        return cls(manifest, frames, exit_heads=exit_heads)
+        return cls(manifest, frames, exit_heads=exit_heads, residuals=residuals)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trace:
@@ -170,7 +173,7 @@ class Trace:
             raise InputError("a trace needs at least one prompt; none was selected.")
         return Trace(
             self.manifest, self._source, folder=self.folder, prompts=chosen, pivots=self._pivots,
-            exit_heads=self._exit_heads,
+            exit_heads=self._exit_heads, residuals=self._residuals,
         )  # fmt: skip
 
     @property
@@ -300,16 +303,27 @@ class Trace:
 
         Raises InputError where the run kept none there, or a file of them is missing or damaged.
         """
+        tokens = self.tokens.set_index(["prompt", "position"])[["output", "generated"]]
+        return self.whole_residuals(layer).within(tokens)
+
+    def whole_residuals(self, layer: int) -> Residuals:
+        """The same at every row that the run kept, whatever this trace is of; `frame` has prompt and position only."""
         kept = self.manifest.settings.keep_residuals
-        if layer not in kept or self.folder is None:
-            there = f"it kept those of layers {', '.join(map(str, kept))}" if kept else "it kept none"
-            raise InputError(
-                f"this run has no residuals of layer {layer!r}: {there}.", f"Trace again with --keep-residuals {layer}."
-            )
-        for part in range(len(self.manifest.plan.batches)):
-            checked_file(self.folder, self.manifest, part_name("residuals", part))
-        frame = self.tokens.set_index(["prompt", "position"])[["output", "generated"]]
-        return read_residuals(self.folder, len(self.manifest.plan.batches), layer, frame)
+        if layer not in self._residuals:
+            if layer not in kept or self.folder is None:
+                there = f"it kept those of layers {', '.join(map(str, kept))}" if kept else "it kept none"
+                hint = f"Trace again with --keep-residuals {layer}."
+                raise InputError(f"this run has no residuals of layer {layer!r}: {there}.", hint)
+            parts = range(len(self.manifest.plan.batches))
+            for part in parts:
+                checked_file(self.folder, self.manifest, part_name("residuals", part))
+            self._residuals[layer] = read_residuals(self.folder, len(parts), layer)
+        return self._residuals[layer]
+
+    def residuals_of(self, prompt: int, layer: int) -> np.ndarray:
+        """(N, width) float32: the residuals after `layer` layers that predict each output token, as far as kept."""
+        first = len(self.prompt_ids(prompt)) - 1
+        return self.whole_residuals(layer).between(prompt, first, first + len(self.outputs(prompt)))
 
     def ended(self, prompt: int) -> str:
         """Why the text ended: "eos", "budget" or "given"."""

@@ -114,12 +114,10 @@ class PartTables:
         """Kept residuals, (rows, width) each, with the prompt and position of every row beside them."""
         if not self.manifest.settings.keep_residuals:
             return None
-        tensors = {
-            name: torch.cat([block.residuals[name] for block in blocks]).contiguous() for name in blocks[0].residuals
-        }
-        for name in ("prompt", "position"):
-            tensors[name] = torch.from_numpy(np.concatenate([block.keys[name] for block in blocks]))
-        return safetensors.torch.save(tensors)
+        names = blocks[0].residuals
+        return safetensors.torch.save(
+            {name: torch.cat([block.residuals[name] for block in blocks]).contiguous() for name in names}
+        )
 
 
 def _by_layer_columns() -> tuple[str, ...]:

@@ -87,7 +87,9 @@ def plan_trace(
         )
     order = _draft_vocabulary(draft_vocabulary, loaded)
     heads, heads_record = _exit_heads(exit_heads, loaded)
-    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in settings.keep_residuals}))
+    kept = settings.keep_residuals
+    wanted = loaded.anatomy.sites if kept.layers is None else kept.layers
+    sites = tuple(sorted({loaded.anatomy.check_site(site) for site in wanted}))
     chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
     chosen = as_prompts(chosen, chat=settings.chat, given=given)
     for prompt in chosen if settings.logged else ():
@@ -126,6 +128,9 @@ def plan_trace(
         statistics=settings.statistics,
         lenses=KINDS if settings.statistics == "all" else KINDS[:1],
         keep_residuals=sites,
+        residual_dtype=kept.dtype if sites else None,
+        residual_rows=kept.rows if sites else "all",
+        residual_share=kept.share if sites else 1.0,
         top_prompts=max(0, settings.top_prompts) if settings.statistics == "all" else 0,
         backend=settings.backend,
         segment_rows=row_budget,

@@ -41,7 +41,8 @@ class RowBlock:
     """The figures of some rows. keys: prompt, position, output, input_id, text_id, each (rows,).
 
     statistics: (lenses, layers + 1, rows) each. top: of the first prompts only. drafter: (rows,) each.
-    draft_head: of the generated rows only, (layers + 1, generated rows) each. residuals: {"layer_l": (rows, width)}.
+    draft_head: of the generated rows only, (layers + 1, generated rows) each.
+    residuals: {"layer_l": (kept rows, width)}, and the prompt and position of those rows.
     gaps: of text out of a log, (generated rows,): how far its tokens lie below the model's own.
     """
 
@@ -117,12 +118,22 @@ class LayerReader:
                 top=self._top(reading, piece, manifest),
                 drafter=drafted,
                 draft_head=self._draft_head(reading, piece, manifest),
-                residuals={
-                    f"layer_{site}": reading.residuals[site].to("cpu", copy=True)
-                    for site in manifest.settings.keep_residuals
-                },
+                residuals=self._kept(reading, piece, manifest),
                 gaps=self._gaps(reading, piece) if self.plan.logged else None,
             )
+
+    def _kept(self, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, Tensor]:
+        """The residuals that the run keeps of these rows, with the prompt and position of each."""
+        settings = manifest.settings
+        if not settings.keep_residuals:
+            return {}
+        rows = kept_rows(keys, settings.residual_rows, settings.residual_share, settings.seed)
+        places = tensor_of(np.flatnonzero(rows), self.loaded)
+        dtype = getattr(torch, settings.residual_dtype or str(reading.residuals.dtype).removeprefix("torch."))
+        found = {name: torch.from_numpy(keys[name][rows]) for name in ("prompt", "position")}
+        for site in settings.keep_residuals:
+            found[f"layer_{site}"] = reading.residuals[site].index_select(0, places).to(device="cpu", dtype=dtype)
+        return found
 
     def _statistics(
         self, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest, top: int = 0
@@ -187,6 +198,18 @@ class LayerReader:
         generated = tensor_of(np.flatnonzero(keys["output"] >= 0), self.loaded)
         found = self.draft_rows.read(reading.residuals[:, generated], manifest.measured.noise or 0.0)
         return {name: values.cpu() for name, values in found.items()}
+
+
+def kept_rows(keys: Mapping[str, np.ndarray], rows: str, share: float, seed: int) -> np.ndarray:
+    """(rows,) bool: whose residuals are kept. Nothing but a row's own prompt and position decides of a share."""
+    chosen = keys["output"] >= 0 if rows == "scored" else np.ones(len(keys["output"]), dtype=bool)
+    if share < 1:
+        for prompt in np.unique(keys["prompt"]).tolist():
+            here = keys["prompt"] == prompt
+            at = keys["position"][here]
+            drawn = np.random.default_rng((abs(seed), prompt)).random(int(at.max()) + 1)
+            chosen[here] &= drawn[at] < share
+    return chosen
 
 
 def _that_fit(texts: Sequence[ContinuedText], limit: int) -> Sequence[ContinuedText]:

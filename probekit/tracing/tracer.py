@@ -19,7 +19,7 @@ from probekit.lens.discovered import check_discovered
 from probekit.lens.exit_heads import ExitHead, pack_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress, usual_progress
-from probekit.settings import Sampling, TraceSettings
+from probekit.settings import KeptResiduals, Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.storage import TraceWriter, writing_run
 from probekit.traces.trace import Trace
@@ -43,7 +43,7 @@ def trace(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     given: bool = False,
     statistics: str = "all",
-    keep_residuals: Iterable[int] = (),
+    keep_residuals: Iterable[int] | str | KeptResiduals = (),
     draft_model: Loaded | str | Path | None = None,
     draft_vocabulary: DraftVocabulary | Trace | str | Path | Iterable[int] | None = None,
     exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
@@ -66,7 +66,8 @@ def trace(
     sampling: how the text is chosen; greedy by default.
     given: score the text that comes with the prompts (`response`, or all of a prompt) instead of generating one.
     statistics: "all", or "agreement" (final-norm lens only).
-    keep_residuals: sites 0..L whose residuals are written as safetensors shards, rows as in the `tokens` table.
+    keep_residuals: sites 0..L whose residuals are written beside the tables, "all" of them, or a `KeptResiduals` that
+        also says of which rows and in which precision.
     draft_model: a drafter with the same tokenizer, read on the same text.
     draft_vocabulary: a trace (or its folder), whose most frequent tokens a draft head would keep first, or token ids in
         that order: `predict` then answers for heads of any number of rows. Greedy text only.
@@ -100,7 +101,7 @@ def trace(
     """
     settings = TraceSettings(
         max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
-        keep_residuals=tuple(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
+        keep_residuals=KeptResiduals.of(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
         top_prompts=top_prompts, skip_long=skip_long, logged=logged,
     )  # fmt: skip
     loaded = as_loaded(loaded)

@@ -62,6 +62,7 @@ def before_loops(trace: Trace) -> Trace:
         kept(trace.layers),
         drafter=None if trace.drafter is None else kept(trace.drafter),
         top=None if trace.top is None else kept(trace.top),
+        residuals={layer: trace.whole_residuals(layer) for layer in trace.manifest.settings.keep_residuals},
     )
 
 

@@ -33,7 +33,7 @@ def prompts(tmp_path_factory):
 def run_folder(tiny_folder, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert run(["trace", str(tiny_folder), "--prompts", str(prompts), "-o", str(folder), "--max-new-tokens", "12",
-                "--device", "cpu", "--quiet"]) == 0  # fmt: skip
+                "--keep-residuals", "all", "--residual-rows", "scored", "--device", "cpu", "--quiet"]) == 0  # fmt: skip
     return folder
 
 
@@ -171,6 +171,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
+        "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
         "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
         "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],

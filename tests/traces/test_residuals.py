@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from traces.fabricate import list_again
 
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
+from probekit.settings import KeptResiduals, Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
 
@@ -75,3 +79,88 @@ def test_a_damaged_file_is_named(tiny, tmp_path):
         list_again(tmp_path / "run")  # a file that was written so, of another program
         with pytest.raises(InputError, match="cannot be read as residuals"):
             Trace.open(tmp_path / "run").residuals(1)
+
+
+def test_all_layers_of_scored_rows_in_another_precision(tiny, run, tmp_path):
+    kept = KeptResiduals.of("all")
+    kept = trace(tiny, PROMPTS, tmp_path / "run", max_new_tokens=6,
+                 keep_residuals=replace(kept, dtype="float16", rows="scored"), batch_size=2)  # fmt: skip
+    assert kept.manifest.settings.keep_residuals == tuple(range(6))
+    whole = run.residuals(2)
+    scored = whole.frame["generated"].to_numpy()
+    found = kept.residuals(2)
+    assert found.frame["generated"].all() and found.frame.equals(whole.frame[scored].reset_index(drop=True))
+    assert np.array_equal(found.numpy(), whole.numpy()[scored].astype(np.float16).astype(np.float32))
+    header = (tmp_path / "run" / "residuals-00000.safetensors").read_bytes()[:400]
+    assert b'"F16"' in header and b'"F32"' not in header
+
+
+def test_a_share_is_the_same_rows_in_any_batches(tiny, tmp_path):
+    some = KeptResiduals((2,), share=0.4)
+    frames = [
+        trace(tiny, PROMPTS, tmp_path / str(size), max_new_tokens=6, keep_residuals=some, batch_size=size)
+        .residuals(2).frame.sort_values(["prompt", "position"], ignore_index=True)
+        for size in (1, 4)
+    ]  # fmt: skip
+    assert frames[0].equals(frames[1])
+    whole = len(trace(tiny, PROMPTS, max_new_tokens=6).tokens)
+    assert 0.15 * whole < len(frames[0]) < 0.65 * whole
+    other = trace(tiny, PROMPTS, tmp_path / "seed", max_new_tokens=6, keep_residuals=some, sampling=Sampling(seed=1))
+    assert not other.residuals(2).frame.equals(frames[0])
+    none = trace(tiny, PROMPTS[:1], tmp_path / "none", max_new_tokens=1, keep_residuals=KeptResiduals((2,), share=1e-9))
+    assert none.residuals(2).numpy().shape == (0, tiny.anatomy.width)
+
+
+def test_rows_are_taken_in_any_order_and_chosen_without_reading(run):
+    residuals = run.residuals(2)
+    whole = residuals.numpy()
+    places = np.random.default_rng(0).permutation(len(whole))[:17]
+    assert np.array_equal(residuals.take(places), whole[places])
+    assert np.array_equal(residuals[-1], whole[-1]) and np.array_equal(residuals.torch().numpy(), whole)
+    with pytest.raises(IndexError):
+        residuals.take([len(whole)])
+    odd = (residuals.frame["position"] % 2 == 1).to_numpy()
+    some = residuals.where(odd).where(np.arange(odd.sum()) % 3 == 0)
+    assert np.array_equal(some.numpy(), whole[odd][::3]) and len(some.frame) == len(some)
+    assert np.array_equal(residuals.numpy(generated=True), residuals.scored().numpy())
+    assert np.array_equal(np.concatenate(list(residuals.blocks(3))), whole)
+    assert max(len(block) for block in residuals.blocks(3)) == 3
+    with pytest.raises(InputError, match="truth values"):
+        residuals.where(np.arange(3))
+
+
+def test_a_dataset_feeds_a_loader_and_travels_as_a_files_name(run):
+    from torch.utils.data import DataLoader, Dataset
+
+    residuals = run.residuals(2).scored()
+    labels = residuals.frame["output"].to_numpy()
+    pairs = residuals.dataset(labels)
+    assert isinstance(pairs, Dataset) and len(pairs) == len(residuals)
+    rows, found = zip(*DataLoader(pairs, batch_size=5), strict=True)
+    assert np.array_equal(torch.cat(rows).numpy(), residuals.numpy())
+    assert np.array_equal(torch.cat(found).numpy(), labels)
+    packed = pickle.dumps(pairs)
+    assert len(packed) < residuals.numpy().nbytes
+    row, label = pickle.loads(packed)[3]
+    assert np.array_equal(row.numpy(), residuals[3]) and label == labels[3]
+    assert np.array_equal(residuals.dataset()[0].numpy(), residuals[0])
+    with pytest.raises(InputError, match="1 labels were given"):
+        residuals.dataset([1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"dtype": "int8"}, "kept as float32"), ({"rows": "some"}, "'all' or 'scored'"), ({"share": 0.0}, r"\(0, 1\]")],
+)
+def test_settings_that_make_no_sense(settings, says):
+    with pytest.raises(InputError, match=says):
+        KeptResiduals((1,), **settings)
+    with pytest.raises(InputError, match="'all'"):
+        KeptResiduals.of("some")
+
+
+def test_a_run_with_other_residuals_is_another_run(tiny, tmp_path):
+    trace(tiny, PROMPTS[:1], tmp_path / "run", max_new_tokens=2, keep_residuals=[1])
+    with pytest.raises(InputError, match="residual_rows: all, scored"):
+        trace(tiny, PROMPTS[:1], tmp_path / "run", max_new_tokens=2, resume=True,
+              keep_residuals=KeptResiduals((1,), rows="scored"))  # fmt: skip

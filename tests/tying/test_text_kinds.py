@@ -13,6 +13,7 @@ from probekit.prediction.predict import predict
 from probekit.prediction.rounds import expected_rounds, rounds_of
 from probekit.traces.token_text import looped
 from probekit.traces.trace import Trace
+from probekit.tracing.tracer import trace
 from probekit.tying.text_kinds import (
     acceptance_by_kind,
     before_loops,
@@ -168,3 +169,14 @@ def test_side_by_side_has_each_text_with_and_without_loops():
     with_loops, without = table["acceptance"][0], table["acceptance"][1]
     assert (with_loops, without) == (pytest.approx(8 / 12), 0.0)
     assert (table["looped"][0], table["looped"][1]) == (pytest.approx(8 / 12), 0.0)
+
+
+def test_a_text_that_was_cut_keeps_its_residuals(tiny, tmp_path):
+    kept = trace(tiny, [[1, 2], [3]], tmp_path / "run", max_new_tokens=30, keep_residuals=[2])
+    cut = before_loops(kept)
+    whole, short = kept.residuals(2), cut.residuals(2)
+    assert len(short) == len(cut.tokens) <= len(whole)
+    for prompt in cut.prompts:
+        rows = cut.residuals_of(prompt, 2)
+        assert len(rows) == len(cut.outputs(prompt))
+        assert np.array_equal(rows, kept.residuals_of(prompt, 2)[: len(rows)])
