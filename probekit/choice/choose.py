@@ -185,8 +185,9 @@ class Choice:
     @property
     def other_way(self) -> Ranked | None:
         """The fastest of all ways where it is faster than the choice; None where nothing is, or nobody ranked them."""
-        way = self.way
-        return way if way is not None and way.way is not None and self.ways.beats(self.speedup) else None
+        if self.ways is None or not self.ways.beats(self.speedup):
+            return None
+        return self.ways.best if self.ways.best.way is not None else None
 
     @property
     def methods(self) -> tuple[Candidate, ...]:
