@@ -28,7 +28,7 @@ ROWS = {
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
         "quantised", "configuration", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters",
-        "loaded", "synthetic",
+        "loaded", "synthetic", "cut", "cut_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
@@ -55,7 +55,9 @@ ROWS = {
     ),
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
-    "validation": ("differences", "results", "transformers", "run", "ways"),
+    "validation": (
+        "draft_checkpoint", "differences", "results", "transformers", "run", "ways",
+    ),
     "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
