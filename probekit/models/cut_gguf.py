@@ -1,4 +1,8 @@
-"""The first layers of a GGUF file as a GGUF file of its own, for llama.cpp: every tensor as it is quantised there."""
+"""The first layers of a GGUF file as a GGUF file of its own, for llama.cpp: every tensor as it is quantised there.
+
+Or the same file with plain float32 numbers, in which llama.cpp computes what its transformers copy does: with
+quantised weights it quantises the activations, too.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ _BY_DEPTH = {("gemma2", 46), ("gemma3", 62), ("exaone4", 64)}
 _ALWAYS_BY_DEPTH = {"minicpm", "minicpm3", "deepseek2", "baichuan"}
 
 
-def cut_gguf(path: str | Path, exit_layer: int, target: str | Path) -> Path:
+def cut_gguf(path: str | Path, exit_layer: int | None, target: str | Path, *, plain: bool = False) -> Path:
     """Write `path` with its first E layers only: `block_count` is E, and arrays with an entry a layer keep E.
+
+    exit_layer: None keeps all. plain: dequantise every tensor to float32.
 
     Raises InputError for an exit that the file does not have, and for a model whose layers llama.cpp computes by their
     number.
@@ -26,9 +32,13 @@ def cut_gguf(path: str | Path, exit_layer: int, target: str | Path) -> Path:
     path, target = Path(path), Path(target)
     header = read_header(path)
     depth = header.setting("block_count")
-    if not isinstance(depth, int) or not 1 <= exit_layer < depth:
-        raise InputError(f"exit layer {exit_layer} is out of range: {path.name} has exits 1..{(depth or 1) - 1}.")
-    if header.architecture in _ALWAYS_BY_DEPTH or (header.architecture, depth) in _BY_DEPTH:
+    if not isinstance(depth, int):
+        raise InputError(f"{path.name} does not say how many layers it has.", "Take another file of this model.")
+    if exit_layer is None:
+        exit_layer = depth
+    elif not 1 <= exit_layer < depth:
+        raise InputError(f"exit layer {exit_layer} is out of range: {path.name} has exits 1..{depth - 1}.")
+    elif header.architecture in _ALWAYS_BY_DEPTH or (header.architecture, depth) in _BY_DEPTH:
         raise InputError(
             f"llama.cpp computes a {header.architecture!r} model of {depth} layers otherwise than one of {exit_layer}: "
             "its first layers are no draft model there.",
@@ -50,7 +60,11 @@ def cut_gguf(path: str | Path, exit_layer: int, target: str | Path) -> Path:
             if cut:
                 writer.add_key_value(name, cut, kind, sub)
     for tensor in reader.tensors:
-        if _layer_of(tensor.name) < exit_layer:
+        if _layer_of(tensor.name) >= exit_layer:
+            continue
+        if plain:
+            writer.add_tensor(tensor.name, library.quants.dequantize(tensor.data, tensor.tensor_type))
+        else:
             writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
