@@ -56,7 +56,8 @@ ROWS = {
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
     "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
     "validation": (
-        "draft_checkpoint", "differences", "results", "transformers", "run", "ways",
+        "draft_checkpoint", "differences", "results", "transformers", "engine_rounds", "inside_vllm",
+        "vllm", "llama_cpp", "run", "ways",
     ),
     "probing": ("patch_plan", "patching", "attribution_patching", "attribution"),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
