@@ -7,6 +7,7 @@ from collections.abc import Callable
 from probekit.cli.choose import choose
 from probekit.cli.compare import compare
 from probekit.cli.decode import decode
+from probekit.cli.export import export
 from probekit.cli.figures import figures
 from probekit.cli.fit_heads import fit_heads
 from probekit.cli.inspect import inspect
@@ -29,6 +30,7 @@ ALL: tuple[Callable[..., None], ...] = (
     predict,
     choose,
     rank,
+    export,
     decode,
     validate,
     fit_heads,
