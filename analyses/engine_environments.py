@@ -56,6 +56,7 @@ def llama_cpp(folder: Path) -> Path:
 
 
 ENGINES = {"vllm": vllm, "llama.cpp": llama_cpp}
+PACKAGES = {"vllm": VLLM, "llama.cpp": (LLAMA_CPP,)}
 
 
 def main(

@@ -5,9 +5,10 @@
     python analyses/engine_rounds.py llama.cpp --environments build/engines -o docs/results/engines
 
 Three models, four pairs (exit layer, draft length) each, and n-grams. The exit is the draft checkpoint that
-`probekit export` cuts: the engine knows it as a draft model (transformers also as its own early exit). One trace
-predicts every round; the engine decodes the same prompts greedily in float32 and counts for itself. The trace is a
-little longer than the engine's budget, for vLLM drafts and accepts past it.
+`probekit export` cuts: the engine knows it as a draft model (transformers also as its own early exit), and is told
+what the export says. One trace predicts every round; the engine decodes the same prompts greedily in float32 and counts
+for itself. The trace is a little longer than the engine's budget, for vLLM drafts and accepts past it. The record is
+written after every cell; a run that was cut short goes on where it ended.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from rich.console import Console
 
 from probekit.drafting.drafters import Drafter, ExitLayer
 from probekit.drafting.text_drafters import PromptLookup
+from probekit.engines.engine import Drafting, Pretrained
+from probekit.engines.known import ENGINES
+from probekit.files import atomic_text
 from probekit.models.cut import cut_checkpoint
 from probekit.models.cut_gguf import cut_gguf
 from probekit.models.loaded import Loaded, load
@@ -49,7 +53,7 @@ LOOKUPS = {
     "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=4), PromptLookup(2, rule="llama.cpp", copied=4)),
 }
 LOOKUP_LENGTH = 4
-CONVENTION = {"transformers": "draft", "vllm": "vllm", "llama.cpp": "llama.cpp"}
+CONVENTION = {name: ENGINES[name].first_round for name in LOOKUPS}
 PAST = 8  # tokens that are traced beyond the engine's budget
 SCHEMA = "probekit/engine-rounds/1"
 RESULTS = Path("docs/results/engines")
@@ -67,9 +71,7 @@ class Job:
 
 def main(
     engine: Annotated[str, typer.Argument(help=" or ".join(LOOKUPS))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Receives ENGINE.json.")] = Path(
-        "docs/results/engines"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Receives ENGINE.json.")] = RESULTS,
     models: Annotated[str, typer.Option(help="With commas between.")] = ",".join(CELLS),
     prompts: Annotated[int, typer.Option(min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 32,
@@ -79,8 +81,9 @@ def main(
     cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
 ) -> None:
     place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else Path()
-    rows: list[dict[str, Any]] = []
-    versions: dict[str, str] = {}
+    settings = {"prompts": prompts, "max_new_tokens": max_new_tokens, "traced_tokens": max_new_tokens + PAST,
+                "dtype": "float32", "temperature": 0}  # fmt: skip
+    record = begun(output / f"{engine}.json", engine, settings)
     for name in models.split(","):
         loaded = load(name if name == "tales-layerskip" else fetch(name, cache.expanduser()), device="cpu",
                       dtype="float32", cache=cache.expanduser())  # fmt: skip
@@ -88,29 +91,39 @@ def main(
         run = trace(loaded, chosen, max_new_tokens=max_new_tokens + PAST)
         ids = [run.prompt_ids(prompt).tolist() for prompt in run.prompts]
         for job in jobs(engine, place, loaded, CELLS[name], max_new_tokens, folder.absolute() / "models" / loaded.name):
+            cell = {"model": loaded.name, "family": loaded.anatomy.family.model_type, "way": job.name,
+                    "drafter": job.drafter.key.label, "draft_length": job.draft_length}  # fmt: skip
+            if any(cell.items() <= row.items() for row in record["rows"]):
+                continue
             done = job.run(ids)
             found = compared(
                 run, job.drafter, job.draft_length, done.texts, CONVENTION[engine], max_new_tokens,
                 drafted=engine != "transformers",
             )  # fmt: skip
-            versions |= dict(done.versions)
-            rows.append({"model": loaded.name, "family": loaded.anatomy.family.model_type, "way": job.name,
-                         **found.to_json(), "counters": dict(done.counters)})  # fmt: skip
+            record["versions"] |= {f"engine: {name}": each for name, each in done.versions.items()}
+            record["rows"].append({**cell, **found.to_json(), "counters": dict(done.counters)})
+            atomic_text(output / f"{engine}.json", json.dumps(record, indent=1) + "\n")
             Console(soft_wrap=True).print(
                 f"{loaded.name}: {job.name} {found.label} x {found.draft_length}: rounds equal in {found.rounds_equal} "
                 f"of {found.prompts} texts, tokens in {found.tokens_equal}; {dict(found.measured)}", markup=False,
             )  # fmt: skip
-    record = {
-        "schema": SCHEMA, "engine": engine, "convention": CONVENTION[engine],
-        "settings": {"prompts": prompts, "max_new_tokens": max_new_tokens, "traced_tokens": max_new_tokens + PAST,
-                     "dtype": "float32", "temperature": 0},
+
+
+def begun(path: Path, engine: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record of this engine at these settings and versions, as far as it was written; a new one, else."""
+    new = {
+        "schema": SCHEMA, "engine": engine, "convention": CONVENTION[engine], "settings": settings,
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
         "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
-        | {f"engine: {name}": each for name, each in versions.items()},
-        "rows": rows,
+        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+        "rows": [],
     }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{engine}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return new
+    old = json.loads(path.read_text(encoding="utf-8"))
+    same = {**old, "rows": [], "versions": {name: old["versions"].get(name) for name in new["versions"]}} == new
+    return old if same else new
 
 
 def jobs(
@@ -163,17 +176,15 @@ def in_vllm(python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budg
         loaded.model.save_pretrained(whole)
         loaded.tokenizer.save_pretrained(whole)
 
-    def way(name: str, drafter: Drafter, length: int, settings: dict[str, Any]) -> Job:
-        return Job(name, drafter, length, lambda prompts: vllm_rounds(python, whole, prompts, budget, settings))
+    def way(name: str, drafter: Drafter, length: int, drafting: Drafting, cut: Path = Path()) -> Job:
+        config = ENGINES["vllm"].settings(drafting, Pretrained(drafter_path=str(cut)), ())["speculative_config"]
+        return Job(name, drafter, length, lambda prompts: vllm_rounds(python, whole, prompts, budget, config))
 
     for exit_layer, length in cells:
         cut = cut_checkpoint(loaded, exit_layer, folder / f"drafter-{exit_layer}")
-        settings = {"method": "draft_model", "model": str(cut), "num_speculative_tokens": length}
-        yield way("draft model", ExitLayer(exit_layer), length, settings)
+        yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
     for lookup in LOOKUPS["vllm"]:
-        settings = {"method": "ngram", "prompt_lookup_max": lookup.ngram, "prompt_lookup_min": lookup.least,
-                    "num_speculative_tokens": LOOKUP_LENGTH}  # fmt: skip
-        yield way("n-gram", lookup, LOOKUP_LENGTH, settings)
+        yield way("n-gram", lookup, LOOKUP_LENGTH, Drafting(LOOKUP_LENGTH, lookup=lookup))
 
 
 def in_llama_cpp(
@@ -192,18 +203,15 @@ def in_llama_cpp(
 
     written(None, whole)
 
-    def way(name: str, drafter: Drafter, length: int, arguments: list[str]) -> Job:
-        return Job(name, drafter, length, lambda prompts: llama_cpp_rounds(server, whole, prompts, budget, arguments))
+    def way(name: str, drafter: Drafter, length: int, drafting: Drafting, cut: Path = Path()) -> Job:
+        told = ENGINES["llama.cpp"].settings(drafting, Pretrained(drafter_path=str(cut)), ())["arguments"]
+        return Job(name, drafter, length, lambda prompts: llama_cpp_rounds(server, whole, prompts, budget, told))
 
     for exit_layer, length in cells:
         cut = written(exit_layer, folder / f"drafter-{exit_layer}.gguf")
-        arguments = ["--spec-type", "draft-simple", "--spec-draft-model", str(cut), "--spec-draft-n-max", str(length),
-                     "--spec-draft-n-min", "0", "--spec-draft-p-min", "0"]  # fmt: skip
-        yield way("draft model", ExitLayer(exit_layer), length, arguments)
+        yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
     for lookup in LOOKUPS["llama.cpp"]:
-        arguments = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(lookup.ngram),
-                     "--spec-ngram-simple-size-m", str(lookup.copied)]  # fmt: skip
-        yield way("n-gram", lookup, lookup.copied, arguments)
+        yield way("n-gram", lookup, lookup.copied, Drafting(lookup.copied, lookup=lookup))
 
 
 if __name__ == "__main__":

@@ -109,10 +109,14 @@ def exported_of(
     entries, at = [Entry(1, drafting.draft_length, speedup, interval)], None
     if batch_costs is not None and drafts is not None and drafting.speculates:
         entries, at = _entries(trace, drafts, *batch_costs, device, dtype)
-    profile = profile_of(trace, engine, drafting, drafts) if drafting.speculates else None
+    profile = None
+    if drafts is not None and drafting.speculates:
+        longest = max(drafting.draft_length, *(each.draft_length for each in entries))
+        profile = profile_of(trace, engine, longest, drafts)
     return Export(
-        engine, drafting, pretrained_of(trace), trace.manifest.model.name, sentence, choice, profile, tuple(entries), at
-    )
+        engine, drafting, pretrained_of(trace), trace.manifest.model.name, sentence, choice, profile, tuple(entries),
+        at, trace.manifest.settings.dtype,
+    )  # fmt: skip
 
 
 def write(trace: Trace, exported: Export, output: Path, checkpoint: tuple[Path | None] | None = (None,)) -> Path:

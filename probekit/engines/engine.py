@@ -122,7 +122,7 @@ class Engine:
 
     Parameters
     ----------
-    name: as `--engine` has it.
+    name: as `--engine` has it; title: as its users write it.
     checked: the version whose source these names were read in; proved: whether rounds were counted inside it.
     first_round: the convention that its rounds are predicted by (`probekit.prediction.rounds.CONVENTIONS`).
     checkpoint: what it wants of an exit layer: "safetensors", "gguf", or None, where the model's own layers draft.
@@ -134,6 +134,7 @@ class Engine:
     """
 
     name: str
+    title: str
     checked: str
     proved: bool
     first_round: str
@@ -155,11 +156,11 @@ def check_drafting(engine: Engine, drafting: Drafting) -> None:
              "Export without --draft-rows: the whole head drafts, which accepts more and costs more."),
         ):  # fmt: skip
             if value is not None:
-                raise InputError(f"a draft model of {engine.name} cannot hold {what}.", instead)
+                raise InputError(f"a draft model of {engine.title} cannot hold {what}.", instead)
     if drafting.lookup is not None and drafting.lookup.rule not in engine.rules:
         known = f"its rule is {' or '.join(engine.rules)}" if engine.rules else "none that probekit predicts"
         raise InputError(
-            f"{engine.name} has no prompt lookup by the rule {drafting.lookup.rule}; {known}.",
+            f"{engine.title} has no prompt lookup by the rule {drafting.lookup.rule}; {known}.",
             f"Write for instance {_example(engine.rules[0])}." if engine.rules else "Export an exit layer.",
         )
 

@@ -10,17 +10,19 @@ from typing import Any
 
 from probekit.choice.choose import Choice
 from probekit.choice.schedule import Schedule
+from probekit.drafting.drafters import Drafter
 from probekit.engines.acceptance import AcceptanceProfile, simulated
 from probekit.engines.engine import Drafting, Engine, Entry, Pretrained, check_drafting
 from probekit.engines.known import ENGINES
 from probekit.errors import InputError
 from probekit.files import atomic_text
 from probekit.prediction.predict import predict
+from probekit.prediction.rounds import CONVENTIONS
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
 
 SCHEDULE_SCHEMA = "probekit/engine-schedule/1"
-DRAFTER = "drafter"
+CHECKPOINT = "drafter"
 """Where a draft checkpoint lies in an exported folder; `drafter.gguf` for llama.cpp."""
 UNKNOWN = Pretrained()
 MARK = ("choice.json", "schedule.json")  # either of them: an exported folder, which may be written again
@@ -32,6 +34,7 @@ class Export:
 
     sentence: what is exported, in words. choice: as it was chosen; None where the pair was named.
     profile: None where nobody drafts. entries: by rows in the batch, at least one. context: of its costs, or None.
+    dtype: that the trace computed in.
     """
 
     engine: Engine
@@ -43,6 +46,7 @@ class Export:
     profile: AcceptanceProfile | None
     entries: tuple[Entry, ...]
     context: int | None = None
+    dtype: str | None = None
 
 
 def check_export(folder: str | Path, several: bool = False) -> Path:
@@ -78,14 +82,14 @@ def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = U
     return folder
 
 
-def profile_of(trace: Trace, engine: Engine, drafting: Drafting, drafter: Any) -> AcceptanceProfile:
+def profile_of(trace: Trace, engine: Engine, draft_length: int, drafter: Drafter) -> AcceptanceProfile:
     """Acceptance by the engine's convention. Where it drafts past the budget the texts are taken a little shorter, so
     that what it accepts there is known."""
     budget = trace.manifest.settings.max_new_tokens
-    past = engine.first_round == "vllm" and budget > 2 * drafting.draft_length
+    past = CONVENTIONS[engine.first_round].past_budget and budget > 2 * draft_length
     prediction = predict(
-        trace, draft_lengths=[drafting.draft_length], drafters=[drafter],
-        first_round=_convention(trace, engine), budget=budget - drafting.draft_length if past else None,
+        trace, draft_lengths=[draft_length], drafters=[drafter], first_round=_convention(trace, engine),
+        budget=budget - draft_length if past else None,
     )  # fmt: skip
     return AcceptanceProfile.of(prediction, prediction.cells[0])
 
@@ -93,7 +97,7 @@ def profile_of(trace: Trace, engine: Engine, drafting: Drafting, drafter: Any) -
 def _convention(trace: Trace, engine: Engine) -> str:
     """llama.cpp's differs from ours in how an end is counted, which is known of greedy text only."""
     greedy = trace.manifest.settings.text == "greedy"
-    return engine.first_round if greedy or engine.first_round != "llama.cpp" else "prefill"
+    return engine.first_round if greedy or not CONVENTIONS[engine.first_round].ends_as_bonus else "prefill"
 
 
 def entries_of(plan: Schedule) -> tuple[list[Entry], int]:
@@ -120,7 +124,7 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     folder = check_export(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if drafter is not None:
-        made = drafter(folder / (f"{DRAFTER}.gguf" if told.engine.checkpoint == "gguf" else DRAFTER))
+        made = drafter(folder / (f"{CHECKPOINT}.gguf" if told.engine.checkpoint == "gguf" else CHECKPOINT))
         told = replace(told, pretrained=replace(told.pretrained, drafter_path=str(made.absolute())))
     documents: dict[str, Any] = {
         "settings.json": told.engine.settings(told.drafting, told.pretrained, told.entries),
@@ -177,11 +181,16 @@ def _carries_over(told: Export) -> str:
     if told.engine.name == "transformers":
         return f"{speed}{_in_transformers(told.drafting)}"
     proof = (
-        f"Rounds counted inside {told.engine.name} {told.engine.checked} were those that a trace predicts."
+        f"Rounds counted inside {told.engine.title} {told.engine.checked} were those that a trace predicts."
         if told.engine.proved
-        else f"The names are those of {told.engine.checked}; nothing was run in {told.engine.name}."
+        else f"The names are those of {told.engine.checked}; nothing was run in {told.engine.title}."
     )
-    return f"{speed}{proof} {_sampled(told.drafting.sampling, told.engine.name)}".strip()
+    kind = (
+        ""
+        if told.dtype is None
+        else f" The trace computed in {told.dtype}: in another number type some near-ties fall the other way."
+    )
+    return f"{speed}{proof}{kind} {_sampled(told.drafting.sampling, told.engine.title)}".strip()
 
 
 def _in_transformers(drafting: Drafting) -> str:
@@ -227,7 +236,7 @@ def _schedule_table(told: Export) -> str:
 def _acceptance_table(profile: AcceptanceProfile, engine: Engine) -> str:
     head = (
         "## What it will report\n\n"
-        f"On {profile.prompts} texts like those of the trace ({profile.text}), {engine.name} counts "
+        f"On {profile.prompts} texts like those of the trace ({profile.text}), {engine.title} counts "
         f"{profile.rounds:,.6g} rounds, {profile.drafted:,.6g} drafts and {profile.accepted:,.6g} acceptances:\n\n"
     )
     words = [f"| {name} | {_listed(value)} |" for name, value in engine.words(profile).items()]
@@ -238,7 +247,9 @@ def _acceptance_table(profile: AcceptanceProfile, engine: Engine) -> str:
             ("alpha", profile.alpha), ("accepted, given all before", profile.conditional),
         )
     ]  # fmt: skip
-    return head + "\n".join([f"| {engine.name} calls it | |", "|---|---|", *words, "| **probekit calls it** | |", *own])
+    return head + "\n".join(
+        [f"| {engine.title} calls it | |", "|---|---|", *words, "| **probekit calls it** | |", *own]
+    )
 
 
 def _listed(value: Any) -> str:

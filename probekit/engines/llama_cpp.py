@@ -59,6 +59,7 @@ def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
 
 LLAMA_CPP = Engine(
     name="llama.cpp",
+    title="llama.cpp",
     checked="b11434",
     proved=True,
     first_round="llama.cpp",

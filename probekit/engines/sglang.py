@@ -50,6 +50,7 @@ def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
 
 SGLANG = Engine(
     name="sglang",
+    title="SGLang",
     checked="its source of September 2026",
     proved=False,
     first_round="prefill",

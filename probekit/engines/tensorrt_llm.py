@@ -68,6 +68,7 @@ def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
 
 TENSORRT_LLM = Engine(
     name="tensorrt-llm",
+    title="TensorRT-LLM",
     checked="its source of September 2026",
     proved=False,
     first_round="prefill",

@@ -98,6 +98,7 @@ def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
 
 TRANSFORMERS = Engine(
     name="transformers",
+    title="transformers",
     checked="5.23",
     proved=True,
     first_round="draft",

@@ -77,6 +77,7 @@ def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
 
 VLLM = Engine(
     name="vllm",
+    title="vLLM",
     checked="0.32.0",
     proved=True,
     first_round="vllm",

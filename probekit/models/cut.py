@@ -64,6 +64,8 @@ def cut_checkpoint(loaded: Loaded, exit_layer: int, folder: str | Path) -> Path:
         _from_memory(loaded, exit_layer, folder)
     else:
         _from_folder(source, loaded.depth, exit_layer, folder)
+    for path in folder.glob("*.safetensors"):  # which safetensors writes for its owner only
+        path.chmod((folder / "config.json").stat().st_mode)
     return folder
 
 

@@ -82,7 +82,10 @@ def test_choose_hands_over_what_it_chose(capsys, traced, tmp_path):
     found = document(capsys, "choose", traced, "--costs", "roofline", "--device", "h100", "--export", tmp_path / "to",
                      "--engine", "vllm", "--rows", "1,64")  # fmt: skip
     settings = json.loads((tmp_path / "to" / "settings.json").read_text())["speculative_config"]
-    assert settings["num_speculative_tokens"] >= found["draft_length"]
+    plan = {last: length for _, last, length in settings.get("num_speculative_tokens_per_batch_size", [])}
+    assert settings["num_speculative_tokens"] == max(plan.values()) >= found["draft_length"]
+    rates = json.loads((tmp_path / "to" / "acceptance.json").read_text())["simulated"]["vllm"]
+    assert len(rates["synthetic_acceptance_rates"]) == settings["num_speculative_tokens"]
     assert settings["num_speculative_tokens_per_batch_size"][0][2] == found["draft_length"]
     assert (tmp_path / "to" / "drafter" / "model.safetensors").is_file()
     assert "MODEL_CARD.md" in {path.name for path in (tmp_path / "to").iterdir()}

@@ -81,7 +81,7 @@ def test_what_engines_simulate_is_what_they_would_have_counted():
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_a_profile_holds_the_counts_of_its_prediction(engine):
     trace, told = fabricate(agreement=[0.6] * 6), ENGINES[engine]
-    found = profile_of(trace, told, Drafting(3, exit_layer=2), ExitLayer(2))
+    found = profile_of(trace, told, 3, ExitLayer(2))
     assert found.convention == told.first_round
     budget = trace.manifest.settings.max_new_tokens - 3 if engine == "vllm" else None
     cell = predict(trace, [2], [3], told.first_round, budget=budget).cells[0]
@@ -96,7 +96,7 @@ def test_a_profile_holds_the_counts_of_its_prediction(engine):
 
 
 def test_sampled_text_has_expected_rates_by_our_convention_of_ends():
-    found = profile_of(fabricate(text="sampled"), ENGINES["llama.cpp"], Drafting(3, exit_layer=2), ExitLayer(2))
+    found = profile_of(fabricate(text="sampled"), ENGINES["llama.cpp"], 3, ExitLayer(2))
     assert found.convention == "prefill"
     assert 0 < found.acceptance_rate < 1
 
@@ -104,7 +104,7 @@ def test_sampled_text_has_expected_rates_by_our_convention_of_ends():
 def test_nothing_drafted_is_no_profile():
     trace = fabricate()
     with pytest.raises(InputError, match="drafts nothing on these texts"):
-        profile_of(trace, ENGINES["transformers"], Drafting(3, lookup=PromptLookup(9, 9)), PromptLookup(9, 9))
+        profile_of(trace, ENGINES["transformers"], 3, PromptLookup(9, 9))
 
 
 # ------------------------------------------------------------------------------------------------ schedules
@@ -202,10 +202,10 @@ def test_settings_of_lookups_and_of_nobody():
     assert told["llama.cpp"]["arguments"] == [
         "--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "2", "--spec-ngram-simple-size-m", "4",
     ]  # fmt: skip
-    for name, engine in ENGINES.items():
+    for engine in ENGINES.values():
         for each in lookups.values():
             if each.rule not in engine.rules:
-                with pytest.raises(InputError, match=f"{re.escape(name)} has no prompt lookup by the rule"):
+                with pytest.raises(InputError, match=f"{re.escape(engine.title)} has no prompt lookup by the rule"):
                     check_drafting(engine, Drafting(4, lookup=each))
         nobody = Export(engine, Drafting(), PLACES, "toy", "toy: do not speculate", None, None, (Entry(1, 0),))
         assert "do not speculate" in readme(nobody)
@@ -216,7 +216,9 @@ def test_settings_of_lookups_and_of_nobody():
 
 def test_what_a_draft_checkpoint_cannot_hold_is_refused_with_the_reason():
     for name in ("vllm", "llama.cpp", "sglang", "tensorrt-llm"):
-        with pytest.raises(InputError, match=rf"a draft model of {re.escape(name)} cannot hold exit heads"):
+        with pytest.raises(
+            InputError, match=rf"a draft model of {re.escape(ENGINES[name].title)} cannot hold exit heads"
+        ):
             check_drafting(ENGINES[name], replace(EXIT, exit_heads="abc"))
         with pytest.raises(InputError, match="cannot hold a draft head of 256 rows"):
             check_drafting(ENGINES[name], replace(EXIT, draft_rows=256))
@@ -233,7 +235,7 @@ def test_what_a_draft_checkpoint_cannot_hold_is_refused_with_the_reason():
 def test_a_folder_says_how_to_use_it_and_what_will_be_reported(engine, tmp_path):
     trace, told = fabricate(agreement=[0.7] * 6), ENGINES[engine]
     drafting = Drafting(3, exit_layer=2)
-    found = profile_of(trace, told, drafting, ExitLayer(2))
+    found = profile_of(trace, told, 3, ExitLayer(2))
     exported = Export(told, drafting, PLACES, "toy", "toy: draft with layer 2", None, found, (Entry(1, 3),))
     made: list[Path] = []
 
