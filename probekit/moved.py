@@ -61,9 +61,16 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "Candidate": "probekit.choice.choose",
         "Choice": "probekit.choice.choose",
         "choose": "probekit.choice.choose",
-        "export_choice": "probekit.choice.export",
+        "export_choice": "probekit.engines.export",
         "speedups": "probekit.choice.choose",
-        "transformers_settings": "probekit.choice.export",
+        "transformers_settings": "probekit.engines.transformers",
+    },
+    "probekit.choice.export": {
+        "Pretrained": "probekit.engines.engine",
+        "check_export": "probekit.engines.export",
+        "export_choice": "probekit.engines.export",
+        "sampling_arguments": "probekit.engines.transformers",
+        "transformers_settings": "probekit.engines.transformers",
     },
     "probekit.prediction.costs": {
         "Costs": "probekit.costs.profile",

@@ -19,8 +19,8 @@ PACKAGE = Path(probekit.__file__).parent
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
     "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
-    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "validation", "probing", "tying",
-    "presentation", "study", "cli", "__main__",
+    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines", "validation", "probing",
+    "tying", "presentation", "study", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
@@ -28,7 +28,7 @@ ROWS = {
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
         "quantised", "configuration", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters",
-        "loaded", "synthetic",
+        "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
@@ -54,8 +54,14 @@ ROWS = {
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
-    "choice": ("certainty", "ranking", "choose", "schedule", "export", "robustness", "rank"),
-    "validation": ("differences", "results", "transformers", "run", "ways"),
+    "choice": ("certainty", "ranking", "choose", "schedule", "robustness", "rank"),
+    "engines": (
+        "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
+    ),
+    "validation": (
+        "draft_checkpoint", "differences", "results", "transformers", "engine_rounds", "inside_vllm",
+        "vllm", "llama_cpp", "run", "ways",
+    ),
     "probing": (
         "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",
         "patching", "attribution_patching", "attribution",
@@ -63,7 +69,8 @@ ROWS = {
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
-        "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "patch_page",
+        "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "export_card",
+        "patch_page",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
     "presentation.paper": (
@@ -73,7 +80,7 @@ ROWS = {
     "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
-WITHOUT_TORCH = ("traces", "prediction", "choice", "presentation")
+WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile",

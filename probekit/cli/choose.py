@@ -9,25 +9,14 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
+from probekit.cli.costs import AnyCosts, Context, context_of, costs_of, profile_named
+from probekit.cli.export import EngineName, exported_of, write
 from probekit.cli.terminal import notice, out, print_json, print_table, progress_bars
-from probekit.cli.traced_models import models_of, pretrained_of
 from probekit.errors import InputError
 from probekit.presentation.study_folder import open_study
 
 if TYPE_CHECKING:
-    from probekit.costs.engine_profile import EngineProfile
     from probekit.costs.profile import Costs as Profile
-
-MEASURED_CONTEXT, SERVED_CONTEXT = 128, 1024
-
-Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
-AnyCosts = Annotated[
-    str, typer.Option("--costs", help="measured on this device, from a roofline, or an engine's profile (.json, .csv).")
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", help="Tokens in the cache of a step. [default: 128, of a roofline 1024]"),
-]
 
 Imported = Annotated[
     list[Path] | None,
@@ -46,7 +35,10 @@ def choose(
     weight_bits: Annotated[
         float | None, typer.Option("--weight-bits", help="Of a roofline: bits of a quantised weight.")
     ] = None,
-    export: Annotated[Path | None, typer.Option("--export", help="Write the choice for use in transformers.")] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Hand the choice to an engine, as `probekit export`.")
+    ] = None,
+    engine: EngineName = "transformers",
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
@@ -59,16 +51,18 @@ def choose(
 ) -> None:
     """Choose the exit layer and draft length with the greatest speedup, or neither; and the best way of all."""
     from probekit.choice.choose import choose as choose_pair
-    from probekit.choice.export import check_export, export_choice
     from probekit.choice.rank import rank as rank_ways
     from probekit.choice.rank import with_trees
     from probekit.choice.schedule import schedule
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
+    from probekit.engines.engine import Drafting, check_drafting
+    from probekit.engines.export import check_export
+    from probekit.engines.known import engine_named
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
-    profile = profile_named(costs)
+    profile, told = profile_named(costs), engine_named(engine)
     if profile is None:
         context = context_of(costs, context)
     else:
@@ -88,6 +82,8 @@ def choose(
         _choose_of_study(run, export, as_json)
         return
     trace = Trace.open(run)
+    if export is not None:
+        check_drafting(told, Drafting(1, 1, draft_rows=draft_rows, exit_heads=trace.manifest.heads_name))
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
     when_to_stop = policy_named(policy)
@@ -114,7 +110,13 @@ def choose(
         ways = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
     choice = choose_pair(prediction, timed, ways=ways)
     if export is not None:
-        export_choice(choice, export, pretrained_of(trace))
+        drafting = Drafting.of(choice)
+        check_drafting(told, drafting)
+        asked = None if batches is None else (batches, costs, timed.context)
+        exported = exported_of(
+            trace, told, drafting, choice.best.drafts, choice.sentence(), choice, asked, device, dtype
+        )
+        write(trace, exported, export)
     if as_json:
         print_json(choice.to_json() | ({} if plan is None else {"schedule": plan.to_json()}))
         return
@@ -154,18 +156,6 @@ def choose(
         )  # fmt: skip
 
 
-def context_of(costs: str, context: int | None) -> int:
-    """Tokens in the cache of a step, by default those that suit where the costs come from. Raises InputError."""
-    if costs not in ("measured", "roofline"):
-        raise InputError(
-            f"--costs is {costs!r}; expected measured or roofline.",
-            "`choose` takes an engine's profile, too: a .json or .csv file.",
-        )
-    if context is None:
-        return MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
-    return options.at_least_one(context, "--context")
-
-
 def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
     """A study has chosen already, for each of its models: say what."""
     study = open_study(folder, keys=("choice", "sentence"))
@@ -180,37 +170,3 @@ def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
         return
     for entry in study.entries:
         out.print(Text(str(entry["sentence"])))
-
-
-def profile_named(costs: str) -> EngineProfile | None:
-    """The engine's profile that `--costs` names by its file; None for the words that are none."""
-    if not costs.lower().endswith((".json", ".csv")):
-        return None
-    from probekit.costs.engine_profile import read_profile
-
-    return read_profile(costs)
-
-
-def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars, *, rows=1, bits=None):
-    """Costs that know every draft length asked for, and the run's draft model."""
-    if source == "roofline":
-        from probekit.costs.roofline import roofline_costs
-
-        return roofline_costs(
-            trace, context=context, device=device, dtype=dtype or served_dtype(device), longest_draft=max(lengths),
-            drafter=trace.manifest.drafter, draft_rows=draft_rows, rows=rows, weight_bits=bits,
-        )  # fmt: skip
-    from probekit.costs.measure import measure_costs
-    from probekit.tracing.plan import traced_heads
-
-    loaded, drafter = models_of(trace, device, dtype)
-    kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
-    return measure_costs(
-        loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept,
-        exit_heads=traced_heads(trace, loaded), sampling=trace.sampling, policy=policy, progress=bars,
-    )  # fmt: skip
-
-
-def served_dtype(device: str | None) -> str | None:
-    """A named accelerator serves in 16 bits; the run's own type elsewhere."""
-    return None if device is None or device == "cpu" else "bfloat16"

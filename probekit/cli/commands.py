@@ -7,6 +7,7 @@ from collections.abc import Callable
 from probekit.cli.choose import choose
 from probekit.cli.compare import compare
 from probekit.cli.decode import decode
+from probekit.cli.export import export
 from probekit.cli.figures import figures
 from probekit.cli.fit_heads import fit_heads
 from probekit.cli.inspect import inspect
@@ -31,6 +32,7 @@ ALL: tuple[Callable[..., None], ...] = (
     choose,
     rank,
     probe,
+    export,
     decode,
     validate,
     fit_heads,

@@ -10,7 +10,16 @@ from probekit.cli import options
 from probekit.cli.terminal import notice, print_json, print_table
 
 FirstRound = Annotated[
-    str, typer.Option("--first-round", help="prefill: the prefill emits the first token; draft: it is drafted.")
+    str,
+    typer.Option(
+        "--first-round",
+        help="Whose rounds: prefill (probekit: the prefill emits the first token), draft (transformers: it is "
+        "drafted), vllm or llama.cpp.",
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", help="New tokens, fewer than were traced: what vllm drafts past them is then known."),
 ]
 
 
@@ -19,6 +28,7 @@ def predict(
     exit_layers: options.ExitLayers = None,
     draft_lengths: options.DraftLengths = None,
     first_round: FirstRound = "prefill",
+    budget: Budget = None,
     drafter: options.Drafter = None,
     draft_rows: options.DraftRows = None,
     policy: options.Policy = "fixed",
@@ -46,6 +56,7 @@ def predict(
         draft_rows=draft_rows,
         drafters=drafters,
         policy=policy_named(policy),
+        budget=budget,
     )
     if as_json:
         print_json(prediction.to_json())

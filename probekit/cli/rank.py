@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.choose import Context, Costs, Imported, context_of, costs_of
+from probekit.cli.choose import Imported
+from probekit.cli.costs import Context, Costs, context_of, costs_of
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError

@@ -62,7 +62,7 @@ def study(
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
-    from probekit.choice.export import check_export
+    from probekit.engines.export import check_export
     from probekit.settings import Sampling
     from probekit.study.estimate import estimate_study
     from probekit.study.log_to import check_tracker, log_study
@@ -150,8 +150,8 @@ def _gigabytes(count: int | None) -> str | None:
 
 def _export(result: Any, folder: Path) -> None:
     """One folder a model."""
-    from probekit.choice.export import export_choice
     from probekit.cli.traced_models import pretrained_of
+    from probekit.engines.export import export_choice
 
     for model in result.models:
         export_choice(model.choice, folder / model.name, pretrained_of(model.trace))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from probekit.errors import InputError
+
+if TYPE_CHECKING:
+    from probekit.models.checkpoint import Source
 
 
 def models_of(trace, device, dtype):
@@ -40,13 +45,23 @@ def _only_adapter(record, loaded):
 
 
 def pretrained_of(trace):
-    """Where transformers finds the models of a run, as arguments of `from_pretrained`, and their adapters."""
-    from probekit.choice.export import Pretrained
+    """Where the models of a run are found, as arguments of `from_pretrained` and as a command line names them."""
+    from probekit.engines.engine import Pretrained
 
     manifest = trace.manifest
-    found = {"model": _arguments(manifest.model.reference), "adapter": _adapter(manifest.model)}
+    path, revision = _place(manifest.model.reference)
+    found = {
+        "model": _arguments(manifest.model.reference),
+        "adapter": _adapter(manifest.model),
+        "path": path,
+        "revision": revision,
+    }
     if manifest.drafter is not None:
-        found |= {"drafter": _arguments(manifest.drafter.reference), "drafter_adapter": _adapter(manifest.drafter)}
+        found |= {
+            "drafter": _arguments(manifest.drafter.reference),
+            "drafter_adapter": _adapter(manifest.drafter),
+            "drafter_path": _place(manifest.drafter.reference)[0],
+        }
     return Pretrained(**found)
 
 
@@ -55,14 +70,29 @@ def _adapter(record):
 
 
 def _arguments(reference: str) -> str:
-    from probekit.errors import InputError
-    from probekit.models.reference import find_checkpoint
-
+    """Of `from_pretrained`, as Python source."""
+    source = _found(reference)
     hub, at, revision = reference.partition("@")
-    try:
-        source = find_checkpoint(reference)
-    except InputError:  # a model that was in memory, or that has been moved: what the run says
+    if source is None:  # a model that was in memory, or that has been moved: what the run says
         return repr(hub) + (f", revision={revision!r}" if at else "")
     if source.revision is not None:
         return f"{hub!r}, revision={source.revision!r}"
     return repr(str(source.folder)) + (f", gguf_file={source.gguf!r}" if source.gguf else "")
+
+
+def _place(reference: str) -> tuple[str, str | None]:
+    """(hub id, folder or GGUF file; the hub's commit or None)."""
+    source = _found(reference)
+    hub, _, revision = reference.partition("@")
+    if source is None:
+        return ("MODEL" if reference.startswith("memory:") else hub), revision or None
+    return (hub, source.revision) if source.revision is not None else (str(source.path), None)
+
+
+def _found(reference: str) -> Source | None:
+    from probekit.models.reference import find_checkpoint
+
+    try:
+        return find_checkpoint(reference)
+    except InputError:
+        return None

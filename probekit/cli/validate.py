@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.choose import costs_of
+from probekit.cli.costs import costs_of
 from probekit.cli.rank import show_run
 from probekit.cli.terminal import print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of

@@ -58,6 +58,38 @@ class NgramIndex:
         return []
 
 
+class LatestNgramIndex:
+    """The latest earlier place where the last `size` tokens stood, as llama.cpp's `ngram-simple` finds it.
+
+    Of its `common_ngram_simple_draft` (b11434): nothing is drafted from a text of `size` + `copied` + 2 tokens or
+    fewer, from its very beginning, from one token before its end, or where fewer than `size` tokens follow.
+
+    Parameters
+    ----------
+    size: `--spec-ngram-simple-size-n`. copied: `--spec-ngram-simple-size-m`, the most tokens that are drafted.
+    """
+
+    def __init__(self, size: int, copied: int) -> None:
+        self.text: list[int] = []
+        self._size, self._copied = size, copied
+        self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence begins
+
+    def read(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self.text.append(token)
+            start = len(self.text) - self._size - 2
+            if start > 0:
+                self._latest[tuple(self.text[start : start + self._size])] = start
+
+    def drafts(self, most: int) -> list[int]:
+        before = len(self.text) - 1  # the last token is in no cache yet
+        start = self._latest.get(tuple(self.text[-self._size :]))
+        if start is None or before <= self._size + self._copied + 1:
+            return []
+        found = self.text[start + self._size : before][: self._copied]
+        return found[:most] if len(found) >= self._size else []
+
+
 class SuffixIndex:
     """The first earlier place of the longest ending of the text that stood in it before, of at least `least` tokens.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from probekit.drafting.drafters import Outlook
 from probekit.drafting.keys import NGRAM, SUFFIX, DrafterKey
-from probekit.drafting.lookup import NgramIndex, SuffixIndex, TextIndex
+from probekit.drafting.lookup import LatestNgramIndex, NgramIndex, SuffixIndex, TextIndex
 from probekit.errors import InputError
 from probekit.settings import whole_number
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from probekit.models.loaded import Loaded
     from probekit.traces.trace import Trace
 
-RULES = ("transformers", "vllm")
+LLAMA_CPP = "llama.cpp"
+RULES = ("transformers", "vllm", LLAMA_CPP)
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,17 @@ class PromptLookup(TextLookup):
     ngram: the most tokens that are matched; of several sizes that occurred before, the longest decides.
     least: the fewest.
     rule: "transformers" (`prompt_lookup_num_tokens` with `max_matching_ngram_size=ngram`; an end-of-sequence token
-        ends the drafts before it) or "vllm" (`ngram` with `prompt_lookup_max=ngram`, `prompt_lookup_min=least`; it may
-        be drafted). Both engines also draft past the budget in a text's last round, where nothing can be accepted; the
-        decoder here does not.
+        ends the drafts before it), "vllm" (`ngram` with `prompt_lookup_max=ngram`, `prompt_lookup_min=least`; it may
+        be drafted) or "llama.cpp" (`ngram-simple`: `ngram` tokens, no fewer, and their latest occurrence). The first
+        two engines also draft past the budget in a text's last round, where nothing can be accepted; the decoder here
+        does not.
+    copied: of llama.cpp, the most tokens that are drafted: its rule depends on them. 0 for the others.
     """
 
     ngram: int = 2
     least: int = 1
     rule: str = "transformers"
+    copied: int = 0
 
     def __post_init__(self) -> None:
         whole_number("the n-gram of prompt lookup must be", self.ngram)
@@ -96,13 +100,24 @@ class PromptLookup(TextLookup):
             raise InputError(f"prompt lookup matches {self.least} to {self.ngram} tokens, which is no range.")
         if self.rule not in RULES:
             raise InputError(f"prompt lookup by the rule {self.rule!r} is not known: it is one of {', '.join(RULES)}.")
+        latest = self.rule == LLAMA_CPP
+        if latest != (self.copied > 0) or (latest and (self.least > 1 or self.copied < self.ngram)):
+            raise InputError(
+                f"prompt lookup by the rule {self.rule} cannot match {self.least} to {self.ngram} tokens and copy "
+                f"{self.copied}: llama.cpp's matches a fixed number and copies as many or more, the others name none.",
+                "Write ngram:2x4:llama.cpp, ngram:2 or ngram:1-3:vllm.",
+            )
 
     @property
     def key(self) -> DrafterKey:
         sizes = str(self.ngram) if self.least == 1 else f"{self.least}-{self.ngram}"
+        if self.copied:
+            sizes = f"{self.ngram}x{self.copied}"
         return DrafterKey(NGRAM, model=f"ngram:{sizes}" + ("" if self.rule == RULES[0] else f":{self.rule}"))
 
-    def index(self, eos_ids: Sequence[int]) -> NgramIndex:
+    def index(self, eos_ids: Sequence[int]) -> TextIndex:
+        if self.rule == LLAMA_CPP:
+            return LatestNgramIndex(self.ngram, self.copied)
         return NgramIndex(self.ngram, self.least, frozenset(eos_ids if self.rule == RULES[0] else ()))
 
 
@@ -136,7 +151,8 @@ def common_beginning(drafts: Sequence[int], text: Sequence[int]) -> int:
 
 
 def lookup_named(text: str) -> TextLookup | None:
-    """The lookup that a text names: `ngram:2`, `ngram:1-3`, `ngram:2-4:vllm`, `suffix`, `suffix:2`; None: none of them.
+    """The lookup that a text names: `ngram:2`, `ngram:1-3`, `ngram:2-4:vllm`, `ngram:2x4:llama.cpp`, `suffix`,
+    `suffix:2`; None: none of them.
 
     Raises InputError for numbers or a rule that make no lookup.
     """
@@ -145,14 +161,19 @@ def lookup_named(text: str) -> TextLookup | None:
         return None
     try:
         given = [part for part in rest if part not in RULES]
-        sizes = [int(number) for part in given for number in part.split("-")]
         rules = [part for part in rest if part in RULES]
+        if kind == NGRAM and rules == [LLAMA_CPP] and len(rest) == 2:
+            size, _, copied = given[0].partition("x")
+            return PromptLookup(int(size), rule=LLAMA_CPP, copied=int(copied or size))
+        sizes = [int(number) for part in given for number in part.split("-")]
         if kind == SUFFIX and not rules and len(given) == len(sizes) <= 1:
             return SuffixLookup(*sizes)
         if kind == NGRAM and len(given) == 1 and len(sizes) <= 2 and len(rest) <= 2:
-            return PromptLookup(sizes[-1], sizes[0] if len(sizes) == 2 else 1, *rules)
+            least = sizes[0] if len(sizes) == 2 else 1
+            return PromptLookup(sizes[-1], least, rules[0] if rules else RULES[0])
     except ValueError:
         pass
     raise InputError(
-        f"{text!r} names no lookup.", "Write ngram:2, ngram:1-3, ngram:2-4:vllm, suffix or suffix:2 (shortest match)."
+        f"{text!r} names no lookup.",
+        "Write ngram:2, ngram:1-3, ngram:2-4:vllm, ngram:2x4:llama.cpp, suffix or suffix:2 (shortest match).",
     )

@@ -14,8 +14,9 @@ from probekit.drafting.ways import Way
 from probekit.errors import InputError
 from probekit.prediction.intervals import SHARE, bootstrap_ratio, interval_or_none
 from probekit.prediction.replay import replay
-from probekit.prediction.rounds import CUT, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
+from probekit.prediction.rounds import CUT, ENDED, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
 from probekit.prediction.table import Cell, Prediction, PromptRounds
+from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
@@ -33,13 +34,17 @@ def predict(
     drafters: Sequence[Drafter] | None = None,
     policy: Policy = FIXED,
     agreement: Callable[[int], np.ndarray] | None = None,
+    budget: int | None = None,
 ) -> Prediction:
     """Predict the rounds of every exit layer and draft length, and of the draft model where the trace has one.
 
     Parameters
     ----------
     exit_layers: 1..L-1 by default.
-    first_round: "prefill" (our decoder: the prefill emits the first token) or "draft" (transformers: it is drafted).
+    first_round: whose convention (`probekit.prediction.rounds.CONVENTIONS`): "prefill" (our decoder: the prefill emits
+        the first token), "draft" (transformers: it is drafted), "vllm" (as prefill, but K tokens are drafted also past
+        the budget, and what is accepted there is counted) or "llama.cpp" (as prefill, but an accepted end-of-sequence
+        token counts as the bonus unless it was the last draft).
     with_rounds: keep every round of every prompt, too.
     drafter: predict the trace's draft model, too; by default where it has one and no exit layers were named.
     draft_rows: F, for exit layers that draft with the head's rows of the F most frequent tokens only, in the order of
@@ -49,6 +54,10 @@ def predict(
         round drafts after a mismatch is an estimate, and `exact` is False; rounds and accepted tokens stay exact.
     agreement: in place of the trace's own; given a prompt's index it answers, for layers 0..L and output positions,
         (L+1, N), with bool for greedy text and with acceptance probabilities otherwise. For another head or lens.
+    budget: M, fewer tokens than were traced: what an engine drafts past it is then known, too. By default the trace's.
+
+    `exact` is False under "vllm" where everything that is known of a text's end was accepted in its last round: the
+    engine may then accept, past it, what no trace shows.
 
     Raises
     ------
@@ -65,14 +74,22 @@ def predict(
     trace = as_trace(trace)
     if drafters is None:
         drafters = traced_drafters(trace, exit_layers, draft_model=drafter, draft_rows=draft_rows, read=agreement)
-    budget = max(trace.manifest.settings.max_new_tokens, int(trace.texts["new_tokens"].max()))
-    lengths, first = check_lengths(draft_lengths, budget, first_round, int(trace.texts["new_tokens"].min()))
+    traced = max(trace.manifest.settings.max_new_tokens, int(trace.texts["new_tokens"].max()))
+    budget = traced if budget is None else whole_number("the budget must be", budget)
+    if budget > traced:
+        raise InputError(f"the budget is {budget} tokens; this run was traced with {traced}.", "Trace more tokens.")
+    fewest = min(budget, int(trace.texts["new_tokens"].min()))
+    lengths, convention = check_lengths(draft_lengths, budget, first_round, fewest)
     greedy = trace.manifest.settings.text == "greedy"
     if not greedy and not isinstance(policy, FixedLength):
         raise InputError(
             "a policy is predicted on greedy text: sampled drafts would need every draft's own distribution.",
             "Trace greedily, or draft with a fixed length.",
         )
+    if not greedy and convention.ends_as_bonus:
+        raise InputError(f"the convention of {first_round} is predicted on greedy text.", "Trace greedily.")
+    if budget < traced and isinstance(policy, RoundPolicy):
+        raise InputError("a policy that decides round by round is predicted with the trace's own budget.")
 
     # Text drafters draft the same tokens for any text: given the text, nothing about their rounds is left to chance.
     certain = [each for each in drafters if greedy or isinstance(each, TextDrafter)]
@@ -81,25 +98,31 @@ def predict(
     counted: list[RoundCounts] = []
     rounds: list[PromptRounds] = []
     texts = trace.texts.set_index("prompt").loc[trace.prompts]
-    tokens = texts["new_tokens"].to_numpy()
+    known = texts["new_tokens"].to_numpy()
+    tokens = np.minimum(known, budget)
     # A text that was cut short is taken for one whose budget ended there: its last round drafts no further.
     budgets = np.where(texts["ended"] == CUT, tokens, budget)
-    for chunk in _chunks(tokens, len(drafters) * len(lengths)):
+    ended = (texts["ended"] == ENDED).to_numpy() & (known == tokens)
+    exact = trace.manifest.own_text and policy.exact
+    for chunk in _chunks(known, len(drafters) * len(lengths)):
         prompts = trace.prompts[chunk]
         parts = []
         if certain:
-            seen = _outlooks(trace, prompts, tokens[chunk], certain, int(lengths.max()))
+            seen = _outlooks(trace, prompts, known[chunk], certain, int(lengths.max()))
             if isinstance(policy, RoundPolicy):
                 walk = _replayed(trace.select(prompts), certain, lengths, policy, first_round)
             else:
                 allowed = _allowed(trace, prompts, seen, certain, policy, int(lengths.max()))
-                walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], first, allowed)
+                walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], convention, allowed, ended[chunk])
+            if convention.past_budget:
+                exact &= not ((walk.start + walk.accepted == known[chunk]) & (walk.accepted < walk.drafted)).any()
             parts.append(tally(walk, int(lengths.max())))
             if with_rounds:
                 rounds += _rounds_of_walk(walk, prompts, certain, lengths)
         if chancy:
-            w = _chances(trace, prompts, tokens[chunk], chancy)
-            parts.append(expect_rounds(w, tokens[chunk], lengths, budgets[chunk], first)[0])
+            w = _chances(trace, prompts, known[chunk], chancy)
+            parts.append(expect_rounds(w, tokens[chunk], lengths, budgets[chunk], convention, known[chunk])[0])
+            exact &= not convention.past_budget or bool((known - tokens >= lengths.max() - 1).all())
             if with_rounds:
                 rounds += _probabilities(w, prompts, tokens[chunk], chancy, lengths)
         counted.append(_joined(parts, axis=0))
@@ -107,14 +130,14 @@ def predict(
     counts = _joined(counted, axis=2)
     order = [[*certain, *chancy].index(each) for each in drafters]
     counts = RoundCounts(*(each[order] for each in counts))
-    emitted = np.maximum(tokens.astype(np.int64) - first, 0)
+    emitted = np.maximum(tokens.astype(np.int64) - convention.first, 0)
     return Prediction(
         model=trace.manifest.model.name,
         text=trace.manifest.settings.text,
         decoding=dict(trace.manifest.settings.decoding),
         first_round=first_round,
         budget=budget,
-        exact=trace.manifest.own_text and policy.exact,
+        exact=bool(exact),
         prompts=tuple(trace.prompts),
         cells=tuple(
             _cells(
@@ -193,12 +216,15 @@ def _replayed(trace: Trace, drafters: Sequence[Drafter], lengths: np.ndarray, po
         for drafter in drafters
     ]
     most = max(len(rounds.start) for cells in found for texts in cells for rounds in texts)
-    walk = Walk(*(np.full((most, len(drafters), len(lengths), len(trace)), fill) for fill in (0, -1, -1, 0)))
+    shape = most, len(drafters), len(lengths), len(trace)
+    none, nothing = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+    walk = Walk(nothing.copy(), none.copy(), none.copy(), nothing.copy(), np.zeros(shape, dtype=bool))
     for row, cells in enumerate(found):
         for column, texts in enumerate(cells):
             for place, rounds in enumerate(texts):
+                rejected = (rounds.accepted < rounds.length) & (rounds.emitted > rounds.accepted)
                 for array, values in zip(
-                    walk, (rounds.start, rounds.length, rounds.accepted, rounds.emitted), strict=True
+                    walk, (rounds.start, rounds.length, rounds.accepted, rounds.emitted, rejected), strict=True
                 ):
                     array[: len(values), row, column, place] = values
     return walk

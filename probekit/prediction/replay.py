@@ -83,7 +83,10 @@ def replay(trace: Trace, way: Way, first_round: str = "prefill") -> Replay:
             "Trace greedily; `predict` gives the expectation of fixed lengths on sampled text.",
         )
     if first_round not in FIRST_START:
-        raise InputError(f"first round {first_round!r} is not known: it is one of {', '.join(FIRST_START)}.")
+        raise InputError(
+            f"first round {first_round!r} is not known here: it is one of {', '.join(FIRST_START)}.",
+            "The conventions of other engines are predicted for drafts of a fixed length.",
+        )
     first = FIRST_START[first_round]
     rounds = tuple(_rounds(trace, prompt, way, first) for prompt in trace.prompts)
     tokens = np.array([max(0, len(trace.outputs(prompt)) - first) for prompt in trace.prompts])

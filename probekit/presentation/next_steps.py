@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probekit.choice.export import sampling_arguments
+from probekit.engines.engine import Drafting
+from probekit.engines.transformers import lines
 from probekit.settings import Sampling
 from probekit.traces.manifest import RunSettings
 
@@ -49,16 +50,9 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
 
 def _snippet(choice: Mapping[str, Any], sampling: Sampling) -> str:
     """Settings for transformers."""
-    two_models = choice["exit_layer"] is None
-    chosen = [] if sampling.greedy else [f"{name}={value!r}" for name, value in sampling_arguments(sampling).items()]
-    holder = "assistant" if two_models else "model"
-    argument = "assistant_model=assistant" if two_models else f"assistant_early_exit={choice['exit_layer']}"
-    return (
-        f"{holder}.generation_config.num_assistant_tokens = {choice['draft_length']}\n"
-        f'{holder}.generation_config.num_assistant_tokens_schedule = "constant"\n'
-        f"{holder}.generation_config.assistant_confidence_threshold = 0.0\n"
-        f"model.generate(**inputs, {', '.join([argument, *chosen])})"
-    )
+    exit_layer, drafter = choice["exit_layer"], None if choice["exit_layer"] is not None else str(choice["drafter"])
+    drafting = Drafting(choice["draft_length"], exit_layer, drafter, sampling=sampling)
+    return "\n".join(lines(drafting))
 
 
 def not_measured(settings: RunSettings, entries: Sequence[Mapping[str, Any]]) -> str:

@@ -56,6 +56,23 @@ def transformers_accepted(
     return _counted(loaded, prompt_ids, max_new_tokens, settings, assistant_early_exit=exit_layer)
 
 
+def transformers_assisted(
+    loaded: Loaded, drafter: Loaded, prompt_ids: Sequence[int], draft_length: int, max_new_tokens: int
+) -> TransformersRounds:
+    """Run `generate(assistant_model=...)`, greedy, and count its rounds.
+
+    drafter: a draft model with the same tokenizer, such as a draft checkpoint; its generation_config is set aside
+    meanwhile, too. Rounds follow the `draft` convention; the rest is as in `transformers_accepted`.
+    """
+    settings = {
+        "num_assistant_tokens": draft_length,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    with _plain_generation(drafter.model, settings, sorted(loaded.eos_ids)):
+        return _counted(loaded, prompt_ids, max_new_tokens, {}, assistant_model=drafter.model)
+
+
 def transformers_lookup(
     loaded: Loaded, prompt_ids: Sequence[int], ngram: int, draft_length: int, max_new_tokens: int
 ) -> TransformersRounds:

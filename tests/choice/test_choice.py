@@ -10,9 +10,11 @@ import pytest
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import SCHEMA, choose, decoding_seconds, speedups
-from probekit.choice.export import Pretrained, export_choice, transformers_settings
 from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.drafting.drafters import DraftModel, ExitLayer
+from probekit.engines.engine import Pretrained
+from probekit.engines.export import export_choice
+from probekit.engines.transformers import transformers_settings
 from probekit.errors import InputError
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of

@@ -170,6 +170,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "trace": ["trace", tiny_folder, "--prompts", prompts, "-o", other, "--max-new-tokens", 6],
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],
+        "export": ["export", run_folder, "-o", tmp_path / "to", "--exit-layer", 2, "--draft-length", 2],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],

@@ -78,6 +78,27 @@ def test_vllm_example():
     assert PromptLookup(3, 3, "vllm").index([]).drafts(4) == []
 
 
+def ngram_simple(text: list[int], n: int, m: int) -> list[int]:
+    """`common_ngram_simple_draft` of llama.cpp, line by line; its `tokens` lack the last token, `sampled`."""
+    tokens, sampled = text[:-1], text[-1]
+    if len(tokens) <= n + m + 1:
+        return []
+    pattern = [*tokens[len(tokens) - n + 1 :], sampled]
+    for place in range(len(tokens) - n - 1, 0, -1):
+        if tokens[place : place + n] == pattern:
+            copied = min(m, len(tokens) - (place + n))
+            return [] if copied < n else tokens[place + n : place + n + copied]
+    return []
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 4), st.integers(1, 8))
+def test_the_latest_place_is_llama_cpps(text, size, more, most):
+    index, copied = PromptLookup(size, rule="llama.cpp", copied=size + more).index(()), size + more
+    for place in range(len(text)):
+        index.read(text[place : place + 1])
+        assert index.drafts(most) == ngram_simple(text[: place + 1], size, copied)[:most]
+
+
 def test_an_index_costs_the_same_for_each_token():
     """Ten times the text, ten times the states: a suffix automaton has fewer than two states a token."""
     random = np.random.default_rng(0)
@@ -226,6 +247,8 @@ def test_lookups_have_no_confidence(tiny, run):
         ("ngram:1-3", PromptLookup(3)),
         ("ngram:2-4:vllm", PromptLookup(4, 2, "vllm")),
         ("ngram:4:vllm", PromptLookup(4, 1, "vllm")),
+        ("ngram:2x4:llama.cpp", PromptLookup(2, rule="llama.cpp", copied=4)),
+        ("ngram:3:llama.cpp", PromptLookup(3, rule="llama.cpp", copied=3)),
         ("suffix", SuffixLookup()),
         ("suffix:3", SuffixLookup(3)),
         ("exit", None),
@@ -238,7 +261,8 @@ def test_lookups_by_name(text, lookup):
 
 
 @pytest.mark.parametrize("text", ["ngram", "ngram:0", "ngram:4-2", "ngram:2:other", "ngram:1-2-3", "suffix:vllm",
-                                  "suffix:1-2", "ngram:x", "suffix:0", "ngram:-1"])  # fmt: skip
+                                  "suffix:1-2", "ngram:x", "suffix:0", "ngram:-1", "ngram:2x1:llama.cpp",
+                                  "ngram:2x4", "ngram:1-2:llama.cpp", "suffix:llama.cpp"])  # fmt: skip
 def test_names_that_make_no_lookup(text):
     with pytest.raises(InputError):
         lookup_named(text)

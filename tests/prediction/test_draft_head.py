@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from traces.fabricate import fabricate
 
 from probekit.choice.choose import choose
-from probekit.choice.export import export_choice
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.costs.roofline import roofline_costs
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.engines.export import export_choice
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
 from probekit.prediction.predict import predict

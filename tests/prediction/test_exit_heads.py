@@ -14,12 +14,12 @@ from traces.fabricate import list_again
 
 import probekit
 from probekit.choice.choose import choose
-from probekit.choice.export import export_choice
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.costs.roofline import roofline_costs
 from probekit.decoding.sampling import warp
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.engines.export import export_choice
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads, pack_heads

@@ -38,6 +38,10 @@ RUNGS = pd.DataFrame(
     {"rung": ["plain", "best fixed pair", "oracle"], "way": ["", "layer 2, K_$1$ & 2", ""], "speedup": [1.0, 1.2, 1.6],
      "speedup_low": [1.0, 1.1, np.nan], "speedup_high": [1.0, 1.3, np.nan]}
 )  # fmt: skip
+POSITIONS = pd.DataFrame(
+    {"position": [1, 2, 3, 1, 2, 3], "kind": ["unconditional"] * 3 + ["conditional"] * 3,
+     "rate": [0.7, 0.5, 0.0, 0.7, 0.71, np.nan]}
+)  # fmt: skip
 ROUNDS = pd.DataFrame({"prompt": [0, 0, 1], "start": [1, 3, 1], "emitted": [2, 3, 4], "exit_layer": [1, 0, 2]})
 
 
@@ -63,6 +67,7 @@ def drawn():
         plots.trace_against_sweep: SWEEP,
         plots.ladder: RUNGS,
         plots.exit_map: ROUNDS,
+        plots.acceptance_by_position: POSITIONS,
     }
 
 

@@ -161,3 +161,28 @@ def trace_against_sweep(sweep: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             bbox={"facecolor": ground_of(ax), "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
     return ax
+
+
+@plot("position", "kind", "rate")
+def acceptance_by_position(positions: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of drafts accepted at each place of a round: of all rounds, and of those that accepted all before it.
+
+    positions: columns position (1 is a round's first draft), kind (unconditional, conditional) and rate; rates that
+        nobody saw are missing.
+    """
+    ax = axes_or_current(ax)
+    frame = positions.dropna(subset=["rate"]).copy()
+    if frame.empty:
+        nothing_to_show(ax, "no round drafted anything")
+        return ax
+    frame["kind"] = frame["kind"].map(plain)
+    sns.lineplot(
+        data=frame, x="position", y="rate", hue="kind", style="kind", markers=True, errorbar=None,
+        palette=palette(list(dict.fromkeys(frame["kind"]))), ax=ax,
+    )  # fmt: skip
+    untitled(ax)
+    ax.set_ylim(0, 1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel(plain("place in the draft (tokens)"))
+    ax.set_ylabel(plain("accepted (share)"))
+    return ax

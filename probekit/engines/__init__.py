@@ -1,0 +1,1 @@
+"""Handing a choice to the engine that you run: a file an engine, and what all of them share."""

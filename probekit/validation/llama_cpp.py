@@ -1,0 +1,131 @@
+"""Rounds inside llama.cpp's server, as it logs and counts them itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from probekit.errors import ResourceError
+from probekit.validation.engine_rounds import EngineRounds, EngineRun
+
+# One sequence, and nothing rounded that need not be: caches and arithmetic in float32.
+PLAIN = (
+    "-np", "1", "-t", "1", "-td", "1", "--no-warmup", "--no-webui", "-fa", "off", "-ctk", "f32", "-ctv", "f32",
+    "-ctkd", "f32", "-ctvd", "f32", "-c", "1024",
+)  # fmt: skip
+_ROUND = re.compile(r"accepted\s+(\d+)/\s*(\d+) draft tokens")
+_STARTS_S, _ANSWERS_S = 120.0, 600.0
+
+
+def llama_cpp_rounds(
+    server: str | Path,
+    model: str | Path,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    drafting: Sequence[str] = (),
+    *,
+    options: Sequence[str] = PLAIN,
+    repeats: int = 1,
+) -> EngineRun:
+    """Decode prompts greedily in llama.cpp's server, one at a time, and return the rounds that it logged.
+
+    Parameters
+    ----------
+    server: the `llama-server` binary. model: a GGUF file. prompts: token ids.
+    drafting: arguments that switch drafts on, as an export writes them.
+    repeats: how often each prompt is decoded, for the seconds; the rounds of the last one are returned.
+
+    Raises ResourceError where the server does not start or answer, with what it said last.
+    """
+    texts, seconds, totals = [], [], {"draft_n": 0, "draft_n_accepted": 0, "predicted_n": 0}
+    with tempfile.TemporaryDirectory() as folder, serving(server, model, [*options, *drafting], Path(folder)) as served:
+        url, log = served
+        for ids in prompts:
+            times, answer, read = [], {}, 0
+            for _ in range(repeats):
+                read = log.stat().st_size
+                answer = _asked(url, ids, max_new_tokens)
+                times.append(answer["timings"]["predicted_ms"] / 1000)
+            rounds = _logged(log, read, answer["timings"].get("draft_n_accepted", 0))
+            texts.append(EngineRounds(answer["tokens"], *rounds))
+            seconds.append(min(times))
+            for name in totals:
+                totals[name] += int(answer["timings"].get(name, 0))
+        versions = {"llama.cpp": _version(server)}
+    return EngineRun(texts, totals, seconds, versions)
+
+
+@contextmanager
+def serving(
+    server: str | Path, model: str | Path, arguments: Sequence[str], folder: Path
+) -> Iterator[tuple[str, Path]]:
+    """(address, log file) of a server that answers; it is stopped at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    command = [str(server), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            command, stdout=written, stderr=subprocess.STDOUT, env={**os.environ, "LLAMA_TRACE": "1"}
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(process, url, log)
+            yield url, log
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
+    end = time.monotonic() + _STARTS_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.1)
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    raise ResourceError(f"llama-server did not start: {said[-1] if said else 'it said nothing'}")
+
+
+def _asked(url: str, ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
+    asked = {
+        "prompt": list(ids), "n_predict": max_new_tokens, "temperature": 0, "return_tokens": True,
+        "cache_prompt": False,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=_ANSWERS_S) as answer:
+        return json.loads(answer.read())
+
+
+def _logged(log: Path, begin: int, accepted: int) -> tuple[list[int], list[int]]:
+    """Drafted and accepted tokens of each round that was logged since; all of them, by the server's own total."""
+    end = time.monotonic() + 10.0
+    while True:
+        with log.open("rb") as stream:
+            stream.seek(begin)
+            found = _ROUND.findall(stream.read().decode(errors="replace"))
+        if sum(int(taken) for taken, _ in found) >= accepted or time.monotonic() > end:
+            return [int(drafted) for _, drafted in found], [int(taken) for taken, _ in found]
+        time.sleep(0.02)
+
+
+def _version(server: str | Path) -> str:
+    said = subprocess.run([str(server), "--version"], capture_output=True, text=True)
+    found = re.search(r"version: (\S+)(?: \((\w+)\))?", said.stdout + said.stderr)
+    return " ".join(part for part in found.groups() if part) if found else "unknown"
