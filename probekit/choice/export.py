@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from probekit.checksums import write_sums
 from probekit.choice.choose import Choice
 from probekit.errors import InputError
 from probekit.files import atomic_text, check_folder_target, entries, make_folder
@@ -29,6 +30,8 @@ class Pretrained:
 def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = Pretrained()) -> Path:
     """Write a folder with `choice.json`, `settings.json` and a README that shows how to use them in transformers.
 
+    `SHA256SUMS` lists them, for `probekit verify` and `sha256sum -c`.
+
     Raises InputError for a path that is a file, or a folder that holds something else. A folder that was exported
     before is written again.
     """
@@ -40,6 +43,7 @@ def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = P
         ("README.md", _readme(choice, pretrained)),
     ):
         atomic_text(folder / name, content)
+    write_sums(folder, lambda name: str(name) in ("choice.json", "settings.json", "README.md"))
     return folder
 
 
