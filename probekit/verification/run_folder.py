@@ -86,13 +86,14 @@ def _verify_part(folder: Path, manifest: Manifest, part: int, batch: tuple[int, 
     if sorted(texts["prompt"]) != sorted(batch):
         notes.add(where["texts"], f"holds other prompts than the plan of part {part} names")
         return
-    lengths = texts.set_index("prompt").eval("prompt_tokens + new_tokens - 1")
-    positions = pd.MultiIndex.from_arrays([
-        np.repeat(lengths.index, lengths.clip(lower=0)),
-        np.concatenate([np.arange(max(length, 0)) for length in lengths]),
-    ])  # fmt: skip
+    lengths = (texts["prompt_tokens"].astype("int64") + texts["new_tokens"] - 1).to_numpy()
     rows = pd.MultiIndex.from_frame(tokens[["prompt", "position"]])
-    if len(rows) != len(positions) or rows.has_duplicates or len(rows.difference(positions)):
+    whole = (lengths >= 0).all() and lengths.sum() == len(rows)  # before anything is made of these numbers
+    if whole:
+        places = np.concatenate([np.arange(length) for length in lengths])
+        prompts = np.repeat(texts["prompt"].to_numpy(), lengths)
+        whole = not rows.has_duplicates and rows.isin(pd.MultiIndex.from_arrays([prompts, places])).all()
+    if not whole:
         notes.add(where["tokens"], "does not hold each position of each text once")
         return
     generated = int((tokens["output"] >= 0).sum())
@@ -120,8 +121,8 @@ def _verify_shard(path: Path, manifest: Manifest, rows: int, notes: Notes) -> No
     except InputError as error:
         notes.add(path, error.problem)
         return
-    expected = {f"layer_{layer}": (rows, manifest.model.width) for layer in manifest.settings.keep_residuals}
-    expected |= {"prompt": (rows,), "position": (rows,)}
+    expected: dict[str, tuple[int, ...]] = {"prompt": (rows,), "position": (rows,)}
+    expected |= {f"layer_{layer}": (rows, manifest.model.width) for layer in manifest.settings.keep_residuals}
     if shapes != expected:
         wrong = next(name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name))
         notes.add(path, f"does not hold the residuals of its texts: {wrong} is {shapes.get(wrong)}, "

@@ -38,9 +38,9 @@ def verify_study(folder: Path, notes: Notes) -> None:
                 notes.add(folder / "tables" / f"{table}.csv", error.problem)
         there = {path.name for path in (folder / "traces").glob("*")}
         for model in study.models:
-            run = PurePosixPath(str(study.entry(model)["trace"]))
-            if run.parts[:1] != ("traces",) or len(run.parts) != 2 or run.name not in there:
-                notes.add(folder, f"has no run {run} of {model}")
+            named = PurePosixPath(str(study.entry(model)["trace"]))
+            if named.parts[:1] != ("traces",) or len(named.parts) != 2 or named.name not in there:
+                notes.add(folder, f"has no run {named} of {model}")
     for path in sorted((folder / "phases").glob("*/*.json")):
         try:
             made = read_document(path)["made"]
