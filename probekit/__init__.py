@@ -39,6 +39,7 @@ _ROOMS = {
     "trace": "probekit.tracing.tracer",
     "validate": "probekit.validation.run",
     "validate_ways": "probekit.validation.ways",
+    "verify": "probekit.verification.verify",
     "wrap": "probekit.models.loaded",
 }
 
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from probekit.tracing.tracer import trace as trace
     from probekit.validation.run import validate as validate
     from probekit.validation.ways import validate_ways as validate_ways
+    from probekit.verification.verify import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -213,10 +213,12 @@ def _clear(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ checksums
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, hexadecimal; read once while size and time of the file stay the same."""
+def sha256_of(path: str | Path, *, cached: bool = True) -> str:
+    """The SHA-256 of a file, hexadecimal; if `cached`, read once while size and time of the file stay the same."""
     found = Path(path).stat()
-    return _sha256(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    return (_sha256 if cached else _sha256.__wrapped__)(
+        os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -180,6 +180,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2"),
         ("report", study),
         ("figures", study, "-o", folder / "figures", "--format", "svg"),
+        ("verify", study),
     ):
         made.setdefault(command, []).append(printed([command, *map(str, words)]))
     made["choose"].append(printed(["choose", str(study)]))

@@ -18,17 +18,17 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "models", "hooks", "lens", "training",
-    "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines", "validation", "probing",
-    "tying", "presentation", "study", "cli", "__main__",
+    "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "checksums", "models", "hooks",
+    "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines",
+    "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
     "foreign": ("text", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "configuration", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference", "adapters",
-        "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
+        "quantised", "configuration", "weight_files", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference",
+        "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
@@ -77,10 +77,11 @@ ROWS = {
         "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
         "printed_tables", "make",
     ),
+    "verification": ("findings", "weights", "run_folder", "study_folder", "verify"),
     "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
-WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation")
+WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
     "probekit.tracing.prompts", "probekit.costs.profile",

@@ -21,6 +21,7 @@ from probekit.cli.report import report
 from probekit.cli.study import study
 from probekit.cli.trace import trace
 from probekit.cli.validate import validate
+from probekit.cli.verify import verify
 
 ALL: tuple[Callable[..., None], ...] = (
     models,
@@ -40,6 +41,7 @@ ALL: tuple[Callable[..., None], ...] = (
     report,
     study,
     figures,
+    verify,
 )
 
 

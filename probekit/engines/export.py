@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from probekit.checksums import write_sums
 from probekit.choice.choose import Choice
 from probekit.choice.schedule import Schedule
 from probekit.drafting.drafters import Drafter
@@ -15,7 +16,7 @@ from probekit.engines.acceptance import AcceptanceProfile, simulated
 from probekit.engines.engine import Drafting, Engine, Entry, Pretrained, check_drafting
 from probekit.engines.known import ENGINES
 from probekit.errors import InputError
-from probekit.files import atomic_text
+from probekit.files import atomic_text, check_folder_target, entries, make_folder
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import CONVENTIONS
 from probekit.settings import Sampling
@@ -51,14 +52,12 @@ class Export:
 
 def check_export(folder: str | Path, several: bool = False) -> Path:
     """The folder that a choice can be exported to (`several`: a folder for each); InputError where it holds others."""
-    folder = Path(folder)
+    folder = check_folder_target(folder)
     if several and folder.is_dir():
-        for each in folder.iterdir():
+        for each in entries(folder):
             check_export(each)
         return folder
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a choice is exported to a folder.", "Name another one.")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in MARK):
+    if folder.is_dir() and entries(folder) and not any((folder / name).is_file() for name in MARK):
         raise InputError(f"{folder} holds other files and no exported choice.", "Name a new or an empty folder.")
     return folder
 
@@ -66,19 +65,22 @@ def check_export(folder: str | Path, several: bool = False) -> Path:
 def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = UNKNOWN) -> Path:
     """Write a choice for use in transformers: `choice.json`, `settings.json` and a README that shows how.
 
+    `SHA256SUMS` lists them, for `probekit verify` and `sha256sum -c`.
+
     `export` writes more, and for other engines. Raises InputError for a path that is a file, or a folder that holds
     something else. A folder that was exported before is written again.
     """
     engine, drafting = ENGINES["transformers"], Drafting.of(choice)
     told = Export(engine, drafting, pretrained, choice.model, choice.sentence(), choice, None, ())
     folder = check_export(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, content in (
+        ("choice.json", json.dumps(choice.to_json(), indent=1) + "\n"),  # first: it says whose folder this is
         ("settings.json", json.dumps(engine.settings(drafting, pretrained, ()), indent=1) + "\n"),
         ("README.md", readme(told)),
-        ("choice.json", json.dumps(choice.to_json(), indent=1) + "\n"),
     ):
         atomic_text(folder / name, content)
+    write_sums(folder)
     return folder
 
 
@@ -112,7 +114,7 @@ def entries_of(plan: Schedule) -> tuple[list[Entry], int]:
 
 
 def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Path] | None = None) -> Path:
-    """Write `README.md`, `settings.json`, `schedule.json`, `acceptance.json`, and the draft checkpoint.
+    """Write `README.md`, `settings.json`, `schedule.json`, `acceptance.json`, the draft checkpoint, and the checksums.
 
     drafter: writes the checkpoint at a path that it is given, and returns where it lies; None: the engine wants none,
         or has one.
@@ -122,13 +124,13 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     """
     check_drafting(told.engine, told.drafting)
     folder = check_export(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    atomic_text(folder / MARK[1], _text(schedule_document(told)))  # first: it says whose folder this is
     if drafter is not None:
         made = drafter(folder / (f"{CHECKPOINT}.gguf" if told.engine.checkpoint == "gguf" else CHECKPOINT))
         told = replace(told, pretrained=replace(told.pretrained, drafter_path=str(made.absolute())))
     documents: dict[str, Any] = {
         "settings.json": told.engine.settings(told.drafting, told.pretrained, told.entries),
-        "schedule.json": schedule_document(told),
     }
     if told.profile is not None:
         names = told.engine.words(told.profile)
@@ -136,9 +138,14 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     if told.choice is not None:
         documents["choice.json"] = told.choice.to_json()
     for name, document in documents.items():
-        atomic_text(folder / name, json.dumps(document, indent=1) + "\n")
+        atomic_text(folder / name, _text(document))
     atomic_text(folder / "README.md", readme(told))
+    write_sums(folder)
     return folder
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1) + "\n"
 
 
 def schedule_document(told: Export) -> dict[str, Any]:

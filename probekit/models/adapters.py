@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
-from probekit.models.checkpoint import PICKLES, first_line, hash_files
+from probekit.models.checkpoint import first_line
+from probekit.models.weight_files import ADAPTER_CONFIG as CONFIG
+from probekit.models.weight_files import ADAPTER_WEIGHTS as WEIGHTS
+from probekit.models.weight_files import PICKLES, adapter_files, hash_files
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BEFORE_TEXT = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
 _REFUSED_KEYS = ("megatron_config", "layer_replication")
 """Settings that import a module by its name, and that make other layers of the model's."""
@@ -73,7 +75,7 @@ def find_adapter(reference: str | Path) -> Adapter:
                 f"Save it again as {WEIGHTS}.",
             )
         raise InputError(f"{folder} holds no weights of an adapter: it has no {WEIGHTS}.")
-    return Adapter(folder.name, str(folder), kind, hash_files([folder / CONFIG, folder / WEIGHTS]))
+    return Adapter(folder.name, str(folder), kind, hash_files(adapter_files(folder)))
 
 
 def base_reference(adapter: Adapter) -> str:

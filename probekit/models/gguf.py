@@ -17,16 +17,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from probekit.errors import InputError
 from probekit.models.checkpoint import (
-    PICKLES,
     Source,
     check_family,
     default_dtype,
     first_line,
-    hash_files,
     read_weights,
 )
 from probekit.models.gguf_copies import GGUFCopy, copy_of, read_tokenizer
 from probekit.models.gguf_header import GGUFHeader, read_header
+from probekit.models.weight_files import PICKLES, hash_files
 
 # What transformers calls the architectures that llama.cpp calls otherwise.
 MODEL_TYPES = {

@@ -20,11 +20,12 @@ from probekit.errors import InputError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
-from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, hash_files, read_folder
+from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, read_folder
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
+from probekit.models.weight_files import hash_files
 
 # Settings of a generation_config that change the logits, with the values that change nothing.
 _PROCESSORS: dict[str, tuple] = {

@@ -20,22 +20,13 @@ from safetensors import safe_open
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
-from probekit.models.checkpoint import (
-    PICKLES,
-    Source,
-    check_family,
-    check_folder,
-    config_of,
-    first_line,
-    named_weights,
-    weight_files,
-)
+from probekit.models.checkpoint import Source, check_family, check_folder, first_line
 from probekit.models.gguf import check_gguf
 from probekit.models.quantised import check_runs
+from probekit.models.weight_files import BUNDLED, PICKLES, config_of, named_weights, weight_files
 
 TALES = ("tales-untied", "tales-tied", "tales-layerskip")
 DRAFT = "tales-draft"
-BUNDLED = Path(__file__).parent / "bundled"
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?")
 

@@ -9,6 +9,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probekit.checksums import renew_sums
 from probekit.engines.acceptance import AcceptanceProfile
 from probekit.engines.export import Export
 from probekit.files import atomic_bytes, atomic_text
@@ -32,6 +33,7 @@ def write_export_card(folder: Path, told: Export, manifest: Manifest) -> Path | 
     atomic_bytes(folder / FIGURE, picture.getvalue())
     path = folder / CARD
     atomic_text(path, section(told, profile, manifest))
+    renew_sums(folder, (FIGURE, CARD))
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 
 import probekit
+from probekit.checksums import renew_sums
 from probekit.errors import InputError
 from probekit.files import atomic_text
 from probekit.presentation.report_data import Source, number, pack_models, safe_json
@@ -64,6 +65,7 @@ def write_report(study_folder: str | Path) -> Path:
     )
     path = study.folder / "report.html"
     atomic_text(path, page)
+    renew_sums(study.folder, [path.name])
     return path
 
 

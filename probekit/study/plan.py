@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from probekit.errors import InputError, Remark
@@ -20,6 +20,9 @@ from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 
 SCHEMA = "probekit/study/1"
 MARKER = "study.json"
+# What a study writes into its folder; whatever else lies there is its owner's.
+WRITTEN = ("study.json", "summary.json", "report.html", "README.md", "tables", "figures", "phases", "exit_heads",
+           "traces")  # fmt: skip
 LEARNED_ON = 4  # where drafting is learned, on every fourth prompt; heads are too good on what they were fitted on
 
 
@@ -129,6 +132,11 @@ def check_study_folder(plan: StudyPlan) -> None:
             f"{folder} holds a study with other settings ({', '.join(differing)}).",
             f"Repeat its settings to resume it, delete {folder}, or name another folder.",
         )
+
+
+def written_by_study(name: PurePosixPath) -> bool:
+    """Whether the list of a study's checksums has a file: the parts of its runs stand in their own manifests."""
+    return name.parts[0] in WRITTEN and (name.parts[0] != "traces" or name.name == "manifest.json")
 
 
 def _made(folder: Path) -> bool:

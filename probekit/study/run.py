@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from probekit.checksums import write_sums
 from probekit.presentation.model_card import write_card
 from probekit.presentation.report import write_report
 from probekit.progress import STUDY, Progress, usual_progress
@@ -14,7 +15,7 @@ from probekit.settings import Sampling, digest
 from probekit.study import phases
 from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
-from probekit.study.plan import StudyPlan, label_of, plan_study, study_folder, study_settings
+from probekit.study.plan import StudyPlan, label_of, plan_study, study_folder, study_settings, written_by_study
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
 
 Made = TypeVar("Made")
@@ -91,6 +92,7 @@ def run_study(
         summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)
         write_report(plan.folder)
         write_card(plan.folder, summary)
+        write_sums(plan.folder, written_by_study)
     overall.end()
     return Study(plan.folder, summary, tuple(studies))
 

@@ -161,6 +161,11 @@ def read_residuals(folder: Path, parts: int, layer: int) -> Residuals:
     return Residuals(layer, pd.concat(frames, ignore_index=True), tuple(found))
 
 
+def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: its shape} of a file of residuals. Raises InputError where it cannot be read as one."""
+    return {name: numbers.shape for name, numbers in _mapped(path).items()}
+
+
 def _mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, mapped: eight bytes of a length, a header in JSON, and the numbers."""
     try:

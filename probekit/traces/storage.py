@@ -36,6 +36,7 @@ from probekit.traces.manifest import Manifest, read_manifest
 from probekit.traces.schema import LENSES, REQUIRED, checked, conform, require_columns
 
 EXIT_HEADS = "exit_heads.safetensors"  # beside the manifest, where the run was read through some
+PART_NAME = re.compile(r"[a-z_]+-\d{5,}\.(parquet|safetensors)")
 _MADE_ANEW = "Run the same `probekit trace` command again with --resume: it is made anew."
 
 
@@ -134,15 +135,18 @@ def checked_file(folder: Path, manifest: Manifest, name: str) -> Path:
     return path
 
 
-def what_is_wrong(folder: Path, manifest: Manifest, name: str) -> str:
-    """What is wrong with a file of a run, as the end of a sentence that begins with its name; empty: nothing."""
+def what_is_wrong(folder: Path, manifest: Manifest, name: str, *, cached: bool = True) -> str:
+    """What is wrong with a file of a run, as the end of a sentence that begins with its name; empty: nothing.
+
+    cached: a file that was read before, and has the same size and time of change, is not read again.
+    """
     path, listed = folder / name, manifest.files
     try:
         if path.is_symlink() or not path.is_file():
             return "is a link" if path.is_symlink() else "is missing"
         if listed is not None and name not in listed:
             return "is not listed in the manifest"
-        if listed is not None and sha256_of(path) != listed[name]:
+        if listed is not None and sha256_of(path, cached=cached) != listed[name]:
             return "is damaged or of another run: its checksum is not the one that the manifest lists"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
@@ -259,7 +263,7 @@ class TraceWriter:
 
 
 def _part_of_a_run(name: str) -> bool:
-    return name == EXIT_HEADS or re.fullmatch(r"[a-z_]+-\d{5,}\.(parquet|safetensors)", name) is not None
+    return name == EXIT_HEADS or PART_NAME.fullmatch(name) is not None
 
 
 @contextmanager

@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from probekit.errors import InputError
 from probekit.hooks.sites import open_hooks
-from probekit.models import checkpoint, reference
-from probekit.models.checkpoint import check_device, hash_files
+from probekit.models import checkpoint, reference, weight_files
+from probekit.models.checkpoint import check_device
 from probekit.models.loaded import describe, load
 from probekit.models.reference import bundled_models
 from probekit.models.synthetic import END_OF_TEXT, byte_tokenizer, synthetic
+from probekit.models.weight_files import hash_files
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -567,7 +568,7 @@ def test_hash_of_large_files_is_sampled_and_says_so(tmp_path, monkeypatch):
     large.write_bytes(bytes(range(256)) * 4096 * 70)
     whole = hash_files([large, small])
     assert whole == f"sha256:{hashlib.sha256(small.read_bytes() + large.read_bytes()).hexdigest()}"
-    monkeypatch.setattr(checkpoint, "FULL_HASH_BYTES", 1000)
+    monkeypatch.setattr(weight_files, "FULL_HASH_BYTES", 1000)
     sampled = hash_files([small, large])
     assert sampled.startswith("sha256-sampled:")
     assert sampled == hash_files([large, small])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probekit.errors import InputError
-from probekit.models.checkpoint import weight_files
 from probekit.models.loaded import load
+from probekit.models.weight_files import weight_files
 
 INDEX = "model.safetensors.index.json"
 

@@ -1,0 +1,74 @@
+"""A study folder: its settings, summary and tables, what its phases kept, its runs, and every file's checksum."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from probekit.checksums import SUMS, read_sums
+from probekit.errors import InputError
+from probekit.files import sha256_of
+from probekit.foreign.json import read_object
+from probekit.presentation.study_folder import SCHEMA, TABLES, open_study
+from probekit.study.kept import read_document
+from probekit.verification.findings import Notes
+from probekit.verification.run_folder import verify_run
+
+
+def verify_study(folder: Path, notes: Notes) -> None:
+    """Everything that is not as the study was written goes to `notes`."""
+    try:
+        settings = read_object(folder / "study.json")
+        if settings.get("schema") != SCHEMA:
+            notes.add(folder / "study.json", f"has schema {settings.get('schema')!r}, not {SCHEMA!r}")
+    except InputError as error:
+        notes.add(folder / "study.json", error.problem)
+    if (folder / SUMS).exists():
+        verify_sums(folder, notes)
+    elif (folder / "summary.json").exists():
+        notes.add(folder, f"has no {SUMS}: an earlier version wrote it, or it is not finished")
+    try:
+        study = open_study(folder)
+    except InputError as error:
+        notes.add(folder, error.problem)
+    else:
+        for table in TABLES:
+            try:
+                study.table(table)
+            except InputError as error:
+                notes.add(folder / "tables" / f"{table}.csv", error.problem)
+        there = {path.name for path in (folder / "traces").glob("*")}
+        for model in study.models:
+            named = PurePosixPath(str(study.entry(model)["trace"]))
+            if named.parts[:1] != ("traces",) or len(named.parts) != 2 or named.name not in there:
+                notes.add(folder, f"has no run {named} of {model}")
+    for path in sorted((folder / "phases").glob("*/*.json")):
+        try:
+            made = read_document(path)["made"]
+        except InputError as error:
+            notes.add(path, error.problem)
+            continue
+        if path.stem == "exit_heads":
+            heads = folder / "exit_heads" / f"{path.parent.name}.safetensors"
+            if not heads.is_file() or sha256_of(heads, cached=False) != made.get("sha256"):
+                notes.add(heads, "is missing, or damaged: its checksum is not the one that its phase noted")
+    for run in sorted(path for path in (folder / "traces").glob("*") if path.is_dir()):
+        verify_run(run, notes)
+
+
+def verify_sums(folder: Path, notes: Notes) -> None:
+    """The files that `SHA256SUMS` lists."""
+    try:
+        sums = read_sums(folder)
+    except InputError as error:
+        notes.add(folder / SUMS, error.problem)
+        return
+    notes.files += len(sums)
+    for name, digest in sums.items():
+        path = folder / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                notes.add(path, "is a link" if path.is_symlink() else "is missing")
+            elif sha256_of(path, cached=False) != digest:
+                notes.add(path, f"has changed since it was written: its checksum is not the one in {SUMS}")
+        except OSError as error:
+            notes.add(path, f"cannot be read: {error.strerror or error}")
