@@ -54,7 +54,7 @@ ROWS = {
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
-    "choice": ("certainty", "ranking", "choose", "schedule", "robustness", "rank"),
+    "choice": ("certainty", "prices", "ranking", "choose", "schedule", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
     ),

@@ -9,7 +9,7 @@ drawn; J. Romano and M. Wolf, Econometrica 73, 2005). Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ _CONFIDENCE = 0.95
 
 
 class Certainty(NamedTuple):
-    """low, high: (cells,) joint 95 % intervals of the speedups; NaN with fewer than two prompts. alike: (cells,) bool,
+    """low, high: (ways,) joint 95 % intervals of the speedups; NaN with fewer than two prompts. alike: (ways,) bool,
     not clearly slower than the fastest, which is among them."""
 
     low: np.ndarray
@@ -38,17 +38,40 @@ def certainty(cells: Sequence[Cell], costs: Costs) -> Certainty:
     seconds = [costs.rounds_seconds_of(cell.drafts, cell.draft_length) for cell in cells]
     plain = np.array([cell.tokens_of_prompt * costs.autoregressive_s for cell in cells], float)
     drafting = np.array([cell.rounds_by_drafted @ each for cell, each in zip(cells, seconds, strict=True)])
-    prompts = plain.shape[1]
-    speedups = plain.sum(axis=1) / drafting.sum(axis=1)
-    best = int(speedups.argmax())
-    if prompts < 2:
-        unknown = np.full(len(cells), np.nan)
-        return Certainty(unknown, unknown, np.ones(len(cells), bool))
+    totals = [cell.rounds_by_drafted.sum(axis=0) for cell in cells]
 
-    calibrated = _calibration_draws(cells, costs)  # (calibrations, cells) logarithms, around 0
-    of_costs = calibrated.std(axis=0, ddof=1) if len(calibrated) else np.zeros(len(cells))
+    def total_s(again: Costs) -> list[float]:
+        return [
+            float(total @ again.rounds_seconds_of(cell.drafts, cell.draft_length))
+            for cell, total in zip(cells, totals, strict=True)
+        ]
+
+    return joint_certainty(plain, drafting, total_s, costs)
+
+
+def joint_certainty(
+    plain: np.ndarray,
+    drafting: np.ndarray,
+    total_s: Callable[[Costs], Sequence[float]],
+    costs: Costs,
+    best: int | None = None,
+) -> Certainty:
+    """Of any ways of drafting.
+
+    plain, drafting: (ways, prompts) seconds of autoregressive decoding, and with drafts. total_s: the seconds of each
+    way's same rounds by other costs. best: the place of the way that others are compared with; by default the fastest.
+    """
+    ways, prompts = plain.shape
+    speedups = plain.sum(axis=1) / drafting.sum(axis=1)
+    best = int(speedups.argmax()) if best is None else best
+    if prompts < 2:
+        unknown = np.full(ways, np.nan)
+        return Certainty(unknown, unknown, np.ones(ways, bool))
+
+    calibrated = _calibration_draws(total_s, costs, ways)  # (calibrations, ways) logarithms, around 0
+    of_costs = calibrated.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
     behind = calibrated - calibrated[:, [best]]
-    behind_of_costs = behind.std(axis=0, ddof=1) if len(calibrated) else np.zeros(len(cells))
+    behind_of_costs = behind.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
 
     times = draws(prompts)
     one = np.ones((1, prompts))
@@ -57,8 +80,8 @@ def certainty(cells: Sequence[Cell], costs: Costs) -> Certainty:
     slower, slower_error = _behind(plain, drafting, best, one)
     drawn_behind, _ = _behind(plain, drafting, best, times)
     which = np.arange(len(times)) % max(1, len(calibrated))
-    shift = calibrated[which].T if len(calibrated) else np.zeros((len(cells), 1))
-    shift_behind = behind[which].T if len(calibrated) else np.zeros((len(cells), 1))
+    shift = calibrated[which].T if len(calibrated) else np.zeros((ways, 1))
+    shift_behind = behind[which].T if len(calibrated) else np.zeros((ways, 1))
 
     whole = np.hypot(error[:, 0], of_costs)
     half = _reach(drawn - value + shift, whole, prompts, costs.block_count) * whole
@@ -69,29 +92,22 @@ def certainty(cells: Sequence[Cell], costs: Costs) -> Certainty:
     return Certainty(speedups * np.exp(-half), speedups * np.exp(half), alike)
 
 
-def _calibration_draws(cells: Sequence[Cell], costs: Costs) -> np.ndarray:
-    """(calibrations, cells): logarithms of the speedups by costs that are drawn again, around their mean."""
-    totals = [cell.rounds_by_drafted.sum(axis=0) for cell in cells]
-    found = [
-        [
-            np.log(again.autoregressive_s / (total @ again.rounds_seconds_of(cell.drafts, cell.draft_length)))
-            for cell, total in zip(cells, totals, strict=True)
-        ]
-        for again in redrawn(costs, CALIBRATIONS)
-    ]
-    drawn = np.array(found).reshape(-1, len(cells))
+def _calibration_draws(total_s: Callable[[Costs], Sequence[float]], costs: Costs, ways: int) -> np.ndarray:
+    """(calibrations, ways): logarithms of the speedups by costs that are drawn again, around their mean."""
+    found = [np.log(again.autoregressive_s / np.array(total_s(again))) for again in redrawn(costs, CALIBRATIONS)]
+    drawn = np.array(found).reshape(-1, ways)
     return drawn - drawn.mean(axis=0) if len(drawn) else drawn
 
 
 def _logarithms(plain: np.ndarray, drafting: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cells, draws): logarithms of the speedups over drawn prompts, and their standard errors."""
+    """(ways, draws): logarithms of the speedups over drawn prompts, and their standard errors."""
     slow, fast = plain @ times.T, drafting @ times.T
     value = np.log(slow / fast)
     return value, standard_errors([plain, drafting], [1 / slow, -1 / fast], times, np.ones_like(value))
 
 
 def _behind(plain: np.ndarray, drafting: np.ndarray, best: int, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cells, draws): logarithms of each speedup over the best one's, the same prompts drawn for both."""
+    """(ways, draws): logarithms of each speedup over the best one's, the same prompts drawn for both."""
     columns = [plain, drafting, plain[[best]], drafting[[best]]]
     sums = [column @ times.T for column in columns]
     value = np.log(sums[0] / sums[1]) - np.log(sums[2] / sums[3])
@@ -101,9 +117,9 @@ def _behind(plain: np.ndarray, drafting: np.ndarray, best: int, times: np.ndarra
 
 
 def _reach(deviations: np.ndarray, errors: np.ndarray, prompts: int, blocks: int) -> float:
-    """Standard errors that all intervals reach at once. deviations: (cells, draws); errors: (cells,).
+    """Standard errors that all intervals reach at once. deviations: (ways, draws); errors: (ways,).
 
-    The largest deviation of any cell, in standard errors, as Student's t is wider than the normal distribution: each
+    The largest deviation of any way, in standard errors, as Student's t is wider than the normal distribution: each
     draw's own standard errors would make the largest of many heavy-tailed ones. With few prompts, a single interval's.
     """
     freedom = min(prompts, blocks or prompts) - 1

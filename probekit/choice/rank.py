@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
+from probekit.choice.certainty import joint_certainty
 from probekit.choice.choose import decoding_seconds
+from probekit.choice.prices import Prices
 from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter, ExitLayer, outlook, sizes_of, traced_drafters
 from probekit.drafting.keys import MODEL, DrafterKey
 from probekit.drafting.policies import ConfidenceThreshold, EntropyThreshold, MarginThreshold, Policy
-from probekit.drafting.round_policies import NOBODY, DynamicExit, Heuristic, Planned, RoundPolicy
+from probekit.drafting.round_policies import NOBODY, DynamicExit, Heuristic, Planned
 from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
 from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.drafting.trees import TreeShape
 from probekit.drafting.ways import Way
 from probekit.errors import InputError
+from probekit.prediction.intervals import interval_of
 from probekit.prediction.learning import learn_table
 from probekit.prediction.oracle import best_path, options_of
 from probekit.prediction.predict import predict
@@ -50,28 +52,6 @@ STOPPING: Mapping[str, Policy] = {
     "heuristic:5": Heuristic(5),
 }
 """Policies that are tried at every exit, by the names that the command line knows."""
-
-
-class _Prices(NamedTuple):
-    """Seconds of a trace's rounds: costs, and the most drafts of a round."""
-
-    costs: Costs
-    longest: int
-
-    @property
-    def plain_s(self) -> float:
-        return self.costs.autoregressive_s
-
-    def of(self, drafters: Sequence[Drafter], longest: int | None = None) -> np.ndarray:
-        """(drafters, K + 1)."""
-        return np.stack([self.costs.rounds_seconds_of(each, longest or self.longest) for each in drafters])
-
-    def watching(self, policy: Policy, drafters: Sequence[Drafter]) -> float:
-        """Seconds that a policy's look at exits takes after each round: a norm and head for each."""
-        if not isinstance(policy, RoundPolicy):
-            return 0.0
-        watched = [drafters[place].key.exit_layer for place in policy.watched([each.key for each in drafters])]
-        return sum(self.costs.heads_s.get(exit_layer, self.costs.head_s) for exit_layer in watched)
 
 
 def rank(
@@ -125,7 +105,7 @@ def rank(
         )
     everyone = [*known, *lookups, *drafters]
     costs.check_draft_head(each.key for each in known)
-    prices = _Prices(costs, lengths[-1] if lengths else 0)
+    prices = Prices(costs, lengths[-1] if lengths else 0)
     greedy = trace.manifest.settings.text == "greedy"
     found = list(_fixed(trace, everyone, lengths, prices))
     trees = _trees(trace, exits, shapes, costs) if greedy else []
@@ -147,19 +127,43 @@ def rank(
         takes_turns = [each for each in everyone if each.key.kind != MODEL]
         oracle, of_turns = _oracles(trace, everyone, takes_turns, prices)
     found.append(_alone(trace, prices))
-    order = sorted(found, key=lambda way: -way.speedup)
+    ways, oracle, of_turns = _with_certainty(sorted(found, key=lambda way: -way.speedup), oracle, of_turns, prices)
     kinds = dict(zip(trace.texts["prompt"].tolist(), trace.texts["kind"].tolist(), strict=True))
     return Ranking(
         trace.manifest.model.name,
         trace.manifest.settings.text,
         tuple(trace.prompts),
         tuple(str(kinds[prompt]) for prompt in trace.prompts),
-        tuple(order),
+        tuple(ways),
         costs,
         oracle,
         of_turns,
         tuple(_left_out(trace, exits, policies, learn=learn)),
     )
+
+
+def _with_certainty(
+    ways: Sequence[Ranked], oracle: Ranked | None, of_turns: Ranked | None, prices: Prices
+) -> tuple[list[Ranked], Ranked | None, Ranked | None]:
+    """The same, each with its joint interval, and whether it can be told apart from the first."""
+    bounds = [each for each in (oracle, None if of_turns is oracle else of_turns) if each is not None]
+    every = [*ways, *bounds]
+
+    def total_s(again: Costs) -> list[float]:
+        repriced = Prices(again, prices.longest)
+        return [way.total_s(repriced) for way in every]
+
+    sure = joint_certainty(
+        np.stack([way.plain_s_of_prompt for way in every]), np.stack([way.seconds_of_prompt for way in every]),
+        total_s, prices.costs, best=0,
+    )  # fmt: skip
+    found = []
+    for place, way in enumerate(every):
+        pair = interval_of(float(sure.low[place]), float(sure.high[place]), len(way.seconds_of_prompt))
+        found.append(replace(way, joint=None if way.policy == "none" else pair, alike=bool(sure.alike[place])))
+    judged, bounds = found[: len(ways)], found[len(ways) :]
+    first = bounds[0] if bounds else None
+    return judged, first, first if of_turns is oracle else bounds[-1]
 
 
 def _left_out(
@@ -200,18 +204,18 @@ def _timed_model(trace: Trace, costs: Costs) -> bool:
 
 def priced(trace: Trace, way: Way, costs: Costs) -> Ranked:
     """One way of drafting along the texts of a greedy trace, by these costs."""
-    return _of_replay(replay(trace, way), _Prices(costs, way.draft_length))
+    return _of_replay(replay(trace, way), Prices(costs, way.draft_length))
 
 
 def replayed_seconds(found: Replay, costs: Costs) -> np.ndarray:
     """(prompts,) predicted seconds of rounds that were replayed, what a policy watches among them."""
-    return _seconds(found, _Prices(costs, found.way.draft_length))
+    return _seconds(found, Prices(costs, found.way.draft_length))
 
 
 # Every way in turn.
 
 
-def _fixed(trace: Trace, drafters: Sequence[Drafter], lengths: Sequence[int], prices: _Prices) -> Iterator[Ranked]:
+def _fixed(trace: Trace, drafters: Sequence[Drafter], lengths: Sequence[int], prices: Prices) -> Iterator[Ranked]:
     table = predict(trace, draft_lengths=lengths, drafters=drafters)
     for cell in table.cells:
         if cell.rounds:
@@ -219,7 +223,7 @@ def _fixed(trace: Trace, drafters: Sequence[Drafter], lengths: Sequence[int], pr
 
 
 def _stopping(
-    trace: Trace, exits: Sequence[Drafter], policies: Mapping[str, Policy], prices: _Prices
+    trace: Trace, exits: Sequence[Drafter], policies: Mapping[str, Policy], prices: Prices
 ) -> Iterator[Ranked]:
     """Each policy at each exit. What exits with fewer rows are sure of is not in a trace."""
     for name, policy in policies.items():
@@ -233,7 +237,7 @@ def _stopping(
                 yield _of_cell(cell, way, name, prices, exact=policy.exact)
 
 
-def _choosing(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> Iterator[Ranked]:
+def _choosing(trace: Trace, exits: Sequence[Drafter], prices: Prices) -> Iterator[Ranked]:
     """Among all exits: DEL by layers, as it was published, and by these costs."""
     seconds = {each.key: tuple(own.tolist()) for each, own in zip(exits, prices.of(exits), strict=True)}
     for name, policy in (
@@ -243,7 +247,7 @@ def _choosing(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> Iterat
         yield _of_replay(replay(trace, Way(tuple(exits), prices.longest, policy, name)), prices)
 
 
-def _learned(trace: Trace, exits: Sequence[Drafter], lookups: Sequence[Drafter], prices: _Prices) -> Iterator[Ranked]:
+def _learned(trace: Trace, exits: Sequence[Drafter], lookups: Sequence[Drafter], prices: Prices) -> Iterator[Ranked]:
     """A table over the exits, and one over exits and lookups."""
     for name, drafters in {"table": exits, "table with lookups": [*exits, *lookups]}.items():
         if name != "table" and not lookups:
@@ -258,15 +262,16 @@ def _learned(trace: Trace, exits: Sequence[Drafter], lookups: Sequence[Drafter],
         yield cross_fitted(trace, table, prices)
 
 
-def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: _Prices) -> Ranked:
+def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: Prices) -> Ranked:
     """A learned way, judged on each half of the prompts as it was learned on the other.
 
     Its `way` is what the whole trace teaches.
     """
-    halves = trace.prompts[::2], trace.prompts[1::2]
+    halves, replays = (trace.prompts[::2], trace.prompts[1::2]), []
     judged: dict[int, tuple[float, float, float, float]] = {}
     for mine, other in (halves, halves[::-1]):
         found = replay(trace.select(mine), learn(trace.select(other)))
+        replays.append(found)
         counts = (found.of_prompt(name) for name in ("rounds", "drafted", "accepted"))
         seconds = _seconds(found, prices)
         judged |= dict(zip(found.prompts, zip(seconds, *counts, strict=True), strict=True))
@@ -276,6 +281,7 @@ def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: _Prices) -
     return Ranked(
         way, _who(way), way.name, _exit_of(way), way.draft_length, tokens, seconds, tokens * prices.plain_s,
         int(rounds.sum()), int(drafted.sum()), int(accepted.sum()), exact=True, cross_fitted=True,
+        total_s=lambda again: sum(float(_seconds(each, again).sum()) for each in replays),
     )  # fmt: skip
 
 
@@ -287,7 +293,7 @@ def _trees(trace: Trace, exits: Sequence[ExitLayer], shapes: Sequence[TreeShape]
     return [TreeDrafts(each, shape) for each in exits if each.rows is None for shape in known]
 
 
-def _planted(trace: Trace, trees: Sequence[TreeDrafts], prices: _Prices) -> Iterator[Ranked]:
+def _planted(trace: Trace, trees: Sequence[TreeDrafts], prices: Prices) -> Iterator[Ranked]:
     """Trees of a given shape, drafted whole."""
     if not trees:
         return
@@ -299,7 +305,7 @@ def _planted(trace: Trace, trees: Sequence[TreeDrafts], prices: _Prices) -> Iter
 
 
 def _grown(
-    trace: Trace, exits: Sequence[ExitLayer], found: Sequence[Ranked], prices: _Prices
+    trace: Trace, exits: Sequence[ExitLayer], found: Sequence[Ranked], prices: Prices
 ) -> tuple[Ranked, list[Drafter]]:
     """The best shape for these costs, at the exits that are best with a fixed length and with a given shape.
 
@@ -335,14 +341,14 @@ def best_tree(trace: Trace, exits: Sequence[ExitLayer], costs: Costs) -> TreeDra
     return trees[int(np.argmin(seconds))]
 
 
-def _best_exit(trace: Trace, exits: Sequence[Drafter], prices: _Prices) -> int:
+def _best_exit(trace: Trace, exits: Sequence[Drafter], prices: Prices) -> int:
     """The place of the exit whose best fixed length is the fastest."""
     ranked = max(_fixed(trace, exits, range(1, prices.longest + 1), prices), key=lambda way: way.speedup)
     return [each.key.exit_layer for each in exits].index(ranked.exit_layer or 0)
 
 
 def _oracles(
-    trace: Trace, everyone: Sequence[Drafter], takes_turns: Sequence[Drafter], prices: _Prices
+    trace: Trace, everyone: Sequence[Drafter], takes_turns: Sequence[Drafter], prices: Prices
 ) -> tuple[Ranked, Ranked]:
     """The best of all drafters, and of those that a decoder can let take turns."""
     bound = oracle_of(trace, everyone, prices.costs, prices.longest)
@@ -357,10 +363,11 @@ def oracle_of(trace: Trace, drafters: Sequence[Drafter], costs: Costs, longest: 
     Its way plays that plan; None where a draft model is among several drafters, which cannot take turns: then it is a
     bound.
     """
-    prices = _Prices(costs, longest)
+    prices = Prices(costs, longest)
     seconds, plans, totals = prices.of(drafters), {}, []
     sizes = [sizes_of(drafter, prices.longest) for drafter in drafters]
-    rounds = drafted = accepted = 0
+    drafted = accepted = 0
+    counts, alone = np.zeros(seconds.shape), 0  # rounds with so many drafts of each drafter, and of nobody
     for prompt in trace.prompts:
         outlooks = [outlook(drafter, trace, prompt, prices.longest) for drafter in drafters]
         budget = budget_of(trace, prompt)
@@ -369,17 +376,20 @@ def oracle_of(trace: Trace, drafters: Sequence[Drafter], costs: Costs, longest: 
         totals.append(float(path.seconds[FIRST:][:1].sum()))
         for i in path.starts(FIRST):
             place, length = path.plan[:, i].tolist()
-            rounds += 1
             accepted += int(path.options.emitted[path.option[i], i]) - 1
-            if place != NOBODY:
+            if place == NOBODY:
+                alone += 1
+            else:
                 levels = max(0, min(length, int(outlooks[place].drafted[i]), budget - i - 1))
                 drafted += int(sizes[place][levels])
+                counts[place, levels] += 1
     turns = len(drafters) == 1 or all(each.key.kind != MODEL for each in drafters)
     way = Way(tuple(drafters), prices.longest, Planned(plans), "oracle") if turns else None
     tokens = _tokens(trace)
     return Ranked(
         way, f"{len(drafters)} drafters in turn", "oracle", None, prices.longest, tokens, np.array(totals),
-        tokens * prices.plain_s, rounds, drafted, accepted, exact=True,
+        tokens * prices.plain_s, alone + int(counts.sum()), drafted, accepted, exact=True,
+        total_s=lambda again: float((counts * again.of(drafters)).sum() + alone * again.plain_s),
     )  # fmt: skip
 
 
@@ -388,35 +398,39 @@ def _tokens(trace: Trace) -> np.ndarray:
     return np.array([max(0, len(trace.outputs(prompt)) - FIRST) for prompt in trace.prompts])
 
 
-def _alone(trace: Trace, prices: _Prices) -> Ranked:
+def _alone(trace: Trace, prices: Prices) -> Ranked:
     tokens = _tokens(trace)
     seconds = tokens * prices.plain_s
     return Ranked(
-        None, "autoregressive", "none", None, 0, tokens, seconds, seconds, int(tokens.sum()), 0, 0, exact=True
-    )
+        None, "autoregressive", "none", None, 0, tokens, seconds, seconds, int(tokens.sum()), 0, 0, exact=True,
+        total_s=lambda again: float(tokens.sum()) * again.plain_s,
+    )  # fmt: skip
 
 
 # From counts to a row.
 
 
-def _of_cell(cell: Cell, way: Way, name: str, prices: _Prices, *, exact: bool) -> Ranked:
+def _of_cell(cell: Cell, way: Way, name: str, prices: Prices, *, exact: bool) -> Ranked:
+    total = cell.rounds_by_drafted.sum(axis=0)
     return Ranked(
         way, cell.drafter, name, cell.exit_layer, cell.draft_length, cell.tokens_of_prompt,
         decoding_seconds(cell, prices.costs), cell.tokens_of_prompt * prices.plain_s,
         cell.rounds, cell.drafted, cell.accepted, exact=exact,
+        total_s=lambda again: float(total @ again.row(cell.drafts, cell.draft_length)),
     )  # fmt: skip
 
 
-def _of_replay(found: Replay, prices: _Prices) -> Ranked:
+def _of_replay(found: Replay, prices: Prices) -> Ranked:
     counts = found.counts()
     return Ranked(
         found.way, _who(found.way), found.way.name, _exit_of(found.way), found.way.draft_length,
         found.tokens_of_prompt, _seconds(found, prices), found.tokens_of_prompt * prices.plain_s,
         counts["rounds"], counts["drafted"], counts["accepted"], exact=found.exact,
+        total_s=lambda again: float(_seconds(found, again).sum()),
     )  # fmt: skip
 
 
-def _seconds(found: Replay, prices: _Prices) -> np.ndarray:
+def _seconds(found: Replay, prices: Prices) -> np.ndarray:
     drafters = found.way.drafters
     seconds = prices.of(drafters, found.way.draft_length)
     return found.seconds_of_prompt(seconds, prices.plain_s, prices.watching(found.way.policy, drafters))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, NamedTuple
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from probekit.choice.prices import Prices
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter
 from probekit.drafting.policies import FIXED, Policy
 from probekit.drafting.ways import Way
 from probekit.html_tables import HtmlCell, html_table
-from probekit.prediction.intervals import bootstrap_ratio, interval_of, listed
+from probekit.prediction.intervals import FEW_PROMPTS, bootstrap_ratio, interval_of, listed
 
 SCHEMA = "probekit/rank/1"
 RUNNERS_UP = 4  # beside the best way, in a choice
@@ -34,6 +35,9 @@ class Ranked:
     rounds, drafted, accepted: over all prompts.
     exact: whether drafted tokens, and with them the seconds, are exact but for the costs.
     cross_fitted: whether it was learned: on the other half of the prompts than those that it is judged on.
+    total_s: the seconds of all its rounds by other costs.
+    joint: 95 % of the speedup, over prompts and blocks of the calibration, for all ways of a ranking at once; None
+        outside of one. alike: not clearly slower than the fastest way of the ranking.
     """
 
     way: Way | None
@@ -48,7 +52,10 @@ class Ranked:
     drafted: float
     accepted: float
     exact: bool
+    total_s: Callable[[Prices], float] = field(repr=False)
     cross_fitted: bool = False
+    joint: tuple[float, float] | None = None
+    alike: bool = False
 
     def __repr__(self) -> str:
         return f"Ranked({self.label}, {self.policy}, K {self.draft_length}: {self.speedup:.2f}x)"
@@ -60,7 +67,9 @@ class Ranked:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % of the speedup, over prompts."""
+        """95 % of the speedup: `joint` in a ranking, else of this way alone, over prompts; None of decoding alone."""
+        if self.joint is not None or self.policy == "none":
+            return self.joint
         low, high = bootstrap_ratio(self.plain_s_of_prompt, self.seconds_of_prompt)
         return interval_of(float(low), float(high), len(self.seconds_of_prompt))
 
@@ -256,10 +265,20 @@ class Ranking:
                 f"{self.model}: {named(best)} is predicted to decode {_times(best)} as fast as plain autoregressive "
                 "decoding."
             )
+            sentence += self._alike_sentence()
         if self.oracle is not None:
             share = self.share_of_oracle(best)
             sentence += f" An oracle would reach {self.oracle.speedup:.2f}x; this is {share:.0%} of its speed."
         return sentence
+
+    def _alike_sentence(self) -> str:
+        """Which ways are as good as the fastest, as far as anybody can tell."""
+        others = [way for way in self.ways[1:] if way.alike]
+        if not others or len(self.prompts) < FEW_PROMPTS:
+            return ""
+        if len(others) == 1:
+            return f" It cannot be told apart from {_briefly(others[0])}."
+        return f" It cannot be told apart from {len(others)} others, {_briefly(others[0])} the next."
 
     def to_json(self) -> dict[str, Any]:
         held = self.held_out
@@ -312,6 +331,7 @@ class Ranking:
             "interval": listed(way.interval),
             "exact": way.exact,
             "cross_fitted": way.cross_fitted,
+            "alike": way.alike,
             "oracle_share": self.share_of_oracle(way),
         }
 

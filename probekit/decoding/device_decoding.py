@@ -166,8 +166,4 @@ def on_engine(method: Decoder, engine: str) -> Decoder:
         return DeviceAutoregressive(method.loaded)
     if not isinstance(method, Speculative):
         raise InputError(f"engine 'cuda' does not decode by {method.name}.", "Use engine 'host'.")
-    drafts = _check_recordable(method)
-    made = DeviceSpeculative.__new__(DeviceSpeculative)  # with the drafter that is bound already
-    made.__dict__.update(method.__dict__)
-    made.exit_layer = drafts.exit_layer
-    return made
+    return DeviceSpeculative(method.loaded, method.turns, method.draft_length, policy=method.policy)

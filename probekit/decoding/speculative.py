@@ -6,7 +6,7 @@ The whole story of a round stands in `Speculative._run`; how a drafter proposes,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -31,8 +31,9 @@ class Speculative(Decoder):
 
     Parameters
     ----------
-    drafter: a Drafter, equipped; or a model with the same tokenizer, that drafts; or several drafters that take turns,
-        as the policy says at the start of each round. Those decode one prompt at a time.
+    drafter: a Drafter, equipped; or one that is bound to this model already; or a model with the same tokenizer, that
+        drafts; or several drafters that take turns, as the policy says at the start of each round. Those decode one
+        prompt at a time.
     draft_length: K >= 1, the most drafts of a round.
     policy: when to stop drafting earlier; by default never.
     """
@@ -42,7 +43,7 @@ class Speculative(Decoder):
     def __init__(
         self,
         loaded: Loaded,
-        drafter: Drafter | Loaded | Sequence[Drafter],
+        drafter: Drafter | BoundDrafter | Loaded | Sequence[Drafter | BoundDrafter],
         draft_length: int,
         *,
         policy: Policy | None = None,
@@ -50,10 +51,12 @@ class Speculative(Decoder):
         super().__init__(loaded)
         if isinstance(drafter, Loaded):
             drafter = DraftModel(drafter.name, drafter)
-        drafters: list[Drafter] = list(drafter) if isinstance(drafter, Sequence) else [drafter]
+        drafters: list[Drafter | BoundDrafter] = list(drafter) if isinstance(drafter, Sequence) else [drafter]
         self.policy = policy or FixedLength()
         check_turns([each.key for each in drafters], self.policy)
-        self.turns = [each.on(loaded) for each in drafters]
+        self.turns: list[BoundDrafter] = [
+            cast(Drafter, each).on(loaded) if hasattr(each, "on") else cast(BoundDrafter, each) for each in drafters
+        ]
         self.draft_length = check_draft_length(draft_length)
 
     def _length(self, plan: DecodePlan) -> int:
@@ -65,10 +68,6 @@ class Speculative(Decoder):
     def drafts(self) -> BoundDrafter:
         """The drafter; the first of several."""
         return self.turns[0]
-
-    @drafts.setter
-    def drafts(self, drafter: BoundDrafter) -> None:
-        self.turns = [drafter]
 
     def decode(
         self, prompts: Sequence[Sequence[int]], *, indices: Sequence[int] | None = None, **given: Any

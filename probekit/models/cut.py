@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 
 from probekit.errors import InputError
 from probekit.files import atomic_text
-from probekit.models.checkpoint import SINGLE, Source, config_of, weight_files
+from probekit.models.checkpoint import Source, config_of
 from probekit.models.discovery import text_config
 from probekit.models.loaded import Loaded
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import is_quantised
+from probekit.models.weight_files import SINGLE, weight_files
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _BESIDE = (

@@ -137,8 +137,7 @@ def test_branches_are_refused_by_a_decoder_of_chains(dialled):
             proposer.propose = branch
             return proposer
 
-    decoder = Speculative(dialled, ExitLayer(2), 3)
-    decoder.drafts = Branching(decoder.drafts)
+    decoder = Speculative(dialled, Branching(ExitLayer(2).on(dialled)), 3)
     with pytest.raises(InputError, match="these drafts branch, and their keys"):
         decoder.decode([[1, 2]], max_new_tokens=9)
     assert not DraftTree(None, (0, 0), None, []).is_chain
