@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from probekit.drafting.text_drafters import PromptLookup, lookup_named
 from probekit.engines.engine import Drafting
 from probekit.engines.transformers import lines
 from probekit.settings import Sampling
 from probekit.traces.manifest import RunSettings
 
 GREEDY = Sampling()
+MARGIN = 1.01  # another way is advised where it is so much faster than the best pair
 
 
 def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY) -> dict[str, Any]:
@@ -22,6 +24,9 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
     """
     choice, name = entry.get("choice") or {}, str(entry["name"])
     reference = str(entry.get("reference") or name)
+    way = choice.get("way")
+    if way is not None and way["policy"] != "none" and way["speedup"] > (choice.get("speedup") or 1.0) * MARGIN:
+        return _by_another_way(choice, way, run, sampling)
     if not choice.get("speculate"):
         study = ["probekit", "study", reference]
         learned = ["--fit-heads", "--draft-rows", "2048", "-o", f"{name}-heads"]
@@ -45,6 +50,36 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
             shlex.join(["probekit", "validate", str(run), *exits, "--draft-lengths", str(choice["draft_length"])]),
         ],
         "snippet": _snippet(choice, sampling),
+    }
+
+
+def _by_another_way(
+    choice: Mapping[str, Any], way: Mapping[str, Any], run: Path, sampling: Sampling
+) -> dict[str, Any]:  # fmt: skip
+    """Where something faster than every pair was found: a lookup, a policy, a tree."""
+    lookup = lookup_named(str(way["drafter"])) if way["policy"] == "fixed" else None
+    ways = shlex.join(["probekit", "validate", str(run), "--ways"])
+    if not isinstance(lookup, PromptLookup):
+        words = (
+            "The fastest way is one of probekit's own decoder, `probekit.decode(model, prompt, ranking)`; run it and "
+            "the next best on every text."
+        )
+        if not choice.get("speculate"):
+            return {"words": f"{words} Engines know no way that pays here.", "commands": [ways], "snippet": ""}
+        best = shlex.join(["probekit", "choose", str(run), "--export", f"{run.name}-choice"])
+        return {
+            "words": f"{words} Engines take the best pair.",
+            "commands": [ways, best],
+            "snippet": _snippet(choice, sampling),
+        }
+    length = ["--drafter", str(way["drafter"]), "--draft-lengths", str(way["draft_length"])]
+    known = lookup.rule == "transformers"
+    export = ["probekit", "export", str(run), "--drafter", str(way["drafter"]), "--draft-length",
+              str(way["draft_length"]), "--engine", lookup.rule, "-o", f"{run.name}-choice"]  # fmt: skip
+    return {
+        "words": "Draft by prompt lookup: it needs no drafter, and engines have it built in.",
+        "commands": [shlex.join(export), shlex.join(["probekit", "validate", str(run), *length])],
+        "snippet": "\n".join(lines(Drafting.with_drafter(lookup, way["draft_length"], sampling))) if known else "",
     }
 
 

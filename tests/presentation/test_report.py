@@ -251,6 +251,29 @@ def test_few_texts_and_hostile_names_in_the_next_steps():
     assert "assistant_early_exit=2, do_sample=True, temperature=0.7, top_k=0, top_p=0.9)" in sampled
 
 
+def test_the_next_steps_follow_the_best_of_all_ways():
+    nothing = {"speculate": False, "speedup": 1.0, "exit_layer": None, "draft_length": None}
+    lookup = {"drafter": "ngram:2", "policy": "fixed", "exit_layer": None, "draft_length": 4, "speedup": 1.2}
+    steps = next_steps({"name": "a", "choice": nothing | {"way": lookup}}, Path("a run"))
+    assert "prompt lookup" in steps["words"]
+    assert "prompt_lookup_num_tokens=4, max_matching_ngram_size=2" in steps["snippet"]
+    compile(steps["snippet"], "snippet", "exec")
+    for command in steps["commands"]:
+        words = shlex.split(command)
+        assert words[0] == "probekit" and "a run" in words and "ngram:2" in words
+    of_vllm = next_steps({"name": "a", "choice": nothing | {"way": lookup | {"drafter": "ngram:2-3:vllm"}}}, Path("a"))
+    assert "--engine vllm" in of_vllm["commands"][0] and not of_vllm["snippet"]
+
+    pair = {"speculate": True, "speedup": 1.1, "exit_layer": 3, "draft_length": 2}
+    tree = {"drafter": "tree:2x1", "policy": "fixed", "exit_layer": 3, "draft_length": 2, "speedup": 1.3}
+    steps = next_steps({"name": "a", "choice": pair | {"way": tree}}, Path("a"))
+    assert "validate a --ways" in steps["commands"][0] and "assistant_early_exit=3" in steps["snippet"]
+    alone = next_steps({"name": "a", "choice": nothing | {"way": tree}}, Path("a"))
+    assert "no way that pays here" in alone["words"] and not alone["snippet"]
+    slower = next_steps({"name": "a", "choice": pair | {"way": lookup | {"speedup": 1.1}}}, Path("a"))
+    assert "assistant_early_exit=3" in slower["snippet"] and "prompt lookup" not in slower["words"]
+
+
 def test_do_not_speculate_is_said(study, tmp_path):
     folder = _copy(study, tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
