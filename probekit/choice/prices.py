@@ -37,9 +37,14 @@ class Prices:
             self._known[asked] = self.costs.rounds_seconds_of(drafter, longest)
         return self._known[asked]
 
-    def watching(self, policy: Policy, drafters: Sequence[Drafter]) -> float:
-        """Seconds that a policy's look at exits takes after each round: a norm and head for each."""
+    def watching(self, policy: Policy, drafters: Sequence[Drafter], longest: int) -> np.ndarray:
+        """(K + 1,) seconds that a policy's look at exits takes after a round with 0, 1, .. drafts: a norm and head for
+        each, over all rows that were verified."""
         if not isinstance(policy, RoundPolicy):
-            return 0.0
+            return np.zeros(longest + 1)
         watched = [drafters[place].key.exit_layer for place in policy.watched([each.key for each in drafters])]
-        return sum(self.costs.heads_s.get(exit_layer, self.costs.head_s) for exit_layer in watched)
+        return sum((self.look(exit_layer, longest) for exit_layer in watched), np.zeros(longest + 1))
+
+    def look(self, exit_layer: int, longest: int) -> np.ndarray:
+        """(K + 1,) seconds of one exit's norm and head over the rows of a round with 0, 1, .. drafts."""
+        return np.array([self.costs.head_seconds(exit_layer, drafts + 1) for drafts in range(longest + 1)])

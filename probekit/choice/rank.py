@@ -255,8 +255,8 @@ def _learned(trace: Trace, exits: Sequence[Drafter], lookups: Sequence[Drafter],
 
         def table(part: Trace, name: str = name, drafters: Sequence[Drafter] = drafters) -> Way:
             reference = _best_exit(part, exits, prices)
-            watch_s = prices.costs.heads_s.get(exits[reference].key.exit_layer, prices.costs.head_s)
-            seconds, plain_s = prices.of(drafters) + watch_s, prices.plain_s + watch_s
+            watch_s = prices.look(exits[reference].key.exit_layer, prices.longest)
+            seconds, plain_s = prices.of(drafters) + watch_s, prices.plain_s + watch_s[0]
             return Way(tuple(drafters), prices.longest, learn_table(part, drafters, seconds, plain_s, reference), name)
 
         yield cross_fitted(trace, table, prices)
@@ -433,7 +433,9 @@ def _of_replay(found: Replay, prices: Prices) -> Ranked:
 def _seconds(found: Replay, prices: Prices) -> np.ndarray:
     drafters = found.way.drafters
     seconds = prices.of(drafters, found.way.draft_length)
-    return found.seconds_of_prompt(seconds, prices.plain_s, prices.watching(found.way.policy, drafters))
+    return found.seconds_of_prompt(
+        seconds, prices.plain_s, prices.watching(found.way.policy, drafters, found.way.draft_length)
+    )
 
 
 def _who(way: Way) -> str:

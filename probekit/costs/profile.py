@@ -195,15 +195,20 @@ class Costs:
         if self.trees is not None:
             verifying = self.verify_s[exit_layer, nodes + 1] + self.trees.longer_seconds(nodes)
             return self.trees.drafting_seconds(exit_layer, shape, levels) + verifying
-        early, head = self.early_s[exit_layer], self.heads_s.get(exit_layer, self.head_s)
+        early = self.early_s[exit_layer]
         total = self.verify_s[exit_layer, nodes + 1] + self.overhead_s + self.cold_s.get(exit_layer, 0.0)
         for level in range(levels + 1):
             at = np.flatnonzero(shape.depths == level).tolist()
             total += max(early, exit_layer * self._layer_seconds(len(at)) if len(at) > 1 else 0.0)
             if level < levels and (rows := sum(bool(shape.children[node]) for node in at)):
-                alone = self.verify_s[self.depth - 1, rows] - self._layer_seconds(rows)
-                total += max(head, alone if rows > 1 else 0.0)
+                total += self.head_seconds(exit_layer, rows)
         return total
+
+    def head_seconds(self, exit_layer: int, rows: int) -> float:
+        """Norm and head of an exit over so many rows, read off the pass above the last exit; no less than over one."""
+        one = self.heads_s.get(exit_layer, self.head_s)
+        alone = self.verify_s[self.depth - 1, rows] - self._layer_seconds(rows)
+        return max(one, alone if rows > 1 else 0.0)
 
     def _layer_seconds(self, rows: int) -> float:
         """One layer over so many rows: what passes above the first and above the last exit differ in."""

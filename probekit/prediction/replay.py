@@ -61,14 +61,15 @@ class Replay:
         named = {name: int(self.of_prompt(name).sum()) for name in ("rounds", "drafted", "accepted")}
         return named | {"tokens": int(self.tokens_of_prompt.sum())}
 
-    def seconds_of_prompt(self, seconds: np.ndarray, plain_s: float, watch_s: float = 0.0) -> np.ndarray:
+    def seconds_of_prompt(self, seconds: np.ndarray, plain_s: float, watch_s: np.ndarray | float = 0.0) -> np.ndarray:
         """(prompts,) predicted seconds of each text's rounds.
 
         seconds: (drafters, K + 1) of a round with 0, 1, .. drafts (levels of a tree). plain_s: of a step without a
-        drafter. watch_s: of what the policy wants to see after each round.
+        drafter. watch_s: (K + 1,) of what the policy wants to see after a round with 0, 1, .. drafts.
         """
+        watch = np.broadcast_to(watch_s, seconds.shape[1:])
         table = np.concatenate([seconds, np.full((1, seconds.shape[1]), plain_s)])  # NOBODY is the last row
-        return np.array([float((table[each.way, each.length] + watch_s).sum()) for each in self.rounds])
+        return np.array([float((table[each.way, each.length] + watch[each.length]).sum()) for each in self.rounds])
 
 
 def replay(trace: Trace, way: Way, first_round: str = "prefill") -> Replay:
