@@ -65,7 +65,7 @@ ROWS = {
         "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
         "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "patch_page",
     ),
-    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
+    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways", "patches"),
     "presentation.paper": (
         "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
         "printed_tables", "make",

@@ -39,6 +39,11 @@ RUNGS = pd.DataFrame(
      "speedup_low": [1.0, 1.1, np.nan], "speedup_high": [1.0, 1.3, np.nan]}
 )  # fmt: skip
 ROUNDS = pd.DataFrame({"prompt": [0, 0, 1], "start": [1, 3, 1], "emitted": [2, 3, 4], "exit_layer": [1, 0, 2]})
+PATCHES = pd.DataFrame(
+    {"kind": ["residual"] * 4 + ["mlp"] * 2, "layer": [0, 0, 1, 1, 0, 0], "position": [0, 1] * 3,
+     "token": ["The", " $1_0$ & \u738b"] * 3, "change": [0.0, -1.0, 2.0, 0.5, 0.1, 0.2],
+     "restored": [0.0, -0.5, 1.0, 0.25, 0.05, 0.1]}
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,7 @@ def drawn():
         plots.trace_against_sweep: SWEEP,
         plots.ladder: RUNGS,
         plots.exit_map: ROUNDS,
+        plots.patch_map: PATCHES,
     }
 
 
@@ -184,7 +190,7 @@ def test_ground_without_a_colour_is_what_text_contrasts_with():
 def test_the_old_order_still_works_and_warns(drawn):
     heat_maps = {plots.lens_table, plots.acceptance_grid, plots.tokens_per_round_grid, plots.speedup_surface}
     for plot, table in drawn.items():
-        if plot in (plots.ladder, plots.exit_map):
+        if plot in (plots.ladder, plots.exit_map, plots.patch_map):
             continue  # younger than the old order
         ax = Figure(figsize=(5, 3)).subplots()
         with pytest.warns(DeprecationWarning, match=rf"{plot.__name__}\(table, ax=ax\)"):

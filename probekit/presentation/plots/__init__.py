@@ -27,6 +27,7 @@ from probekit.presentation.plots.layers import (
     kl_by_layer,
 )
 from probekit.presentation.plots.lens import STATISTICS, lens_table
+from probekit.presentation.plots.patches import patch_map
 from probekit.presentation.plots.rounds import (
     COMPARED,
     predicted_against_measured,
@@ -41,6 +42,6 @@ __all__ = [
     "Statistic", "acceptance_grid", "agreement_by_layer", "by_layer", "colours_of", "drawable", "echo_by_layer",
     "entropy_and_kl", "entropy_by_layer", "exit_colours", "exit_map", "families",
     "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend",
-    "plain", "predicted_against_measured", "run_lengths_against_geometric", "speedup_surface",
+    "patch_map", "plain", "predicted_against_measured", "run_lengths_against_geometric", "speedup_surface",
     "tokens_per_round_grid", "trace_against_sweep", "write_numbers",
 ]  # fmt: skip
