@@ -58,7 +58,7 @@ ROWS = {
     "validation": ("differences", "results", "transformers", "run", "ways"),
     "probing": (
         "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",
-        "patching", "attribution_patching", "attribution",
+        "patching", "attribution_patching", "attribution", "stream_geometry",
     ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (

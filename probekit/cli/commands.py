@@ -9,6 +9,7 @@ from probekit.cli.compare import compare
 from probekit.cli.decode import decode
 from probekit.cli.figures import figures
 from probekit.cli.fit_heads import fit_heads
+from probekit.cli.geometry import geometry
 from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
 from probekit.cli.models import models
@@ -31,6 +32,7 @@ ALL: tuple[Callable[..., None], ...] = (
     choose,
     rank,
     probe,
+    geometry,
     decode,
     validate,
     fit_heads,

@@ -172,6 +172,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "choose": ["choose", run_folder, "--costs", "roofline"],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
+        "geometry": ["geometry", run_folder, "--directions", 3],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
         "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
         "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],
