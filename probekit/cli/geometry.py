@@ -52,8 +52,8 @@ def _show(found: StreamGeometry) -> None:
         f"the residual stream of {found.model}, over {found.positions} positions",
         ["layer", *(HEADS[name] for name in names)],
         [[int(row["layer"]), *(_shown(row[name]) for name in names)] for _, row in wide.iterrows()],
-        "embedding, attention, MLP: their shares of the stream so far, which add up to 1. step: |change| / length. cos, "
-        "CKA, overlap: with the layer before, and with the last. agreement: greedy acceptance, if drafted there.",
+        "embedding, attention, MLP: their shares of the stream, which add up to 1. step: |change| / length. cos, CKA, "
+        "overlap: with the layer before, and with the last. agreement: greedy acceptance, if drafted there.",
     )
     print_table(
         "rank correlation with agreement, over the exits",

@@ -100,14 +100,12 @@ class StreamGeometry:
         return pd.DataFrame(rows)
 
     def to_json(self) -> dict[str, Any]:
-        layers = []
-        for layer, rows in self.table.groupby("layer"):
-            found: dict[str, Any] = {"layer": int(layer)}  # type: ignore[call-overload]
-            for row in rows.itertuples():
-                found[str(row.quantity)] = None if np.isnan(row.value) else float(row.value)
-                if not np.isnan(row.low):
-                    found[f"{row.quantity}_interval"] = [float(row.low), float(row.high)]
-            layers.append(found)
+        layers: list[dict[str, Any]] = [{"layer": layer} for layer in range(self.depth + 1)]
+        for row in self.table.to_dict("records"):
+            found, name = layers[row["layer"]], row["quantity"]
+            found[name] = None if np.isnan(row["value"]) else row["value"]
+            if not np.isnan(row["low"]):
+                found[f"{name}_interval"] = [row["low"], row["high"]]
         known = self.with_acceptance()
         related = known[["quantity", "correlation", "of_steps"]].astype(object)
         return {
