@@ -44,9 +44,8 @@ def main(
         for loops, cut in workbench.with_and_without_loops(trace):
             workbench.say(f"{loaded.name}: acceptance, {loops} loops")
             own = [acceptance(cut, layers)]
-            if loops == "with":
-                workbench.say(f"{loaded.name}: the linear answer")
-                own.append(answers(linear_answer(loaded, cut, [0, *layers]), loaded.depth))
+            workbench.say(f"{loaded.name}: the linear answer, {loops} loops")
+            own.append(answers(linear_answer(loaded, cut, [0, *layers]), loaded.depth))
             parts.append(pd.concat(own, ignore_index=True).assign(model=loaded.name, loops=loops))
     columns = ["model", "loops", "layer", "quantity", "value", "low", "high"]
     table = pd.concat(parts, ignore_index=True).reindex(columns=columns)

@@ -36,6 +36,7 @@ _ROOMS = {
     "probe": "probekit.probing.probe",
     "rank": "probekit.choice.rank",
     "run_study": "probekit.study.run",
+    "stream_geometry": "probekit.probing.stream_geometry",
     "trace": "probekit.tracing.tracer",
     "validate": "probekit.validation.run",
     "validate_ways": "probekit.validation.ways",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from probekit.prediction.predict import predict as predict
     from probekit.probing.patching import patch as patch
     from probekit.probing.probe import probe as probe
+    from probekit.probing.stream_geometry import stream_geometry as stream_geometry
     from probekit.settings import Sampling as Sampling
     from probekit.study.run import run_study as run_study
     from probekit.traces.trace import Trace as Trace

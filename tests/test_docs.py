@@ -171,6 +171,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("rank", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "cpu", "--validate", 1),
         ("probe", greedy, "--label", "entropy", "--layers", 2),
         ("probe", greedy, "--label", "agrees", "--layers", 2),
+        ("geometry", greedy, "--directions", 3),
         ("fit-heads", greedy, "-o", folder / "heads.safetensors"),
         ("decode", tiny_folder, "abc", "--max-new-tokens", 4),
         ("validate", greedy, *cell),

@@ -64,7 +64,7 @@ ROWS = {
     ),
     "probing": (
         "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",
-        "patching", "attribution_patching", "attribution",
+        "patching", "attribution_patching", "attribution", "stream_geometry",
     ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
@@ -72,7 +72,7 @@ ROWS = {
         "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "export_card",
         "patch_page",
     ),
-    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways"),
+    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways", "patches"),
     "presentation.paper": (
         "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
         "printed_tables", "make",

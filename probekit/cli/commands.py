@@ -10,6 +10,7 @@ from probekit.cli.decode import decode
 from probekit.cli.export import export
 from probekit.cli.figures import figures
 from probekit.cli.fit_heads import fit_heads
+from probekit.cli.geometry import geometry
 from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
 from probekit.cli.models import models
@@ -33,6 +34,7 @@ ALL: tuple[Callable[..., None], ...] = (
     choose,
     rank,
     probe,
+    geometry,
     export,
     decode,
     validate,

@@ -50,17 +50,19 @@ def lens(
         notice(loaded.remark, quiet=quiet)
     table = lens_table(trace, 0, lens="raw" if raw else "final-norm")
     shares = _shares(loaded, trace) if attribution else None
+    if html is not None and shares is None:
+        shares = _shares_if_known(loaded, trace)
     if html is not None:
         from probekit.presentation.report import write_lens_page
 
-        write_lens_page(trace, html)
+        write_lens_page(trace, html, None if shares is None else {0: shares})
         notice(f"wrote {html}", quiet=quiet)
     if as_json:
-        extra = {} if shares is None else {"attribution": shares.to_json()}
+        extra = {} if shares is None or not attribution else {"attribution": shares.to_json()}
         print_json({"schema": "probekit/lens/1", **table.to_json(), **extra})
     else:
         _print_lens(table)
-        if shares is not None:
+        if shares is not None and attribution:
             _print_shares(shares, len(trace.prompt_ids(0)) - 1)
 
 
@@ -69,6 +71,16 @@ def _shares(loaded: Any, trace: Any) -> Any:
     from probekit.probing.attribution import attribute
 
     return attribute(loaded, [*trace.prompt_ids(0).tolist(), *trace.outputs(0).tolist()][:-1])
+
+
+def _shares_if_known(loaded: Any, trace: Any) -> Any:
+    """The same, or None of a family whose layers' parts are not known."""
+    from probekit.errors import InputError
+
+    try:
+        return _shares(loaded, trace)
+    except InputError:
+        return None
 
 
 def _print_shares(shares: Any, first: int) -> None:

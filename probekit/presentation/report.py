@@ -10,11 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -39,6 +39,9 @@ from probekit.presentation.report_text import (
 from probekit.presentation.report_ways import ways_view
 from probekit.presentation.study_folder import StudyFolder, open_study
 from probekit.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from probekit.probing.attribution import Attribution
 
 ASSETS = files("probekit.presentation") / "assets"
 SCRIPTS = ("rounds.js", "page.js", "charts.js", "lens.js", "replay.js", "main.js")
@@ -69,11 +72,14 @@ def write_report(study_folder: str | Path) -> Path:
     return path
 
 
-def write_lens_page(trace: Trace, path: str | Path) -> Path:
-    """Write the lens table of a trace as a self-contained page."""
+def write_lens_page(trace: Trace, path: str | Path, attributions: Mapping[int, Attribution] | None = None) -> Path:
+    """Write the lens table of a trace as a self-contained page.
+
+    attributions: {prompt: who wrote the logits of its tokens}, shown beside the lens.
+    """
     if trace.manifest.settings.statistics != "all":
         raise InputError("this trace keeps agreement only; a lens table shows tokens.", "Trace with --statistics all.")
-    models = pack_models([Source(trace.manifest.model.name, trace)])
+    models = pack_models([Source(trace.manifest.model.name, trace, attributions=attributions or {})])
     page = _page(
         title=f"What each layer of {trace.manifest.model.name} would say",
         standfirst=f"{trace.depth} layers, {trace.manifest.settings.text} text.",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from probekit.presentation.report_replays import Played
 from probekit.presentation.tokens import shown
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from probekit.probing.attribution import Attribution
 
 LIMIT_BYTES = 5_000_000
 _ROOM_FOR_THE_REST = 400_000  # tables, scripts and styles
@@ -40,7 +43,10 @@ def number(value: Any) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What the replay and the lens tables of one model are made from; without cells there is no replay."""
+    """What the replay and the lens tables of one model are made from; without cells there is no replay.
+
+    attributions: of texts by their prompt, of the model's tokens at each row.
+    """
 
     label: str
     trace: Trace
@@ -48,6 +54,7 @@ class Source:
     costs: Costs | None = None
     pair: tuple[int | None, int] | None = None
     ways: Sequence[Played] = ()
+    attributions: Mapping[int, Attribution] = field(default_factory=dict)
 
     @property
     def draft_rows(self) -> int | None:
@@ -123,7 +130,27 @@ class _Packer:
         kept = ("prompt", "kind", "text", "prompt_tokens", "new_tokens", "ended")
         signal = None if self.source.cells is None else packed(self._signal(prompt))
         known = {name: row[name] for name in kept}
-        return {**known, "ids": self._tokens(ids), "signal": signal, "drafts": None, "lens": None, "ways": None}
+        return {**known, "ids": self._tokens(ids), "signal": signal, "drafts": None, "lens": None, "ways": None,
+                "attribution": self._attribution(prompt)}  # fmt: skip
+
+    def _attribution(self, prompt: int) -> dict[str, Any] | None:
+        """Logit of the model's token at each row, (rows,), and who wrote it: (layers + 1, rows) each, as tables run."""
+        found = self.source.attributions.get(prompt)
+        if found is None:
+            return None
+        rows, depth = len(found.tokens), self.trace.depth
+        written = {name: np.zeros((depth + 1, rows), np.float32) for name in ("embedding", "attention", "mlp")}
+        other = np.zeros(rows, np.float32)
+        for term, values in zip(found.terms, found.values.T, strict=True):
+            kind, _, layer = term.partition(":")
+            if kind in written:
+                written[kind][int(layer) + 1 if layer else 0] += values
+            else:
+                other += values
+        return {
+            **{name: packed(values) for name, values in written.items()},
+            "other": packed(other), "logits": packed(found.logits.astype(np.float32)),
+        }  # fmt: skip
 
     def _signal(self, prompt: int) -> np.ndarray:
         """(exits, N), the draft model last: agreement, bool, for greedy text, else chances of acceptance."""

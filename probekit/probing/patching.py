@@ -95,6 +95,10 @@ class Patching:
         }
         return pd.DataFrame(columns)
 
+    def to_pandas(self) -> pd.DataFrame:
+        """The same, as plots ask for it: `plots.patch_map(found)`."""
+        return self.table()
+
     def exit_table(self) -> pd.DataFrame:
         """A row for each patch and exit: site, position, exit_layer, agrees, acceptance, acceptance_change."""
         frame = self.table()[["site", "kind", "layer", "position", "token"]]

@@ -173,6 +173,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "export": ["export", run_folder, "-o", tmp_path / "to", "--exit-layer", 2, "--draft-length", 2],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
+        "geometry": ["geometry", run_folder, "--directions", 3],
         "decode": ["decode", tiny_folder, "abc", "--max-new-tokens", 4],
         "validate": ["validate", run_folder, "--exit-layers", 2, "--draft-lengths", 2, "--limit", 1],
         "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],

@@ -43,6 +43,11 @@ POSITIONS = pd.DataFrame(
      "rate": [0.7, 0.5, 0.0, 0.7, 0.71, np.nan]}
 )  # fmt: skip
 ROUNDS = pd.DataFrame({"prompt": [0, 0, 1], "start": [1, 3, 1], "emitted": [2, 3, 4], "exit_layer": [1, 0, 2]})
+PATCHES = pd.DataFrame(
+    {"kind": ["residual"] * 4 + ["mlp"] * 2, "layer": [0, 0, 1, 1, 0, 0], "position": [0, 1] * 3,
+     "token": ["The", " $1_0$ & \u738b"] * 3, "change": [0.0, -1.0, 2.0, 0.5, 0.1, 0.2],
+     "restored": [0.0, -0.5, 1.0, 0.25, 0.05, 0.1]}
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def drawn():
         plots.ladder: RUNGS,
         plots.exit_map: ROUNDS,
         plots.acceptance_by_position: POSITIONS,
+        plots.patch_map: PATCHES,
     }
 
 
@@ -189,7 +195,7 @@ def test_ground_without_a_colour_is_what_text_contrasts_with():
 def test_the_old_order_still_works_and_warns(drawn):
     heat_maps = {plots.lens_table, plots.acceptance_grid, plots.tokens_per_round_grid, plots.speedup_surface}
     for plot, table in drawn.items():
-        if plot in (plots.ladder, plots.exit_map):
+        if plot in (plots.ladder, plots.exit_map, plots.patch_map):
             continue  # younger than the old order
         ax = Figure(figsize=(5, 3)).subplots()
         with pytest.warns(DeprecationWarning, match=rf"{plot.__name__}\(table, ax=ax\)"):

@@ -26,9 +26,11 @@ from probekit.presentation.report import joined_scripts, write_lens_page, write_
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
 from probekit.presentation.report_text import way_label
 from probekit.presentation.study_folder import open_study
+from probekit.probing.attribution import attribute
 from probekit.settings import Sampling
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
+from probekit.tracing.tracer import trace
 
 MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)><!-- &amp; \u2028"
 
@@ -328,7 +330,23 @@ def test_a_lens_page_of_one_trace(tmp_path):
     assert [each["id"] for each in page.attributes("section")] == ["lens"]
     (model,) = page.data["models"]
     assert set(model["prompts"][0]["lens"]) == {"final-norm", "raw"}
-    assert model["prompts"][0]["signal"] is None
+    assert model["prompts"][0]["signal"] is None and model["prompts"][0]["attribution"] is None
+
+
+def test_who_wrote_a_logit_stands_beside_the_lens(tiny, tmp_path):
+    """By layer as the lens table has it: layer n's branches in row n + 1, the embedding in row 0."""
+    run = trace(tiny, [[1, 2, 3]], max_new_tokens=5, top_prompts=1)
+    shares = attribute(tiny, [*run.prompt_ids(0).tolist(), *run.outputs(0).tolist()][:-1])
+    page = Page(write_lens_page(run, tmp_path / "lens.html", {0: shares}))
+    found = page.data["models"][0]["prompts"][0]["attribution"]
+    written = {
+        name: np.frombuffer(base64.b64decode(each["data"]), np.float32).reshape(-1, 7) for name, each in found.items()
+    }
+    assert written["attention"].shape == (6, 7) and not written["attention"][0].any()
+    np.testing.assert_allclose(written["mlp"][3], shares.values[:, shares.terms.index("mlp:2")], rtol=1e-6)
+    np.testing.assert_allclose(written["embedding"][0], shares.values[:, 0], rtol=1e-6)
+    whole = sum(written[name].sum(axis=0) for name in ("embedding", "attention", "mlp", "other"))
+    np.testing.assert_allclose(whole, written["logits"][0], atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -22,6 +22,7 @@ from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
 from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.drafting.trees import TreeShape
 from probekit.drafting.ways import Way
+from probekit.models.synthetic import synthetic
 from probekit.prediction.predict import predict
 from probekit.prediction.replay import replay
 from probekit.prediction.rounds import expected_rounds, rounds_of
@@ -30,7 +31,9 @@ from probekit.presentation.report_data import packed, token_texts
 from probekit.presentation.report_replays import Played, played_ways
 from probekit.presentation.study_folder import open_study
 from probekit.presentation.tokens import shown
+from probekit.probing.attribution import attribute
 from probekit.traces.trace import Trace
+from probekit.tracing.tracer import trace as trace_prompts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -599,6 +602,29 @@ def test_each_statistic_says_its_unit(greedy):
         greedy.select("lens", "statistic", name)
         assert words in greedy.find(first).get_attribute("aria-label")
     assert "nats" in greedy.text("#lens [data-control=statistic]")
+
+
+def test_who_wrote_the_logit_is_beside_the_lens(greedy, driver, tmp_path):
+    """A colour for it and the cell's own figures where they are known; not offered where they are not."""
+    assert "written" not in {
+        each.get_attribute("value") for each in greedy.all("#lens [data-control=statistic] option")
+    }
+    loaded = synthetic("tiny", seed=1)
+    run = trace_prompts(loaded, [[1, 2, 3]], max_new_tokens=5, top_prompts=1)
+    shares = attribute(loaded, [*run.prompt_ids(0).tolist(), *run.outputs(0).tolist()][:-1])
+    page = Report(driver, write_lens_page(run, tmp_path / "lens.html", {0: shares}))
+    page.select("lens", "statistic", "written")
+    page.run("document.querySelectorAll('#lens tbody tr')[5 - 3].querySelectorAll('td')[4].focus()")
+    pairs = dict(zip(*(
+        [each.text.replace("\u2212", "-") for each in page.all(f"#lens-detail {tag}")] for tag in ("dt", "dd")
+    ), strict=True))  # fmt: skip
+    attention, mlp = (shares.values[4, shares.terms.index(f"{branch}:2")] for branch in ("attention", "mlp"))
+    assert float(pairs["logit of the model's token"]) == pytest.approx(shares.logits[4], abs=0.006)
+    assert float(pairs["by this layer's attention"]) == pytest.approx(attention, abs=0.006)
+    assert float(pairs["by its MLP"]) == pytest.approx(mlp, abs=0.006)
+    cell = page.all("#lens tbody tr")[5 - 3].find_elements(By.CSS_SELECTOR, "td")[4].get_attribute("aria-label")
+    said = float(re.search(r"wrote (\S+) of the logit", cell)[1].replace("\u2212", "-"))
+    assert said == pytest.approx(attention + mlp, abs=0.006) and page.errors() == []
 
 
 # ------------------------------------------------------------------------------------------------ data is data

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +15,9 @@ from traces.fabricate import list_again
 
 from probekit.errors import InputError
 from probekit.models.synthetic import synthetic
+from probekit.probing.probes import LogisticProbe
 from probekit.settings import KeptResiduals, Sampling
+from probekit.traces.residuals import read_residuals
 from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
 
@@ -127,6 +132,47 @@ def test_rows_are_taken_in_any_order_and_chosen_without_reading(run):
     assert max(len(block) for block in residuals.blocks(3)) == 3
     with pytest.raises(InputError, match="truth values"):
         residuals.where(np.arange(3))
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    """Twice the machine's memory, as a file with holes: rows are taken, chosen and probed, and nothing else is read."""
+    width, row_bytes = 2**16, 4 * 2**16
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = 2 * memory // row_bytes
+    entries, end = {}, 0
+    for name, dtype, shape in (
+        ("prompt", "I32", [count]),
+        ("position", "I32", [count]),
+        ("layer_3", "F32", [count, width]),
+    ):
+        size = 4 * int(np.prod(shape))
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    start = 8 + len(header)
+    places = np.linspace(0, count - 1, 40).astype(np.int64)
+    values = np.random.default_rng(0).normal(size=(40, width)).astype(np.float32)
+    with (tmp_path / "residuals-00000.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(np.repeat(np.arange(count // 8 + 1, dtype="<i4"), 8)[:count].tobytes())
+        file.write(np.tile(np.arange(8, dtype="<i4"), count // 8 + 1)[:count].tobytes())
+        for place, row in zip(places.tolist(), values, strict=True):
+            file.seek(start + entries["layer_3"]["data_offsets"][0] + place * row_bytes)
+            file.write(row.tobytes())
+        file.truncate(start + end)
+    tracemalloc.start()
+    residuals = read_residuals(tmp_path, 1, 3)
+    assert residuals.shape == (count, width) and count * row_bytes > memory
+    assert np.array_equal(residuals.take(places[::-1]), values[::-1])
+    chosen = np.isin(np.arange(count), places)
+    some = residuals.where(chosen)
+    assert np.array_equal(some.numpy(), values)
+    assert some.frame["prompt"].tolist() == (places // 8).tolist()
+    truth = values[:, 7] > 0
+    assert LogisticProbe(C=10.0).fit(some, truth).score(some, truth) == 1.0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < memory / 20
 
 
 def test_a_dataset_feeds_a_loader_and_travels_as_a_files_name(run):

@@ -35,7 +35,15 @@ const STATISTICS = {
     shade: (value) => (value ? 0.5 : 0),
     ends: () => ["differs", "agrees"],
   },
+  written: {
+    label: "logit of the model's token that the layer wrote",
+    show: (value) => `wrote ${signed(value)} of the logit`,
+    shade: (value, { widest }) => value / widest,
+    ends: ({ widest }) => ["0, or against it", signed(widest)],
+  },
 };
+
+const signed = (value) => (value < 0 ? `−${fixed(-value)}` : `+${fixed(value)}`);
 
 /** The figures of one text under one lens, each an array over (layer, row). */
 function readText(model, prompt, lens) {
@@ -44,8 +52,10 @@ function readText(model, prompt, lens) {
   const rows = ids.length - 1;
   const [argmax, probability, entropy, kl, rank] = ["argmax", "probability", "entropy", "kl", "rank"].map((name) => unpack(packed[name]));
   const own = unpack(prompt.lens["final-norm"].argmax).subarray(model.depth * rows);
+  const attribution = prompt.attribution && Object.fromEntries(Object.entries(prompt.attribution).map(([name, each]) => [name, unpack(each)]));
+  const written = attribution && attribution.attention.map((value, i) => value + attribution.mlp[i] + attribution.embedding[i]);
   const top = packed.top && { tokens: unpack(packed.top.tokens), probabilities: unpack(packed.top.probabilities) };
-  return { ids, rows, argmax, probability, entropy, kl, rank, top, agrees: argmax.map((id, i) => Number(id === own[i % rows])) };
+  return { ids, rows, argmax, probability, entropy, kl, rank, top, attribution, written, agrees: argmax.map((id, i) => Number(id === own[i % rows])) };
 }
 
 /** section: the element that holds the controls (`data-control`) and the places to draw in. */
@@ -60,7 +70,9 @@ export function lensTable(section, models) {
   const read = remembered((model, at, lens) => readText(models[model], models[model].prompts[at], lens));
 
   setOptions(modelSelect, usable.map(([i, model]) => [i, model.label]));
-  setOptions(statisticSelect, Object.entries(STATISTICS).map(([name, each]) => [name, each.label]));
+  const attributed = usable.every(([, model]) => model.prompts.every((prompt) => !prompt.lens || prompt.attribution));
+  setOptions(statisticSelect, Object.entries(STATISTICS)
+    .filter(([name]) => name !== "written" || attributed).map(([name, each]) => [name, each.label]));
 
   function chooseModel() {
     const model = models[modelSelect.value];
@@ -76,7 +88,7 @@ export function lensTable(section, models) {
     const text = read(modelSelect.value, textSelect.value, lensSelect.value);
     const statistic = STATISTICS[statisticSelect.value];
     const values = text[statisticSelect.value];
-    const range = { vocabulary: model.vocabulary, most: Math.max(0.1, quantile(text.kl, 0.98)) };
+    const range = { vocabulary: model.vocabulary, most: Math.max(0.1, quantile(text.kl, 0.98)), widest: text.written ? Math.max(0.1, quantile(text.written, 0.98)) : 1 };
     const layers = Array.from({ length: model.depth + 1 }, (_, i) => model.depth - i);
 
     const reads = (row) => model.tokens[text.ids[row]];
@@ -148,8 +160,17 @@ function details(model, prompt, text, layer, row) {
       line("with the model", text.agrees[at] ? "agrees" : "differs"),
       line("rank of the text's next token", text.rank[at]),
       line("entropy", `${fixed(text.entropy[at])} nats`),
-      line("KL(model ‖ lens)", `${fixed(text.kl[at])} nats`)),
+      line("KL(model ‖ lens)", `${fixed(text.kl[at])} nats`),
+      ...(text.attribution ? authors(text.attribution, layer, row, at).flatMap(([name, value]) => line(name, value)) : [])),
   ].filter(Boolean);
+}
+
+/** Who wrote the logit of the model's token: this layer, or at the last all that is no layer's. */
+function authors({ embedding, attention, mlp, other, logits }, layer, row, at) {
+  const whole = ["logit of the model's token", fixed(logits[row])];
+  if (layer === 0) return [whole, ["of it by the embedding", signed(embedding[at])]];
+  const own = [["by this layer's attention", signed(attention[at])], ["by its MLP", signed(mlp[at])]];
+  return other[row] ? [whole, ...own, ["by biases and the soft cap", signed(other[row])]] : [whole, ...own];
 }
 
 function layerName(layer, depth) {

@@ -27,6 +27,7 @@ from probekit.presentation.plots.layers import (
     kl_by_layer,
 )
 from probekit.presentation.plots.lens import STATISTICS, lens_table
+from probekit.presentation.plots.patches import patch_map
 from probekit.presentation.plots.rounds import (
     COMPARED,
     acceptance_by_position,
@@ -41,7 +42,7 @@ __all__ = [
     "COMPARED", "DIVERGING", "FAINT", "INK", "NO_EXIT", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE",
     "Statistic", "acceptance_by_position", "acceptance_grid", "agreement_by_layer", "by_layer", "colours_of",
     "drawable", "echo_by_layer", "entropy_and_kl", "entropy_by_layer", "exit_colours", "exit_map", "families",
-    "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend", "plain", "predicted_against_measured",
+    "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend", "patch_map", "plain", "predicted_against_measured",
     "run_lengths_against_geometric", "speedup_surface", "tokens_per_round_grid", "trace_against_sweep",
     "write_numbers",
 ]  # fmt: skip
