@@ -68,7 +68,8 @@ ROWS = {
     ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
-        "tokens", "tex_text", "plots", "latex", "tables", "previews", "study_folder", "paper", "next_steps",
+        "tokens", "tex_text", "plots", "latex", "tables", "previews", "summary_schema", "study_folder", "paper",
+        "next_steps",
         "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "export_card",
         "patch_page",
     ),

@@ -17,7 +17,6 @@ tokens and exits is read off a straight line; beyond them nothing is known, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +31,8 @@ from probekit.foreign.json import read_object
 
 SCHEMA = "probekit/cost-profile/1"
 STEPS = ("autoregressive", "draft", "verify")
+MOST = 10_000  # layers, or tokens in a pass
+MOST_SECONDS = 1e6
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,18 @@ class Step:
     def __post_init__(self) -> None:
         if self.step not in STEPS:
             raise InputError(f"step {self.step!r} is not known: it is one of {', '.join(STEPS)}.")
-        if not (isinstance(self.seconds, (int, float)) and math.isfinite(self.seconds) and self.seconds > 0):
+        timed = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
+        if not (timed and 0 < self.seconds <= MOST_SECONDS):
             raise InputError(f"a {self.step} step takes {self.seconds!r} seconds; expected a number above 0.")
-        least = {"rows": 1, "context": 0, "tokens": 2 if self.step == "verify" else 1}
-        for name, smallest in least.items():
+        for name, least, most in (
+            ("rows", 1, 2**20), ("context", 0, 2**31), ("tokens", 2 if self.step == "verify" else 1, MOST),
+            ("exit_layer", 1, MOST),
+        ):  # fmt: skip
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise InputError(f"{name} of a {self.step} step is {value!r}; expected {smallest} or more.")
+            if value is None and name == "exit_layer":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise InputError(f"{name} of a {self.step} step is {value!r}; expected {least} to {most:,}.")
         if (self.step == "draft") != (self.exit_layer is not None):
             raise InputError(
                 f"a {self.step} step has exit_layer {self.exit_layer!r}; draft steps have one, others none."

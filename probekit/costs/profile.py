@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, TypeAdapter, ValidationError
 
 from probekit.costs.trees import TreeCosts
 from probekit.drafting.drafters import Drafter
@@ -24,6 +25,8 @@ from probekit.drafting.keys import MODEL, NO_PASSES, TREE, DrafterKey
 from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell, html_table
+
+Size = Annotated[int, Field(ge=1, le=10_000)]  # of layers, and of rows in a pass
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ class Costs:
     source: str
     device: str
     dtype: str
-    context: int
-    depth: int
+    context: Annotated[int, Field(ge=0, le=2**31)]
+    depth: Size
     autoregressive_s: float
-    early_s: Mapping[int, float]
+    early_s: Mapping[Size, float]
     head_s: float
-    verify_s: Mapping[tuple[int, int], float]
+    verify_s: Mapping[tuple[Size, Size], float]
     overhead_s: float = 0.0
     heads_s: Mapping[int, float] = field(default_factory=dict)
     cold_s: Mapping[int, float] = field(default_factory=dict)
@@ -279,21 +282,45 @@ class Costs:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Costs:
+        """What `to_json` wrote. Raises InputError for anything else."""
+        try:
+            return _ADAPTER.validate_python(cls._values(document))._whole()
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+        raise InputError(f"these are no costs as probekit writes them: {what}.", "Make them again.")
+
+    @staticmethod
+    def _values(document: Mapping[str, Any]) -> dict[str, Any]:
         values = dict(document)
         values["blocks"] = {step: tuple(each) for step, each in document.get("blocks", {}).items()}
         for name in ("early_s", "heads_s", "cold_s"):
             values[name] = {row["exit_layer"]: row["seconds"] for row in document[name]}
         values["verify_s"] = {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["verify_s"]}
-        values["draft_head"] = DraftHeadKey(values.pop("draft_rows"), values.pop("exit_heads"))
+        values["draft_head"] = {"rows": values.pop("draft_rows"), "exit_heads": values.pop("exit_heads")}
         name, step, first, verify = (
             values.pop(key) for key in ("drafter", "drafter_step_s", "drafter_first_s", "verify_all_s")
         )
         if name is not None:
             widths = {row["rows"]: row["seconds"] for row in verify}
-            values["draft_model"] = DraftModelCosts(name, step, first, widths)
+            values["draft_model"] = {"name": name, "step_s": step, "first_s": first, "verify_s": widths}
         if values.get("trees") is not None:
-            values["trees"] = TreeCosts.from_json(values["trees"])
-        return cls(**values)
+            values["trees"] = TreeCosts.values(values["trees"])
+        return values
+
+    def _whole(self) -> Costs:
+        """The same where every exit, and every number of rows up to the longest draft's, has its time."""
+        rows = range(2, self.longest_draft + 2)
+        lacking = {*range(1, self.depth)} ^ self.early_s.keys() or next(
+            (each for exit_layer in self.early_s for each in rows if (exit_layer, each) not in self.verify_s), None
+        )
+        if self.draft_model is not None and not lacking:
+            lacking = {*rows} - self.draft_model.verify_s.keys()
+        if lacking:
+            raise ValueError(f"times are missing, or of other exits or rows: {lacking}")
+        return self
 
     def __repr__(self) -> str:
         step = f"{1000 * self.autoregressive_s:.3g} ms an autoregressive step"
@@ -336,6 +363,9 @@ class Costs:
             f"autoregressive step takes {1000 * self.autoregressive_s:.3g}",
             "exit layer", ["draft one token", *(f"verify {count} rows" for count in widths)], rows,
         )  # fmt: skip
+
+
+_ADAPTER = TypeAdapter(Costs)
 
 
 def _listed(times: Mapping[int, float]) -> list[dict[str, Any]]:

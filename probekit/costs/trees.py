@@ -53,14 +53,15 @@ class TreeCosts:
             "node_s": self.node_s,
         }
 
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> TreeCosts:
-        return cls(
-            {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["early_s"]},
-            {row["rows"]: row["seconds"] for row in document["head_s"]},
-            document["once_s"],
-            document["node_s"],
-        )
+    @staticmethod
+    def values(document: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields by name, of what `to_json` wrote."""
+        return {
+            "early_s": {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["early_s"]},
+            "head_s": {row["rows"]: row["seconds"] for row in document["head_s"]},
+            "once_s": document["once_s"],
+            "node_s": document["node_s"],
+        }
 
 
 def read_off(seconds: Mapping[int, float], rows: int) -> float:

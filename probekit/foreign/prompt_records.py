@@ -50,11 +50,12 @@ def _first_turn(turns: Any, where: str) -> str:
 
 
 def _message(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping) or entry.get("from") not in _ROLES or not isinstance(entry.get("value"), str):
+    role = entry.get("from") if isinstance(entry, Mapping) else None
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(entry.get("value"), str):
         raise InputError(
             f'{where}: a conversation is a list of {{"from": .., "value": ..}}, from one of {", ".join(_ROLES)}.'
         )
-    return {"role": _ROLES[entry["from"]], "content": entry["value"]}
+    return {"role": _ROLES[role], "content": entry["value"]}
 
 
 def _joined(message: Any, where: str) -> Any:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.foreign.json import loads
+from probekit.foreign.json import read_json
+from probekit.foreign.text import read_bytes
+from probekit.presentation.summary_schema import check_summary
 from probekit.traces.trace import Trace
 
 SCHEMA = "probekit/study/1"
@@ -29,6 +32,10 @@ TABLES: dict[str, tuple[str, ...]] = {
     "costs": ("model", "step", "exit_layer", "rows", "seconds"),
 }  # fmt: skip
 """The study's tables, and the columns without which a file is another program's, or an older version's."""
+
+TEXTS = ("model", "lens", "drafter", "first_round", "step")
+WHOLE = ("layer", "draft_length", "run", "rows", "prompt", "round", "drafted", "prompts")
+"""Columns that hold texts, and whole numbers everywhere; all others hold numbers, or nothing."""
 
 MAY_BE_EMPTY = ("rounds",)  # sampled text has expected rounds only
 
@@ -99,17 +106,30 @@ class StudyFolder:
         if not path.is_file():
             raise InputError(f"the study in {self.folder} has no tables/{name}.csv.", _RUN_AGAIN)
         try:
-            table = pd.read_csv(path)
-        except (ValueError, OSError) as error:
+            table = pd.read_csv(BytesIO(read_bytes(path)))
+        except (ValueError, OSError, OverflowError) as error:
             raise InputError(f"{path} cannot be read: {str(error).strip()}.", _RUN_AGAIN) from None
         missing = [column for column in TABLES[name] if column not in table.columns]
         if missing:
             raise InputError(f"{path} has no column {', '.join(missing)}.", _RUN_AGAIN)
+        for column in TABLES[name]:
+            if column not in TEXTS and not table.empty and (wrong := _no_numbers(table[column])):
+                raise InputError(f"{path} has {wrong} in its column {column}.", _RUN_AGAIN)
         unknown = sorted(set(self.models) - set(table["model"]))
         if unknown and not (name in MAY_BE_EMPTY and table.empty):
             raise InputError(f"{path} says nothing of {', '.join(unknown)}.", _RUN_AGAIN)
         table["model"] = table["model"].map({model: self.label(model) for model in self.models})
         return table.dropna(subset=["model"])
+
+
+def _no_numbers(column: pd.Series[Any]) -> str:
+    """What a column holds that its readers do not expect; empty: nothing."""
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return "other values than numbers"
+    if column.name not in WHOLE:
+        return ""
+    whole = column.notna() & (column.abs() < 2**53) & (column % 1 == 0)
+    return "" if whole.all() else "other values than whole numbers"
 
 
 def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "timings")) -> StudyFolder:
@@ -125,10 +145,7 @@ def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "ti
     path = folder / "summary.json"
     if not path.is_file():
         raise _not_finished(folder)
-    try:
-        summary = loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", _RUN_AGAIN) from None
+    summary = read_json(path, _RUN_AGAIN)
     schema = summary.get("schema") if isinstance(summary, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}; expected {SCHEMA!r}, as `probekit study` writes it.")
@@ -136,9 +153,12 @@ def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "ti
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} names no model.", _RUN_AGAIN)
     for entry in entries:
-        lacking = [key for key in ("name", *keys) if key not in entry]
+        if not isinstance(entry, dict):
+            raise InputError(f"{path} names a model by a {type(entry).__name__}, not by an object.", _RUN_AGAIN)
+        lacking = [key for key in ("name", *keys) if entry.get(key) is None]
         if lacking:
             raise InputError(f"{path} has no {', '.join(lacking)} for {entry.get('name', 'a model')!r}.", _RUN_AGAIN)
+    check_summary(summary, path, _RUN_AGAIN)
     return StudyFolder(folder, summary)
 
 

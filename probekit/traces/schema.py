@@ -18,6 +18,8 @@ _ARROW = {
     "int8": pa.int8(), "int16": pa.int16(), "int32": pa.int32(), "float32": pa.float32(), "bool": pa.bool_(),
 }  # fmt: skip
 
+_LENS = pa.dictionary(pa.int8(), pa.string())
+
 # The columns of each table, in order. Those of `layers` after `layer` depend on what was asked for.
 COLUMNS: dict[str, dict[str, str]] = {
     "texts": {
@@ -119,12 +121,16 @@ def require_columns(table: str, present: Iterable[str], wanted: Iterable[str]) -
 def checked(table: str, read: pa.Table, source: str) -> pa.Table:
     """Columns of a Parquet part, each of the type that it is written with.
 
-    Raises InputError, which names `source`, for a column of another kind, and for numbers or bits that are missing.
+    Raises InputError, which names `source`, for a column of another kind, for numbers or bits that are missing, for
+    text that is none, and for lenses that there are not.
     """
     for name in read.column_names:
         kind = COLUMNS[table].get(name)
         wanted = _ARROW.get(kind or "")
         column = read[name]
+        if kind in ("str", "category"):
+            _check_text(name, kind, column, source)
+            read = read.set_column(read.column_names.index(name), name, _one_kind(kind, column))
         if wanted is None:
             continue
         if column.null_count and kind != "float32":
@@ -138,3 +144,24 @@ def checked(table: str, read: pa.Table, source: str) -> pa.Table:
                     "Trace again with --resume.",
                 ) from None
     return read
+
+
+def _one_kind(kind: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text of one type in every part, whichever version of a library wrote it."""
+    if kind == "str":
+        return column.cast(pa.large_string())
+    return column if column.type == _LENS else column.cast(pa.string()).dictionary_encode().cast(_LENS)
+
+
+def _check_text(name: str, kind: str, column: pa.ChunkedArray, source: str) -> None:
+    held = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    texts = pa.types.is_string(held) or pa.types.is_large_string(held) or (pa.types.is_null(held) and kind == "str")
+    try:
+        column.validate(full=True)  # offsets that point elsewhere, bytes that are no UTF-8
+        strange = set(column.unique().to_pylist()) - set(LENSES) if texts and kind == "category" else set()
+    except (pa.ArrowException, ValueError) as error:
+        raise InputError(f"{source} holds what is no text as {name!r}: {error}", "Trace again with --resume.") from None
+    if not texts or strange:
+        what = column.type if not texts else sorted(map(str, strange))[0]
+        wanted = "text belongs" if kind == "str" else f"one of {', '.join(LENSES)} belongs"
+        raise InputError(f"{source} holds {what} as {name!r}, where {wanted}.", "Trace again with --resume.")

@@ -87,13 +87,26 @@ class TablesInParts:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
                 read = pq.read_table(path, columns=None if columns is None else list(columns))
                 parts.append(checked(table, read, str(path)))
-            except (OSError, pa.ArrowInvalid) as error:
+                _check_prompts(table, parts[-1], self._manifest.plan.batches[part], path)
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise InputError(f"{path} cannot be read: {error}", _MADE_ANEW) from None
         # Text of which a part has none is written without a type by pandas 2.
         frame = pa.concat_tables(parts, promote_options="default").unify_dictionaries().to_pandas()
         if "lens" in frame.columns:
             frame["lens"] = frame["lens"].cat.set_categories(LENSES)
         return frame
+
+
+def _check_prompts(table: str, read: pa.Table, batch: Sequence[int], path: Path) -> None:
+    """A part is of the prompts that the plan names; one row of `texts` for each, of at least a token and one more."""
+    if "prompt" in read.column_names:
+        held = read["prompt"].to_pylist() if table == "texts" else read["prompt"].unique().to_pylist()
+        whole = sorted(held) == sorted(batch) if table == "texts" else set(held) <= set(batch)
+        if not whole:
+            raise InputError(f"{path} holds other prompts than its plan names, or one twice.", _MADE_ANEW)
+    for name in ("prompt_tokens", "new_tokens"):
+        if table == "texts" and name in read.column_names and min(read[name].to_pylist()) < 1:
+            raise InputError(f"{path} holds a text of no {name.replace('_', ' ')}.", _MADE_ANEW)
 
 
 def tables_of(manifest: Manifest) -> list[str]:

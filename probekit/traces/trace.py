@@ -460,8 +460,11 @@ class Trace:
         starts = ends - tokens * layers
         place = np.searchsorted(prompts, prompt)
         # Rows may stand in any order, and each cell must be there once.
+        known = place < len(prompts)
+        place = np.where(known, place, 0)
+        within = known & (prompts[place] == prompt) & (output < tokens[place]) & (layer >= 0) & (layer < layers)
         cells = starts[place] + layer * tokens[place] + output
-        if len(cells) != ends[-1] or len(np.unique(cells)) != len(cells):
+        if not within.all() or len(cells) != ends[-1] or len(np.unique(cells)) != len(cells):
             raise InputError(f"the {table!r} table is not whole: {len(cells)} rows where {ends[-1]} belong.")
         flat = np.empty(len(cells), dtype=values.dtype)
         flat[cells] = values

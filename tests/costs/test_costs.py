@@ -68,7 +68,7 @@ def test_times_are_positive(bad):
 
 def test_json_and_back():
     costs = by_hand(
-        draft_model=DraftModelCosts("small", 1.0, 1.5, {1: 5.0}), cold_s={1: 0.1, 2: 0.2},
+        draft_model=DraftModelCosts("small", 1.0, 1.5, dict.fromkeys(range(1, 5), 5.0)), cold_s={1: 0.1, 2: 0.2},
         heads_s={1: 1.0, 2: 2.0}, quantiles={"head": [1.0, 2.0, 3.0]},
     )  # fmt: skip
     assert Costs.from_json(json.loads(json.dumps(costs.to_json()))) == costs

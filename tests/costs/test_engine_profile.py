@@ -70,7 +70,7 @@ def test_a_drafter_as_deep_as_the_model(table):
     [
         ("prefill,,1,1,128,0.1", "step 9: step 'prefill' is not known"),
         ("verify,,2,1,128,-1", "step 9: a verify step takes -1 seconds"),
-        ("verify,,1,1,128,1", "tokens of a verify step is 1; expected 2 or more"),
+        ("verify,,1,1,128,1", "tokens of a verify step is 1; expected 2 to 10,000"),
         ("draft,,1,1,128,1", "draft steps have one"),
         ("verify,,2,0,128,1", "rows of a verify step is 0"),
         ("verify,,2,1.5,128,1", "rows of a verify step is 1.5"),
