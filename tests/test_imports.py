@@ -18,8 +18,8 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "checksums", "models", "hooks",
-    "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines",
+    "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "models",
+    "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines",
     "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
@@ -32,11 +32,13 @@ ROWS = {
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
-        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
-        "statistics", "chunked",
+        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "work_skipped", "agreement",
+        "row_kernel", "statistics", "chunked",
     ),
     "training": ("layerskip",),
-    "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
+    "traces": (
+        "token_text", "draft_vocabulary", "schema", "ledger", "manifest", "storage", "shared_run", "residuals", "trace",
+    ),
     "drafting": (
         "keys", "probe_policy", "policies", "round_policies", "trees", "lookup", "proposers", "drafters",
         "text_drafters", "imported", "tree_proposer", "tree_drafters", "named", "ways",
@@ -83,8 +85,8 @@ ROWS = {
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")
 ALSO_WITHOUT_TORCH = (
-    "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
-    "probekit.tracing.prompts", "probekit.costs.profile",
+    "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
+    "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.costs.profile",
     "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",

@@ -63,10 +63,11 @@ def trace(
 ) -> None:
     """Continue each prompt, read every layer of every token once, and keep the figures."""
     from probekit.files import check_unlocked
-    from probekit.models.loaded import load
+    from probekit.models.loaded import Loaded, load
+    from probekit.ranks import Ranks, joined
     from probekit.settings import Sampling
     from probekit.traces.storage import check_run_target
-    from probekit.tracing.prompts import bundled_prompts_for, load_log, load_prompts
+    from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_log, load_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -77,37 +78,48 @@ def trace(
             f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
             "Leave out --statistics agreement.",
         )
-    check_unlocked(output)
-    check_run_target(output, resume=resume)
     kept = kept_of_options(keep_residuals, residual_dtype, residual_rows, residual_share)
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
-    given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
-    if from_logprobs:
-        given_prompts = load_log(from_logprobs)
-    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
-    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
-        result = trace_prompts(
-            loaded,
-            given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
-            output,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            given=given,
-            statistics=statistics,
-            keep_residuals=kept,
-            draft_model=drafter,
-            draft_vocabulary=draft_vocabulary,
-            exit_heads=exit_heads,
-            backend=backend,
-            resume=resume,
-            chat=chat,
-            batch_size=batch_size,
-            skip_long=skip_long,
-            logged=from_logprobs is not None,
-            progress=bars,
-        )
+
+    def read_inputs() -> tuple[list[Prompt] | None, Loaded, Loaded | None]:
+        if ranks.first:
+            check_unlocked(output)
+            check_run_target(output, resume=resume)
+        given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
+        if from_logprobs:
+            given_prompts = load_log(from_logprobs)
+        place = ranks.device(device)
+        loaded = load(model, adapter=adapter, device=place, dtype=dtype)
+        return given_prompts, loaded, load(draft_model, device=place, dtype=dtype) if draft_model else None
+
+    with joined(Ranks.of_environment()) as ranks:
+        quiet = quiet or not ranks.first
+        given_prompts, loaded, drafter = ranks.agreed(read_inputs)
+        with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
+            result = trace_prompts(
+                loaded,
+                given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
+                output,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                given=given,
+                statistics=statistics,
+                keep_residuals=kept,
+                draft_model=drafter,
+                draft_vocabulary=draft_vocabulary,
+                exit_heads=exit_heads,
+                backend=backend,
+                resume=resume,
+                chat=chat,
+                batch_size=batch_size,
+                skip_long=skip_long,
+                logged=from_logprobs is not None,
+                ranks=ranks,
+                progress=bars,
+            )
+    if not ranks.first:
+        return
     if loaded.remark:
         notice(loaded.remark, quiet=quiet)
     manifest = result.manifest
