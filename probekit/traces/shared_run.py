@@ -30,7 +30,7 @@ class RankWriter(TraceWriter):
     def __init__(
         self, folder: Path, manifest: Manifest, rank: int, parts: Sequence[int], remade: Iterable[int]
     ) -> None:
-        self._set(folder, manifest, rank)
+        self._set(folder, manifest, rank=rank)
         self.mine = tuple(parts)
         self.remade = set(remade)
 

@@ -171,8 +171,7 @@ class TraceWriter:
         resume: bool = False,
         exit_heads: bytes | None = None,
     ) -> None:
-        self._set(None if folder is None else Path(folder), manifest)
-        self.exit_heads = exit_heads
+        self._set(None if folder is None else Path(folder), manifest, exit_heads)
         if self.folder is None:
             if manifest.settings.keep_residuals:
                 raise InputError("kept residuals are written to files: name a folder for this run.")
@@ -185,11 +184,11 @@ class TraceWriter:
             if self.exit_heads is not None and EXIT_HEADS not in (self.manifest.files or {}):
                 self.update(files={**(self.manifest.files or {}), **self._write_file(EXIT_HEADS, self.exit_heads)})
 
-    def _set(self, folder: Path | None, manifest: Manifest, rank: int = 0) -> None:
+    def _set(self, folder: Path | None, manifest: Manifest, exit_heads: bytes | None = None, rank: int = 0) -> None:
         self.folder = folder
         self.manifest = manifest
         self.ledger = None if folder is None else ledger_of(folder, rank)
-        self.exit_heads: bytes | None = None
+        self.exit_heads = exit_heads
         self.mine: Sequence[int] | None = None  # the parts that it writes; None: all
         self.remade: set[int] = set()  # parts that were written before, and are damaged
         self._begun = False
