@@ -27,8 +27,8 @@ ROWS = {
     "foreign": ("text", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "configuration", "weight_files", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference",
-        "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
+        "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header", "gguf_copies", "gguf",
+        "reference", "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
@@ -55,7 +55,9 @@ ROWS = {
         "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
         "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
+    "costs": (
+        "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",
+    ),
     "choice": ("certainty", "prices", "ranking", "choose", "schedule", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",

@@ -58,6 +58,21 @@ def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
     return _with_option(cached, command, "cache", options.Cache, None)
 
 
+def _with_device_map(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with `--device-map`, which holds for every model that it loads."""
+
+    @wraps(command)
+    def dealt(*, device_map: str | None = None, **given: Any) -> None:
+        if device_map is None:
+            return command(**given)
+        from probekit.models.device_map import dealing_out
+
+        with dealing_out(device_map):
+            command(**given)
+
+    return _with_option(dealt, command, "device_map", options.DeviceMap, None)
+
+
 def _with_option(
     wrapped: Callable[..., None], command: Callable[..., None], name: str, annotation: Any, default: Any
 ) -> Callable[..., None]:
@@ -73,7 +88,7 @@ LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-head
 SHARED = {"trace"}  # these share their work among the processes of a job
 for command in commands.ALL:
     name = commands.name_of(command)
-    app.command(name=name)(_with_debug(_with_cache(command) if name in LOADING else command))
+    app.command(name=name)(_with_debug(_with_cache(_with_device_map(command)) if name in LOADING else command))
 
 
 def _version(asked: bool) -> None:

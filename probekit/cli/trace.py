@@ -10,6 +10,7 @@ import typer
 from probekit.cli import options
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
+from probekit.cli.trace_plan import say_plan
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest
 
@@ -55,6 +56,19 @@ def trace(
         bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
     ] = False,
     batch_size: options.BatchSize = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what it will take (time, memory, disk), and do nothing.")
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="DEVICES", help="With --plan, on devices elsewhere: h200x8; h200x8/4: split by 4."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --plan, how many share the run.")] = 1,
+    prompt_count: Annotated[
+        int | None, typer.Option("--prompt-count", help="With --plan, as if there were so many prompts like these.")
+    ] = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -65,8 +79,9 @@ def trace(
     from probekit.files import check_unlocked
     from probekit.models.loaded import Loaded, load
     from probekit.ranks import Ranks, joined
-    from probekit.settings import Sampling
+    from probekit.settings import Sampling, TraceSettings
     from probekit.traces.storage import check_run_target
+    from probekit.tracing.plan import plan_trace
     from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_log, load_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
@@ -78,6 +93,10 @@ def trace(
             f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
             "Leave out --statistics agreement.",
         )
+    if not plan_only and (on is not None or processes != 1 or prompt_count is not None):
+        raise InputError("--on, --processes and --prompt-count describe a plan.", "Add --plan.")
+    options.at_least_one(processes, "--processes")
+    options.at_least_one(1 if prompt_count is None else prompt_count, "--prompt-count")
     kept = kept_of_options(keep_residuals, residual_dtype, residual_rows, residual_share)
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
@@ -96,10 +115,23 @@ def trace(
     with joined(Ranks.of_environment()) as ranks:
         quiet = quiet or not ranks.first
         given_prompts, loaded, drafter = ranks.agreed(read_inputs)
+        chosen = given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name)
+        if plan_only and ranks.first:
+            settings = TraceSettings(
+                max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
+                keep_residuals=kept, backend=backend, chat=chat, batch_size=batch_size, skip_long=skip_long,
+                logged=from_logprobs is not None,
+            )  # fmt: skip
+            plan = plan_trace(
+                loaded, chosen, settings, draft_model=drafter, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
+            )
+            say_plan(plan, on=on, processes=processes, prompts=prompt_count, batch_size=batch_size, as_json=as_json)
+        if plan_only:
+            return
         with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
             result = trace_prompts(
                 loaded,
-                given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
+                chosen,
                 output,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
