@@ -37,7 +37,8 @@ ROWS = {
     ),
     "training": ("layerskip",),
     "traces": (
-        "token_text", "draft_vocabulary", "schema", "ledger", "manifest", "storage", "shared_run", "residuals", "trace",
+        "token_text", "draft_vocabulary", "schema", "ledger", "manifest", "storage", "shared_run", "residuals",
+        "pivots", "shown", "trace",
     ),
     "drafting": (
         "keys", "probe_policy", "policies", "round_policies", "trees", "lookup", "proposers", "drafters",

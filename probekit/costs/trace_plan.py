@@ -88,10 +88,8 @@ def sample_trace(plan: TracePlan, *, processes: int = 1, prompts: int | None = N
             writer.mine, writer.redo = chosen, True
             run.go()
         taken = writer.seconds[-len(chosen) :]
-        sizes = [
-            sum(writer.folder.joinpath(name).stat().st_size for name in entry.files)
-            for entry in list(ledger_entries(Path(folder) / "run"))[-len(chosen) :]
-        ]
+        entries = list(ledger_entries(Path(folder) / "run"))[-len(chosen) :]
+        sizes = [sum(Path(folder, "run", name).stat().st_size for name in entry.files) for entry in entries]
     rows = [_rows_of(plan, batch) for batch in batches]
     scale = 1.0 if prompts is None else prompts / plan.manifest.prompt_count
     seconds, disk = dict.fromkeys(("generation", "reading", "writing"), 0.0), 0.0

@@ -61,12 +61,17 @@ class TablesInMemory:
 
 
 class TablesInParts:
-    """Tables in the Parquet parts of a run folder; a whole table, once read, is kept."""
+    """Tables in the Parquet parts of a run folder, or in some of them; a whole table, once read, is kept."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, parts: Sequence[int] | None = None) -> None:
         self._folder = folder
         self._manifest = manifest
+        self._parts = range(len(manifest.plan.batches)) if parts is None else parts
         self._whole: dict[str, pd.DataFrame] = {}
+
+    def some(self, parts: Sequence[int]) -> TablesInParts:
+        """The tables of some parts."""
+        return TablesInParts(self._folder, self._manifest, parts)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         if table not in tables_of(self._manifest):
@@ -83,7 +88,7 @@ class TablesInParts:
 
     def _load(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         parts = []
-        for part in range(len(self._manifest.plan.batches)):
+        for part in self._parts:
             path = checked_file(self._folder, self._manifest, part_name(table, part))
             try:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
