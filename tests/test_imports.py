@@ -19,8 +19,8 @@ PACKAGE = Path(probekit.__file__).parent
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
     "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "models",
-    "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines",
-    "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
+    "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice",
+    "engines", "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
