@@ -53,8 +53,8 @@ ROWS = {
         "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
-        "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
+        "prompts", "prompt_store", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation",
+        "logged_text", "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": (
         "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",
@@ -89,8 +89,9 @@ FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may 
 WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
-    "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.costs.profile",
-    "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.tracing.prompt_store",
+    "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.engine_profile",
+    "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ from probekit.traces.manifest import Manifest
 
 if TYPE_CHECKING:
     from probekit.settings import KeptResiduals
+
+HELD_BYTES = 32 * 2**20  # of a file of prompts that is read at once
 
 
 def trace(
@@ -82,7 +85,7 @@ def trace(
     from probekit.settings import Sampling, TraceSettings
     from probekit.traces.storage import check_run_target
     from probekit.tracing.plan import plan_trace
-    from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_log, load_prompts
+    from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_log, load_prompts, stream_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -101,11 +104,14 @@ def trace(
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
 
-    def read_inputs() -> tuple[list[Prompt] | None, Loaded, Loaded | None]:
+    def read_inputs() -> tuple[Iterable[Prompt] | None, Loaded, Loaded | None]:
         if ranks.first:
             check_unlocked(output)
             check_run_target(output, resume=resume)
-        given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
+        given_prompts: Iterable[Prompt] | None = None
+        if prompts:
+            read = stream_prompts if _is_large(prompts) else load_prompts  # what is small is checked before the model
+            given_prompts = read(prompts, chat=chat, given=given)
         if from_logprobs:
             given_prompts = load_log(from_logprobs)
         place = ranks.device(device)
@@ -169,7 +175,7 @@ def trace(
     say_remarks(manifest, quiet)
     if from_logprobs:
         notice(_of_log(manifest), quiet=quiet)
-    asked = len(given_prompts) if given_prompts is not None else manifest.prompt_count
+    asked = len(given_prompts) if isinstance(given_prompts, Sized) else manifest.prompt_count
     if asked > manifest.prompt_count:
         notice(f"left out {asked - manifest.prompt_count} of {asked} prompts, which are too long.", quiet=quiet)
     notice(
@@ -205,6 +211,12 @@ def kept_of_options(layers: str | None, dtype: str | None, rows: str, share: flo
         return KeptResiduals()
     sites = None if layers.strip() == "all" else tuple(options.integers(layers, "--keep-residuals") or ())
     return KeptResiduals(sites, dtype, rows, share)
+
+
+def _is_large(path: Path) -> bool:
+    """Whether prompts are read one after the other: more than so many bytes of them."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.is_file()) > HELD_BYTES
 
 
 def kept_of(folder: Path) -> str:

@@ -26,11 +26,9 @@ def say_plan(
     if on is None:
         estimate = sample_trace(plan, processes=processes, prompts=prompts)
     else:
-        settings = plan.manifest.settings
-        new = (
-            [len(one.ids) - one.context for one in plan.encoded.values()] if plan.written else [settings.max_new_tokens]
-        )
-        context = [one.context if plan.written else len(one.ids) for one in plan.encoded.values()]
+        settings, sizes = plan.manifest.settings, plan.encoded.sizes.values()
+        new = [tokens - context if plan.written else settings.max_new_tokens for tokens, context in sizes]
+        context = [context if plan.written else tokens for tokens, context in sizes]
         estimate = roofline_trace(
             plan.loaded,
             on,

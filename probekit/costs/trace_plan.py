@@ -122,7 +122,7 @@ class _TimedWriter(TraceWriter):
 
 def _rows_of(plan: TracePlan, batch: Sequence[int]) -> int:
     new = 0 if plan.written else plan.manifest.settings.max_new_tokens
-    return sum(len(plan.encoded[index].ids) + new - 1 for index in batch)
+    return sum(plan.encoded.sizes[index][0] + new - 1 for index in batch)
 
 
 def _height(plan: TracePlan) -> int:
