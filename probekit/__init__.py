@@ -37,6 +37,7 @@ _ROOMS = {
     "rank": "probekit.choice.rank",
     "run_study": "probekit.study.run",
     "stream_geometry": "probekit.probing.stream_geometry",
+    "stream_prompts": "probekit.tracing.prompts",
     "trace": "probekit.tracing.tracer",
     "validate": "probekit.validation.run",
     "validate_ways": "probekit.validation.ways",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from probekit.tracing.inspect_prompt import look_inside as look_inside
     from probekit.tracing.prompts import load_log as load_log
     from probekit.tracing.prompts import load_prompts as load_prompts
+    from probekit.tracing.prompts import stream_prompts as stream_prompts
     from probekit.tracing.tracer import trace as trace
     from probekit.validation.run import validate as validate
     from probekit.validation.ways import validate_ways as validate_ways

@@ -58,6 +58,22 @@ def atomic_bytes(path: str | Path, content: Any) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file of lines, UTF-8, and return when the disk has it. A killed writer may leave half a line.
+
+    Raises as `atomic_bytes`.
+    """
+    path = check_file_target(path)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags, 0o666), "ab") as file:
+            file.write((line + "\n").encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def _created(path: Path) -> Any:
     """A new file, open for bytes: what is there already under this name, a planted link too, is not opened."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb")
@@ -143,49 +159,64 @@ def _kind(path: Path, said: str) -> int | None:
 
 def entries(folder: Path) -> list[Path]:
     """What is in a folder, without what writers of files leave there: locks, and what a killed one did not finish."""
-    return sorted(path for path in folder.iterdir() if path.name != LOCK and not path.name.endswith(UNFINISHED))
+    return sorted(
+        path for path in folder.iterdir() if not path.name.startswith(LOCK) and not path.name.endswith(UNFINISHED)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- one writer
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def locked(folder: str | os.PathLike[str], helper: int | None = None) -> Iterator[Path]:
     """Within it this process alone writes to the folder, which is made if it is not there.
 
     The lock is the system's: it ends with the process, however that ends. What a killed writer left unfinished is
     removed. A folder that was made for this, and is empty at the end, is removed again.
+
+    helper: the number of a process that writes with the one that holds the folder: its own lock outlives the other's,
+    and while it is held nobody else gets the folder.
 
     Raises InputError while another process holds the lock, and names it.
     """
     folder = Path(folder)
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     make_folder(folder)
-    path = folder / LOCK
-    lock = FileLock(path, mode=0o644, is_singleton=False)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, RuntimeError):  # the second: held in this very process
-            raise InputError(f"{folder} is in use: {_holder(path)}.", "Wait for it, or name another folder.") from None
-        except OSError as error:
-            raise cannot_write(path, error) from None
-        try:
-            _write_holder(path)
-            _clear(folder)
+        with _held(folder / (LOCK if helper is None else f"{LOCK}-{helper:05d}")):
+            if helper is None:
+                for left in folder.glob(f"{LOCK}-*"):
+                    with _held(left):
+                        pass
+                _clear(folder)
             yield folder
-        finally:
-            with suppress(OSError):
-                path.unlink()  # while it is held: whoever waits for it finds it gone, and makes its own
-            lock.release()
     finally:
         for each in made:
             with suppress(OSError):
                 each.rmdir()  # which removes empty folders only
 
 
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """A lock file, held and removed again. Raises InputError while another process holds it."""
+    lock = FileLock(path, mode=0o644, is_singleton=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, RuntimeError):  # the second: held in this very process
+        raise InputError(f"{path.parent} is in use: {_holder(path)}.", "Wait for it, or name another folder.") from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    try:
+        _write_holder(path)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: whoever waits for it finds it gone, and makes its own
+        lock.release()
+
+
 def check_unlocked(folder: str | os.PathLike[str]) -> None:
     """Raise InputError, which names the holder, while another process writes to the folder."""
     folder = check_folder_target(folder)
-    if (folder / LOCK).exists():
+    if folder.is_dir() and any(folder.glob(f"{LOCK}*")):
         with locked(folder):
             pass
 

@@ -186,6 +186,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         made.setdefault(command, []).append(printed([command, *map(str, words)]))
     made["choose"].append(printed(["choose", str(study)]))
     made["plan"] = [printed(["study", str(tiny_folder), "-o", str(folder / "planned"), *map(str, traced), "--plan"])]
+    made["trace-plan"] = [printed(["trace", str(tiny_folder), "-o", str(folder / "plan"), *map(str, traced), "--plan"])]
     made["study folder"] = [study]
     return made
 

@@ -18,25 +18,28 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "files", "progress", "settings", "html_tables", "foreign", "checksums", "models", "hooks",
-    "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice", "engines",
-    "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
+    "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "models",
+    "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice",
+    "engines", "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
     "foreign": ("text", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "configuration", "weight_files", "checkpoint", "gguf_header", "gguf_copies", "gguf", "reference",
-        "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
+        "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header", "gguf_copies", "gguf",
+        "reference", "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
-        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "agreement", "row_kernel",
-        "statistics", "chunked",
+        "discovered", "lens", "exit_heads", "reductions", "draft_rows", "bf16_bound", "work_skipped", "agreement",
+        "row_kernel", "statistics", "chunked",
     ),
     "training": ("layerskip",),
-    "traces": ("token_text", "draft_vocabulary", "schema", "manifest", "storage", "residuals", "trace"),
+    "traces": (
+        "token_text", "draft_vocabulary", "schema", "ledger", "manifest", "storage", "shared_run", "residuals",
+        "pivots", "shown", "trace",
+    ),
     "drafting": (
         "keys", "probe_policy", "policies", "round_policies", "trees", "lookup", "proposers", "drafters",
         "text_drafters", "imported", "tree_proposer", "tree_drafters", "named", "ways",
@@ -50,10 +53,12 @@ ROWS = {
         "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation", "logged_text",
-        "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
+        "prompts", "prompt_store", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation",
+        "logged_text", "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
-    "costs": ("trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline"),
+    "costs": (
+        "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",
+    ),
     "choice": ("certainty", "prices", "ranking", "choose", "schedule", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
@@ -84,9 +89,10 @@ ROWS = {
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")
 ALSO_WITHOUT_TORCH = (
-    "probekit", "probekit.errors", "probekit.files", "probekit.progress", "probekit.settings", "probekit.foreign",
-    "probekit.tracing.prompts", "probekit.costs.profile",
-    "probekit.costs.blocks", "probekit.costs.engine_profile", "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
+    "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.tracing.prompt_store",
+    "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.engine_profile",
+    "probekit.lens.statistics", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

@@ -23,6 +23,7 @@ from probekit.cli import commands, options
 from probekit.cli.signals import Stopped
 from probekit.cli.terminal import err, out, print_json, warnings_as_notices
 from probekit.errors import ProbekitError, Remark
+from probekit.ranks import ElsewhereError, Ranks
 
 app = typer.Typer(
     name="probekit",
@@ -57,6 +58,21 @@ def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
     return _with_option(cached, command, "cache", options.Cache, None)
 
 
+def _with_device_map(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with `--device-map`, which holds for every model that it loads."""
+
+    @wraps(command)
+    def dealt(*, device_map: str | None = None, **given: Any) -> None:
+        if device_map is None:
+            return command(**given)
+        from probekit.models.device_map import dealing_out
+
+        with dealing_out(device_map):
+            command(**given)
+
+    return _with_option(dealt, command, "device_map", options.DeviceMap, None)
+
+
 def _with_option(
     wrapped: Callable[..., None], command: Callable[..., None], name: str, annotation: Any, default: Any
 ) -> Callable[..., None]:
@@ -69,9 +85,10 @@ def _with_option(
 
 
 LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
+SHARED = {"trace"}  # these share their work among the processes of a job
 for command in commands.ALL:
     name = commands.name_of(command)
-    app.command(name=name)(_with_debug(_with_cache(command) if name in LOADING else command))
+    app.command(name=name)(_with_debug(_with_cache(_with_device_map(command)) if name in LOADING else command))
 
 
 def _version(asked: bool) -> None:
@@ -107,6 +124,13 @@ class CommandLine:
         return "--json" in self.words
 
     @property
+    def rank(self) -> int:
+        """Which of the processes of a job this is; 0 alone, and where that is not well said."""
+        with suppress(ProbekitError):
+            return Ranks.of_environment().rank
+        return 0
+
+    @property
     def debug(self) -> bool:
         return bool({"--debug", "-v"} & set(self.words))
 
@@ -114,6 +138,8 @@ class CommandLine:
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line."""
     line = CommandLine(list(arguments))
+    if line.rank and line.command not in SHARED:
+        return 0  # the first of several processes does it alone
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("torchao", "torch.utils._pytree"):  # torchao warns of other devices' kernels when it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -122,12 +148,18 @@ def run(arguments: Sequence[str]) -> int:
             status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
+    except ElsewhereError as error:
+        return error.exit_status
     except ProbekitError as error:
         return _fail(line, error.problem, error.hint, error.exit_status)
     except TyperException as error:
+        if line.rank:
+            return 2  # the first process says it
         known = f"probekit {line.command}".strip()
         return _fail(line, _message_of(error), f"Try `{known} --help`.", 2)
     except Stopped as stop:
+        if line.rank:
+            return stop.exit_status
         return _fail(line, f"{stop.said}. {stop.kept or 'Nothing was kept.'}", _go_on(line, stop), stop.exit_status)
     except (KeyboardInterrupt, typer.Abort):  # called from Python, where `main` turns no signal into Stopped
         return _fail(line, "interrupted.", "", 130)
@@ -166,7 +198,7 @@ def _lost_output() -> int:
 def _fail(line: CommandLine, problem: str, hint: str, status: int) -> int:
     if line.debug:
         traceback.print_exc()
-    if line.as_json:
+    if line.as_json and not line.rank:
         try:
             print_json({"schema": f"probekit/{line.command or 'probekit'}/1", "error": problem, "hint": hint})
             return status

@@ -27,6 +27,14 @@ Cache = Annotated[
         help="Keeps dequantised copies of GGUF files; none: keep none. [default: ~/.cache/probekit, by XDG]",
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="auto[:DEVICE=SIZE,..]",
+        help="Deals a large model out over GPUs, memory and disk: auto, or auto:0=70GiB,cpu=100GiB.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", "-v", help="Show the traceback of an error.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +11,14 @@ import typer
 from probekit.cli import options
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
+from probekit.cli.trace_plan import say_plan
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest
 
 if TYPE_CHECKING:
     from probekit.settings import KeptResiduals
+
+HELD_BYTES = 32 * 2**20  # of a file of prompts that is read at once
 
 
 def trace(
@@ -55,6 +59,19 @@ def trace(
         bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
     ] = False,
     batch_size: options.BatchSize = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what it will take (time, memory, disk), and do nothing.")
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="DEVICES", help="With --plan, on devices elsewhere: h200x8; h200x8/4: split by 4."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --plan, how many share the run.")] = 1,
+    prompt_count: Annotated[
+        int | None, typer.Option("--prompt-count", help="With --plan, as if there were so many prompts like these.")
+    ] = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -63,10 +80,12 @@ def trace(
 ) -> None:
     """Continue each prompt, read every layer of every token once, and keep the figures."""
     from probekit.files import check_unlocked
-    from probekit.models.loaded import load
-    from probekit.settings import Sampling
+    from probekit.models.loaded import Loaded, load
+    from probekit.ranks import Ranks, joined
+    from probekit.settings import Sampling, TraceSettings
     from probekit.traces.storage import check_run_target
-    from probekit.tracing.prompts import bundled_prompts_for, load_log, load_prompts
+    from probekit.tracing.plan import plan_trace
+    from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_log, load_prompts, stream_prompts
     from probekit.tracing.tracer import trace as trace_prompts
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -77,37 +96,68 @@ def trace(
             f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
             "Leave out --statistics agreement.",
         )
-    check_unlocked(output)
-    check_run_target(output, resume=resume)
+    if not plan_only and (on is not None or processes != 1 or prompt_count is not None):
+        raise InputError("--on, --processes and --prompt-count describe a plan.", "Add --plan.")
+    options.at_least_one(processes, "--processes")
+    options.at_least_one(1 if prompt_count is None else prompt_count, "--prompt-count")
     kept = kept_of_options(keep_residuals, residual_dtype, residual_rows, residual_share)
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")
-    given_prompts = load_prompts(prompts, chat=chat, given=given) if prompts else None
-    if from_logprobs:
-        given_prompts = load_log(from_logprobs)
-    loaded = load(model, adapter=adapter, device=device, dtype=dtype)
-    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
-        result = trace_prompts(
-            loaded,
-            given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name),
-            output,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            given=given,
-            statistics=statistics,
-            keep_residuals=kept,
-            draft_model=drafter,
-            draft_vocabulary=draft_vocabulary,
-            exit_heads=exit_heads,
-            backend=backend,
-            resume=resume,
-            chat=chat,
-            batch_size=batch_size,
-            skip_long=skip_long,
-            logged=from_logprobs is not None,
-            progress=bars,
-        )
+
+    def read_inputs() -> tuple[Iterable[Prompt] | None, Loaded, Loaded | None]:
+        if ranks.first:
+            check_unlocked(output)
+            check_run_target(output, resume=resume)
+        given_prompts: Iterable[Prompt] | None = None
+        if prompts:
+            read = stream_prompts if _is_large(prompts) else load_prompts  # what is small is checked before the model
+            given_prompts = read(prompts, chat=chat, given=given)
+        if from_logprobs:
+            given_prompts = load_log(from_logprobs)
+        place = ranks.device(device)
+        loaded = load(model, adapter=adapter, device=place, dtype=dtype)
+        return given_prompts, loaded, load(draft_model, device=place, dtype=dtype) if draft_model else None
+
+    with joined(Ranks.of_environment()) as ranks:
+        quiet = quiet or not ranks.first
+        given_prompts, loaded, drafter = ranks.agreed(read_inputs)
+        chosen = given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name)
+        if plan_only and ranks.first:
+            settings = TraceSettings(
+                max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
+                keep_residuals=kept, backend=backend, chat=chat, batch_size=batch_size, skip_long=skip_long,
+                logged=from_logprobs is not None,
+            )  # fmt: skip
+            plan = plan_trace(
+                loaded, chosen, settings, draft_model=drafter, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
+            )
+            say_plan(plan, on=on, processes=processes, prompts=prompt_count, batch_size=batch_size, as_json=as_json)
+        if plan_only:
+            return
+        with keeping(lambda: kept_of(output), again=("--resume",)), progress_bars(quiet or as_json) as bars:
+            result = trace_prompts(
+                loaded,
+                chosen,
+                output,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                given=given,
+                statistics=statistics,
+                keep_residuals=kept,
+                draft_model=drafter,
+                draft_vocabulary=draft_vocabulary,
+                exit_heads=exit_heads,
+                backend=backend,
+                resume=resume,
+                chat=chat,
+                batch_size=batch_size,
+                skip_long=skip_long,
+                logged=from_logprobs is not None,
+                ranks=ranks,
+                progress=bars,
+            )
+    if not ranks.first:
+        return
     if loaded.remark:
         notice(loaded.remark, quiet=quiet)
     manifest = result.manifest
@@ -125,7 +175,7 @@ def trace(
     say_remarks(manifest, quiet)
     if from_logprobs:
         notice(_of_log(manifest), quiet=quiet)
-    asked = len(given_prompts) if given_prompts is not None else manifest.prompt_count
+    asked = len(given_prompts) if isinstance(given_prompts, Sized) else manifest.prompt_count
     if asked > manifest.prompt_count:
         notice(f"left out {asked - manifest.prompt_count} of {asked} prompts, which are too long.", quiet=quiet)
     notice(
@@ -161,6 +211,12 @@ def kept_of_options(layers: str | None, dtype: str | None, rows: str, share: flo
         return KeptResiduals()
     sites = None if layers.strip() == "all" else tuple(options.integers(layers, "--keep-residuals") or ())
     return KeptResiduals(sites, dtype, rows, share)
+
+
+def _is_large(path: Path) -> bool:
+    """Whether prompts are read one after the other: more than so many bytes of them."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.is_file()) > HELD_BYTES
 
 
 def kept_of(folder: Path) -> str:

@@ -313,13 +313,13 @@ class Costs:
     def _whole(self) -> Costs:
         """The same where every exit, and every number of rows up to the longest draft's, has its time."""
         rows = range(2, self.longest_draft + 2)
-        lacking = {*range(1, self.depth)} ^ self.early_s.keys() or next(
-            (each for exit_layer in self.early_s for each in rows if (exit_layer, each) not in self.verify_s), None
-        )
-        if self.draft_model is not None and not lacking:
-            lacking = {*rows} - self.draft_model.verify_s.keys()
+        lacking: list[Any] = sorted({*range(1, self.depth)} ^ self.early_s.keys())
+        lacking = lacking or [(exit_layer, each) for exit_layer in self.early_s for each in rows
+                              if (exit_layer, each) not in self.verify_s]  # fmt: skip
+        if self.draft_model is not None:
+            lacking = lacking or sorted({*rows} - self.draft_model.verify_s.keys())
         if lacking:
-            raise ValueError(f"times are missing, or of other exits or rows: {lacking}")
+            raise ValueError(f"times are missing, or of other exits or rows: {lacking[:4]}")
         return self
 
     def __repr__(self) -> str:

@@ -130,8 +130,8 @@ def roofline_costs(
     manifest = getattr(source, "manifest", None)
     known = source if manifest is None else manifest.settings
     dtype = str(dtype or getattr(known, "dtype", "bfloat16")).removeprefix("torch.")
-    if dtype not in _BYTES:
-        raise InputError(f"dtype {dtype!r} is not known: it is one of {', '.join(_BYTES)}.")
+    if dtype not in BYTES:
+        raise InputError(f"dtype {dtype!r} is not known: it is one of {', '.join(BYTES)}.")
     name = str(device or getattr(known, "device", "cpu")).lower()
     if bandwidth is None or flops is None:
         roof = _roof(name, dtype)
@@ -149,11 +149,11 @@ def roofline_costs(
     def seconds(of: Dimensions, layers: int, heads: float, tokens: int) -> float:
         weights = layers * of.layer_parameters + heads * of.head_parameters
         cached = rows * layers * 2 * (of.key_value_width or 0) * context
-        layer_bytes: float = of.layer_parameters * _BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
-        head_bytes: float = of.head_parameters * _BYTES[dtype] if of.head_bytes is None else of.head_bytes
+        layer_bytes: float = of.layer_parameters * BYTES[dtype] if of.layer_bytes is None else of.layer_bytes
+        head_bytes: float = of.head_parameters * BYTES[dtype] if of.head_bytes is None else of.head_bytes
         if weight_bits is not None:
             layer_bytes, head_bytes = (each * weight_bits / 8 for each in (of.layer_parameters, of.head_parameters))
-        moved = layers * layer_bytes + heads * head_bytes + cached * _BYTES[dtype]
+        moved = layers * layer_bytes + heads * head_bytes + cached * BYTES[dtype]
         return max(moved / bandwidth, 2 * weights * tokens * rows / flops)
 
     L = model.depth
@@ -183,7 +183,7 @@ def roofline_costs(
     )
 
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _roof(name: str, dtype: str) -> Roof:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,8 @@ def _read_arrow(path: Path) -> Records:
 
 def _rows(path: Path, table: pa.Table) -> Records:
     _require_prompt_column(path, table.column_names, empty=False)
-    number = 0
-    try:
-        wanted = table.select([name for name in FIELDS if name in table.column_names])
-        wanted.validate(full=True)  # offsets that point elsewhere, bytes that are no UTF-8
-        for batch in wanted.to_batches(max_chunksize=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"row {number}", record
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read behind row {number}: {error}") from None
+    wanted = table.select([name for name in FIELDS if name in table.column_names])
+    yield from _batches(path, wanted.to_batches(max_chunksize=1024))
 
 
 def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -> None:
@@ -106,9 +98,47 @@ def _require_prompt_column(path: Path, columns: Sequence[str], *, empty: bool) -
         raise InputError(f"{path} has no `prompt` column; it has {', '.join(columns) or 'none'}.", "Rename one.")
 
 
-def read_dataset_folder(folder: Path) -> Records:
+def _stream_parquet(path: Path) -> Records:
+    """Row group by row group: each has the size that `_read_parquet` allows a file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            _require_prompt_column(path, file.schema_arrow.names, empty=False)
+            for group in range(file.metadata.num_row_groups):
+                if (size := file.metadata.row_group(group).total_byte_size) > MOST_BYTES:
+                    held = f"its row group {group} unfolds to {size:,} bytes; at most {MOST_BYTES:,} are read"
+                    raise InputError(f"{path} cannot be read: {held}.", "Write it in smaller row groups.")
+            wanted = [name for name in FIELDS if name in file.schema_arrow.names]
+            yield from _batches(path, file.iter_batches(batch_size=1024, columns=wanted))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path} is not a Parquet file: {error}") from None
+
+
+def _stream_arrow(path: Path) -> Records:
+    try:
+        with pa.OSFile(str(path)) as held, pa.ipc.open_stream(held) as stream:
+            _require_prompt_column(path, stream.schema.names, empty=False)
+            wanted = [name for name in FIELDS if name in stream.schema.names]
+            yield from _batches(path, (batch.select(wanted) for batch in stream))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path} is not an Arrow file: {error}") from None
+
+
+def _batches(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
+    number = 0
+    try:
+        for batch in batches:
+            batch.validate(full=True)  # offsets that point elsewhere, bytes that are no UTF-8
+            for start in range(0, len(batch), 1024):
+                for record in batch.slice(start, 1024).to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read behind row {number}: {error}") from None
+
+
+def read_dataset_folder(folder: Path, readers: Mapping[str, Callable[[Path], Records]] | None = None) -> Records:
     """A local dataset: data files of one kind in the folder or its `data`, or what `save_to_disk` wrote."""
-    readers = {suffix: read for suffix, read in READERS.items() if suffix != ".txt"}
+    readers = {suffix: read for suffix, read in (readers or READERS).items() if suffix != ".txt"}
     places = [folder, folder / "data"]
     found = next(
         (found for place in places if (found := sorted(p for p in place.glob("*") if p.suffix in readers))), []
@@ -138,3 +168,5 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+STREAMS: dict[str, Callable[[Path], Records]] = {".parquet": _stream_parquet, ".arrow": _stream_arrow}
+"""The same without holding a file whole."""

@@ -12,7 +12,7 @@ agreement of most rows that agree (`probekit.lens.bf16_bound`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from probekit.lens.bf16_bound import GAIN, Bf16Bound, bf16_bytes, worthwhile
 from probekit.lens.lens import Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
 from probekit.lens.reductions import block_maxima, rounded_argmax, topk_lowest_id
+from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.anatomy import Anatomy
 
 POOL_ROWS = {"cpu": 256, "else": 2048}  # rows of one full product
@@ -30,53 +31,16 @@ UNIT_ROUNDOFF = 2.0**-24  # of float32
 INPUT_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}  # torch's settings of float32 products
 
 
-@dataclass(frozen=True)
-class WorkSkipped:
-    """What the witnesses spared.
-
-    rows: (layer, token) rows in all, those of the model's own last layer among them. full: rows that had the full
-    product in float32. witnessed: rows that a candidate settled. screened: rows that a product in bfloat16 settled.
-    candidates: products of a row with a single candidate. vocabulary: products that a full row takes.
-    """
-
-    rows: int = 0
-    full: int = 0
-    screened: int = 0
-    candidates: int = 0
-    vocabulary: int = 1
-
-    @property
-    def witnessed(self) -> int:
-        return self.rows - self.full - self.screened
-
-    @property
-    def witnessed_share(self) -> float:
-        return self.witnessed / self.rows if self.rows else 0.0
-
-    @property
-    def products_avoided(self) -> float:
-        """Share of the float32 products of the whole lens that was never computed."""
-        whole = self.rows * self.vocabulary
-        return 1 - (self.full * self.vocabulary + self.candidates) / whole if whole else 0.0
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, float]) -> WorkSkipped:
-        return cls(**{field.name: int(document[field.name]) for field in fields(cls)})
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self) | {"witnessed_share": self.witnessed_share, "products_avoided": self.products_avoided}
-
-
 class AgreementSearch:
     """The exact method, and what it has learned so far: which tokens each layer says often.
 
     What was learned decides how many rows are spared, never a result: make one for a run, and hand it to every
-    call of `layer_statistics`. `savings` counts over all calls, and goes on from what a run counted before.
+    call of `layer_statistics`. `savings` counts over all calls.
     """
 
-    def __init__(self, parts: Anatomy, savings: WorkSkipped | None = None) -> None:
+    def __init__(self, parts: Anatomy) -> None:
         self.parts = parts
-        self.savings = savings or WorkSkipped(vocabulary=parts.vocabulary)
+        self.savings = WorkSkipped(vocabulary=parts.vocabulary)
         device = parts.head.weight.device
         self._counts = torch.zeros(parts.depth, parts.vocabulary, dtype=torch.int32, device=device)
         self._calibrate = CALIBRATION_TOKENS  # tokens still to be looked at in full

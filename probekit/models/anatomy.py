@@ -13,7 +13,7 @@ from probekit.models import families
 from probekit.models.discovery import family_of, locate, text_config
 from probekit.models.families import FAMILIES
 from probekit.models.family import Family
-from probekit.models.states import count_bytes, count_numbers, device_of, has_plain_weight, unwrapped
+from probekit.models.states import count_bytes, count_numbers, device_of, has_plain_weight, only_placed, unwrapped
 
 NO_LIMIT = 2**31 - 1  # tokens: the context of a model whose positions have no end
 
@@ -101,12 +101,22 @@ class Anatomy:
     @property
     def plain_head(self) -> bool:
         """Whether the head is a linear map without a bias, of ordinary weights, whose products can be taken apart."""
-        return type(self.head) is nn.Linear and has_plain_weight(self.head) and self.head.bias is None
+        return self._head_at_hand and self.head.bias is None
+
+    @property
+    def _head_at_hand(self) -> bool:
+        """Whether the head is a linear map whose weight can be read in its place, beside what the residuals are in."""
+        if type(self.head) is not nn.Linear:
+            return False
+        placed = only_placed(self.head) and not self.head._forward_hooks and not self.head._forward_pre_hooks
+        weight = self.head._parameters.get("weight")
+        here = type(weight) is nn.Parameter and weight.device == self.device and weight.is_floating_point()
+        return has_plain_weight(self.head) or (placed and here)
 
     @property
     def head_rows(self) -> Tensor:
         """The head's weights, (vocabulary, width). InputError where they are no ordinary numbers, or not all of it."""
-        if type(self.head) is not nn.Linear or not has_plain_weight(self.head):
+        if not self._head_at_hand:
             raise InputError(
                 f"the head of this model ({type(self.head).__name__}) is no plain linear map: it has no rows to read.",
                 "Take the model without adapters on its head, and not quantised.",

@@ -5,6 +5,7 @@ Weights come from safetensors or GGUF only, never from a pickle, and no code tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,21 @@ def _not_traced(config: dict[str, Any]) -> str:
     return ""
 
 
-def read_folder(source: Source, device: torch.device, asked: torch.dtype | None) -> tuple[Any, Any, list[Path]]:
+Deal = Callable[[Path, torch.dtype], dict[str, int | str]]
+"""What deals the model of a folder out over devices: {module: device}."""
+
+
+def read_folder(
+    source: Source, device: torch.device, asked: torch.dtype | None, deal: Deal | None = None
+) -> tuple[Any, Any, list[Path]]:
     files, config = weight_files(source.folder), config_of(source.folder)
     check_runs(config, source.name, device)
     with safe_open(files[0], framework="pt") as weights:
         stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
     dtype = asked or _own_dtype(config) or default_dtype(device, stored)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    model = read_weights(source, device, dtype)
+    options = {} if deal is None else {"device_map": deal(source.folder, dtype)}
+    model = read_weights(source, device, dtype, **options)
     check_dtypes(model, source.name, dtype)
     return model, tokenizer, files
 
@@ -145,7 +153,7 @@ def default_dtype(device: torch.device, stored: str) -> torch.dtype:
 
 
 def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    if device.type != "cpu":
+    if device.type != "cpu" and "device_map" not in options:
         options["device_map"] = {"": device}  # straight to the device; with one device accelerate adds no hook
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.folder,

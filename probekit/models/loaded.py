@@ -10,17 +10,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from probekit.errors import InputError, Remark, ResourceError
+from probekit.errors import InputError, ProbekitError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
 from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, read_folder
+from probekit.models.device_map import chosen_map, dealt_out
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
@@ -138,6 +140,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     cache: str | Path | bool | None = None,
+    device_map: str | None = None,
 ) -> Loaded:
     """Load a causal language model of a known family with its tokenizer.
 
@@ -153,6 +156,8 @@ def load(
     cache: the folder that keeps dequantised copies of GGUF files; $XDG_CACHE_HOME/probekit or ~/.cache/probekit by
         default; False keeps none. Where a copy cannot be written, a Remark says so and the model is loaded all the
         same.
+    device_map: "auto" deals a model that is larger than its device out over all GPUs, the memory and the disk, by
+        accelerate; "auto:0=70GiB,cpu=100GiB" says how much each may take. For checkpoint folders.
 
     Raises
     ------
@@ -167,24 +172,30 @@ def load(
     """
     if not isinstance(reference, (str, Path)):
         raise _no_model(reference)
+    dealing = chosen_map(device_map)
+    if dealing is not None and device is not None:
+        raise InputError(f"device {str(device)!r} and a device map both say where the model lies.", "Give one of them.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(reference, (str, Path)):
-        raise _no_model(reference)
     place = check_device(device)
     asked = None if dtype is None else check_dtype(dtype)
     added, base = _adapter_of(reference, adapter)
     source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
         with _quiet():
+            if source.gguf and dealing is not None:
+                raise InputError(
+                    f"{source.name} is a GGUF file, which is not dealt out over devices.", "Leave out the device map."
+                )
             if source.gguf:
                 model, tokenizer, weights_hash, remark = read_gguf(source, place, asked, cache_folder(cache))
             else:
-                model, tokenizer, files = read_folder(source, place, asked)
+                deal = None if dealing is None else partial(dealt_out, dealing)
+                model, tokenizer, files = read_folder(source, place, asked, deal)
                 weights_hash, remark = hash_files(files), None
             if added is not None:
                 model = put_in(model, added)
-    except InputError:
+    except ProbekitError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(

@@ -89,6 +89,7 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     # As published in each model's config.json. No token ends a text: random text would end by accident.
     "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128_256, 8192, 128, rope=500_000.0),
+    "llama-3-70b": Shape(80, 8192, 28_672, 64, 8, 128_256, 8192, 128, rope=500_000.0),
     "llama-3.2-1b": Shape(16, 2048, 8192, 32, 8, 128_256, 131_072, 64, tied=True, rope=LLAMA3_ROPE),
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32_000, 4096, 128),
     "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49_152, 8192, 64, tied=True, rope=100_000.0),

@@ -13,7 +13,7 @@ often each kind holds the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ LEAST_PROMPTS = 4
 SHARE = (0.0, 1.0)
 """Bounds of a share of a count."""
 UNBOUNDED = (-np.inf, np.inf)
+_BLOCK = 2**24  # drawn prompts that are held at once
 _ALIKE = 1e-7  # a standard error below this share of its ratio is rounding
 
 
@@ -60,21 +61,22 @@ def bootstrap_ratio(
     if prompts < 2:
         return np.full(shape, np.nan), np.full(shape, np.nan)
     above, below = above.reshape(-1, prompts), below.reshape(-1, prompts)
-    times = draws(prompts, resamples, seed)
     low, high = np.empty(len(above)), np.empty(len(above))
     for first in range(0, len(above), step := max(1, 4_000_000 // resamples)):
         some = slice(first, first + step)
+        times = draws_in_blocks(prompts, resamples, seed)
         low[some], high[some] = _ratio_interval(above[some], below[some], times, confidence)
     return np.clip(low, *bounds).reshape(shape), np.clip(high, *bounds).reshape(shape)
 
 
 def _ratio_interval(
-    above: np.ndarray, below: np.ndarray, times: np.ndarray, confidence: float
+    above: np.ndarray, below: np.ndarray, times: Iterable[np.ndarray], confidence: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ratios,) low and high of above, below: (ratios, prompts)."""
+    """(ratios,) low and high of above, below: (ratios, prompts). times: blocks of (draws, prompts)."""
     prompts = above.shape[1]
     [ratio], [error] = (each.T for each in _ratios(above, below, np.ones((1, prompts))))
-    drawn, errors = _ratios(above, below, times)
+    blocks = zip(*(_ratios(above, below, block) for block in times), strict=True)
+    drawn, errors = (np.concatenate(each, axis=1) for each in blocks)
     positive = (above >= 0).all(axis=1) & (ratio > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         plain = (drawn - ratio[:, None]) / errors
@@ -201,11 +203,22 @@ def drawn_indices(prompts: int, resamples: int = RESAMPLES, seed: int | np.rando
     return np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
 
 
+def draws_in_blocks(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """The same as `draws`, some rows at a time: all of them would take 1.6 GB for 100,000 prompts."""
+    random, step = np.random.default_rng(seed), max(1, _BLOCK // prompts)
+    for first in range(0, resamples, step):
+        yield _counted(drawn_indices(prompts, min(step, resamples - first), random))
+
+
 def draws(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """(resamples, prompts) float64: how often each prompt is drawn, with replacement, as many as there are."""
-    drawn = drawn_indices(prompts, resamples, seed)
-    rows = np.arange(resamples)[:, None] * prompts
-    return np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(resamples, prompts).astype(np.float64)
+    return _counted(drawn_indices(prompts, resamples, seed))
+
+
+def _counted(drawn: np.ndarray) -> np.ndarray:
+    """Indices that were drawn -> how often each was, (resamples, prompts) float64."""
+    rows = np.arange(len(drawn))[:, None] * drawn.shape[1]
+    return np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
 
 
 def spread(draws_of_statistic: np.ndarray, prompts: int | None = None) -> tuple[np.ndarray, np.ndarray]:

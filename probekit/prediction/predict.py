@@ -20,6 +20,7 @@ from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
+_MANY = 4096  # prompts, above which counts are kept in small types
 
 
 def predict(
@@ -74,11 +75,12 @@ def predict(
     trace = as_trace(trace)
     if drafters is None:
         drafters = traced_drafters(trace, exit_layers, draft_model=drafter, draft_rows=draft_rows, read=agreement)
-    traced = max(trace.manifest.settings.max_new_tokens, int(trace.texts["new_tokens"].max()))
+    new_tokens = trace.text_columns("new_tokens", "ended")["new_tokens"].to_numpy()
+    traced = max(trace.manifest.settings.max_new_tokens, int(new_tokens.max()))
     budget = traced if budget is None else whole_number("the budget must be", budget)
     if budget > traced:
         raise InputError(f"the budget is {budget} tokens; this run was traced with {traced}.", "Trace more tokens.")
-    fewest = min(budget, int(trace.texts["new_tokens"].min()))
+    fewest = min(budget, int(new_tokens.min()))
     lengths, convention = check_lengths(draft_lengths, budget, first_round, fewest)
     greedy = trace.manifest.settings.text == "greedy"
     if not greedy and not isinstance(policy, FixedLength):
@@ -95,42 +97,59 @@ def predict(
     certain = [each for each in drafters if greedy or isinstance(each, TextDrafter)]
     chancy = [each for each in drafters if not (greedy or isinstance(each, TextDrafter))]
 
-    counted: list[RoundCounts] = []
+    whole: RoundCounts | None = None
     rounds: list[PromptRounds] = []
-    texts = trace.texts.set_index("prompt").loc[trace.prompts]
-    known = texts["new_tokens"].to_numpy()
-    tokens = np.minimum(known, budget)
-    # A text that was cut short is taken for one whose budget ended there: its last round drafts no further.
-    budgets = np.where(texts["ended"] == CUT, tokens, budget)
-    ended = (texts["ended"] == ENDED).to_numpy() & (known == tokens)
-    exact = trace.manifest.own_text and policy.exact
-    for chunk in _chunks(known, len(drafters) * len(lengths)):
-        prompts = trace.prompts[chunk]
-        parts = []
-        if certain:
-            seen = _outlooks(trace, prompts, known[chunk], certain, int(lengths.max()))
-            if isinstance(policy, RoundPolicy):
-                walk = _replayed(trace.select(prompts), certain, lengths, policy, first_round)
-            else:
-                allowed = _allowed(trace, prompts, seen, certain, policy, int(lengths.max()))
-                walk = walk_rounds(seen.run, tokens[chunk], lengths, budgets[chunk], convention, allowed, ended[chunk])
-            if convention.past_budget:
-                exact &= not ((walk.start + walk.accepted == known[chunk]) & (walk.accepted < walk.drafted)).any()
-            parts.append(tally(walk, int(lengths.max())))
-            if with_rounds:
-                rounds += _rounds_of_walk(walk, prompts, certain, lengths)
-        if chancy:
-            w = _chances(trace, prompts, known[chunk], chancy)
-            parts.append(expect_rounds(w, tokens[chunk], lengths, budgets[chunk], convention, known[chunk])[0])
-            exact &= not convention.past_budget or bool((known - tokens >= lengths.max() - 1).all())
-            if with_rounds:
-                rounds += _probabilities(w, prompts, tokens[chunk], chancy, lengths)
-        counted.append(_joined(parts, axis=0))
-
-    counts = _joined(counted, axis=2)
+    ties: list[list[int]] = []
+    overlaps: list[list[float | None]] = []
     order = [[*certain, *chancy].index(each) for each in drafters]
-    counts = RoundCounts(*(each[order] for each in counts))
-    emitted = np.maximum(tokens.astype(np.int64) - convention.first, 0)
+    everyone = np.array(trace.prompts)
+    exact = trace.manifest.own_text and policy.exact
+    for piece in trace.pieces():
+        texts = piece.text_columns("new_tokens", "ended")
+        known = texts["new_tokens"].to_numpy()
+        tokens = np.minimum(known, budget)
+        # A text that was cut short is taken for one whose budget ended there: its last round drafts no further.
+        budgets = np.where(texts["ended"] == CUT, tokens, budget)
+        ended = (texts["ended"] == ENDED).to_numpy() & (known == tokens)
+        for chunk in _chunks(known, len(drafters) * len(lengths)):
+            prompts = piece.prompts[chunk]
+            parts = []
+            if certain:
+                seen = _outlooks(piece, prompts, known[chunk], certain, int(lengths.max()))
+                if isinstance(policy, RoundPolicy):
+                    walk = _replayed(piece.select(prompts), certain, lengths, policy, first_round)
+                else:
+                    allowed = _allowed(piece, prompts, seen, certain, policy, int(lengths.max()))
+                    walk = walk_rounds(
+                        seen.run, tokens[chunk], lengths, budgets[chunk], convention, allowed, ended[chunk]
+                    )
+                if convention.past_budget:
+                    exact &= not ((walk.start + walk.accepted == known[chunk]) & (walk.accepted < walk.drafted)).any()
+                parts.append(tally(walk, int(lengths.max())))
+                if with_rounds:
+                    rounds += _rounds_of_walk(walk, prompts, certain, lengths)
+            if chancy:
+                w = _chances(piece, prompts, known[chunk], chancy)
+                parts.append(expect_rounds(w, tokens[chunk], lengths, budgets[chunk], convention, known[chunk])[0])
+                exact &= not convention.past_budget or bool((known - tokens >= lengths.max() - 1).all())
+                if with_rounds:
+                    rounds += _probabilities(w, prompts, tokens[chunk], chancy, lengths)
+            found = _joined(parts, axis=0)
+            if len(prompts) == len(everyone):
+                whole = RoundCounts(*(each[order] for each in found))
+                continue
+            whole = whole or _room_for(found, len(everyone), budget)
+            places = np.searchsorted(everyone, prompts)
+            for mine, theirs in zip(whole, found, strict=True):
+                mine[:, :, places] = theirs[order]
+        if greedy:
+            ties.append(_near_ties(piece, drafters))
+        elif agreement is None:
+            overlaps.append(_overlaps(piece, drafters))
+    if whole is None:
+        raise InputError("a trace without prompts predicts nothing.")
+
+    emitted = np.maximum(np.minimum(new_tokens, budget).astype(np.int64) - convention.first, 0)
     return Prediction(
         model=trace.manifest.model.name,
         text=trace.manifest.settings.text,
@@ -141,12 +160,12 @@ def predict(
         prompts=tuple(trace.prompts),
         cells=tuple(
             _cells(
-                counts,
+                whole,
                 emitted,
                 drafters,
                 lengths,
-                near_ties=_near_ties(trace, drafters) if greedy else None,
-                overlaps=None if greedy or agreement is not None else _overlaps(trace, drafters),
+                near_ties=[sum(each) for each in zip(*ties, strict=True)] if ties else None,
+                overlaps=_means(overlaps, int(new_tokens.sum())) if overlaps else None,
             )
         ),
         rounds=tuple(sorted(rounds, key=lambda row: row.prompt)) if with_rounds else None,
@@ -160,6 +179,21 @@ def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
     """Slices of the prompts whose sweep stays within bounds."""
     size = max(1, _CHUNK // max(1, int(tokens.max()) * cells))
     return (slice(start, start + size) for start in range(0, len(tokens), size))
+
+
+def _room_for(found: RoundCounts, prompts: int, budget: int) -> RoundCounts:
+    """Room for the counts of all prompts; whole ones of many in the smallest type that holds those of a text."""
+    small = np.int16 if budget < 2**15 else np.int32
+    kinds = [small if prompts > _MANY and each.dtype.kind == "i" else each.dtype for each in found]
+    rooms = (
+        np.empty((*each.shape[:2], prompts, *each.shape[3:]), kind) for each, kind in zip(found, kinds, strict=True)
+    )
+    return RoundCounts(*rooms)
+
+
+def _means(totals: Sequence[Sequence[float | None]], tokens: int) -> list[float | None]:
+    """The mean over tokens of sums of pieces, for each drafter; None where it has none."""
+    return [None if None in each else sum(filter(None, each)) / tokens for each in zip(*totals, strict=True)]
 
 
 def _joined(parts: Sequence[RoundCounts], axis: int) -> RoundCounts:
@@ -264,14 +298,13 @@ def _near_ties(trace: Trace, drafters: Sequence[Drafter]) -> list[int]:
 
 
 def _overlaps(trace: Trace, drafters: Sequence[Drafter]) -> list[float | None]:
-    """Mean over the generated tokens of the sum of min(p, q), for each drafter; None where it has no q."""
+    """Over the generated tokens, the sum of the sums of min(p, q), for each drafter; None where it has no q."""
     totals: list[float | None] = [None if isinstance(each, TextDrafter) else 0.0 for each in drafters]
     for prompt in trace.prompts:
         for row, drafter in enumerate(drafters):
             if (so_far := totals[row]) is not None:
                 totals[row] = so_far + float(drafter.overlap(trace, prompt).sum(dtype=np.float64))
-    tokens = int(trace.texts["new_tokens"].sum())
-    return [None if total is None else total / tokens for total in totals]
+    return totals
 
 
 def _cells(

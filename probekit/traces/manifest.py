@@ -6,7 +6,7 @@ The file is flat; in Python its fields stand in four parts. Nothing here needs t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_json
+from probekit.lens.work_skipped import WorkSkipped
 from probekit.traces.draft_vocabulary import DraftVocabulary
+from probekit.traces.ledger import LedgerEntry, ledger_entries
 from probekit.traces.schema import LENSES
 
 SCHEMA = "probekit/trace/1"
@@ -158,10 +160,10 @@ class Measured:
     backoffs: where memory ran out: {"batch", "phase", "size", "limit"}; size and limit count prompts ("continue") or
         rows ("read").
     savings: of the agreement-only method: {"rows", "full", "candidates", "vocabulary", "witnessed_share",
-        "products_avoided"}; see `probekit.lens.agreement.WorkSkipped`. None with all statistics.
+        "products_avoided"}; see `probekit.lens.work_skipped.WorkSkipped`. None with all statistics.
     logged: of text out of another system's log, for each batch: {"batch", "tokens", "unlike", "largest_gap"}: how many
         tokens the model would not have written here, and how far, in logits, the worst lies below its own.
-    timings: {"generation_s", "trace_s", "tokens"}; seconds, and generated tokens.
+    timings: {"generation_s", "trace_s", "tokens"}; seconds, of all processes together, and generated tokens.
     files: the run's files with their SHA-256, hexadecimal; a part counts when all of its files are listed. None in
         memory, and in runs of earlier versions.
     """
@@ -175,6 +177,28 @@ class Measured:
         default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
     )
     files: Mapping[str, str] | None = None
+
+    def with_entries(self, entries: Iterable[LedgerEntry]) -> Measured:
+        """The same with what ledgers add to it; what is in it already is not counted twice."""
+        files, timings, savings = dict(self.files or {}), dict(self.timings), self.savings
+        backoffs, logged = list(self.backoffs), {each["batch"]: each for each in self.logged}
+        for entry in entries:
+            if entry.backoff is not None and entry.backoff not in backoffs:
+                backoffs.append(entry.backoff)
+            if all(files.get(name) == digest for name, digest in entry.files.items()):
+                continue  # a try at a part, or taken in already
+            files |= entry.files
+            timings = {name: value + entry.seconds.get(name, 0) for name, value in timings.items()}
+            if entry.logged is not None:
+                logged[entry.logged["batch"]] = entry.logged
+            if entry.savings is not None:
+                more = WorkSkipped.from_json(entry.savings)
+                savings = (more if savings is None else WorkSkipped.from_json(savings).plus(more)).to_json()
+        return replace(
+            self, files=dict(sorted(files.items())), timings=timings, savings=savings,
+            backoffs=tuple(sorted(backoffs, key=lambda one: one["batch"])),
+            logged=tuple(logged[batch] for batch in sorted(logged)),
+        )  # fmt: skip
 
 
 _PARTS: Mapping[str, type] = {
@@ -285,8 +309,9 @@ class Manifest:
 
 
 def read_manifest(folder: str | os.PathLike[str], hint: str = "Trace again.") -> Manifest:
-    """The manifest of a run folder. Raises InputError, with `hint`, when there is none, it is damaged, or of another
-    schema."""
+    """The manifest of a run folder, with what ledgers beside it add.
+
+    Raises InputError, with `hint`, when there is none, it is damaged, or of another schema."""
     folder = Path(folder)
     path = folder / "manifest.json"
     if not folder.is_dir():
@@ -302,8 +327,10 @@ def read_manifest(folder: str | os.PathLike[str], hint: str = "Trace again.") ->
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}; this probekit reads {SCHEMA!r}.", hint)
     try:
-        return Manifest.from_json(document)
+        manifest = Manifest.from_json(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise InputError(f"{path} is not a whole manifest: {where}: {first['msg']}.", hint) from None
+    entries = list(ledger_entries(folder))
+    return replace(manifest, measured=manifest.measured.with_entries(entries)) if entries else manifest

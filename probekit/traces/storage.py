@@ -1,8 +1,8 @@
 """The folder of a run: parts that are written whole or not at all, and are read again.
 
 A run folder holds `manifest.json` and one set of Parquet parts for each batch of its plan. A part counts when the
-manifest lists its files, with their checksums, and they are there; so a run that was killed goes on where it stopped,
-and what is damaged, or of another run, is found.
+manifest, or a ledger beside it, lists its files, with their checksums, and they are there; so a run that was killed
+goes on where it stopped, and what is damaged, or of another run, is found.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from probekit.files import (
     make_folder,
     sha256_of,
 )
+from probekit.traces.ledger import LedgerEntry, append_entry, is_ledger, ledger_of, ledgers_in
 from probekit.traces.manifest import Manifest, read_manifest
 from probekit.traces.schema import LENSES, REQUIRED, checked, conform, require_columns
 
@@ -59,12 +61,17 @@ class TablesInMemory:
 
 
 class TablesInParts:
-    """Tables in the Parquet parts of a run folder; a whole table, once read, is kept."""
+    """Tables in the Parquet parts of a run folder, or in some of them; a whole table, once read, is kept."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, parts: Sequence[int] | None = None) -> None:
         self._folder = folder
         self._manifest = manifest
+        self._parts = range(len(manifest.plan.batches)) if parts is None else parts
         self._whole: dict[str, pd.DataFrame] = {}
+
+    def some(self, parts: Sequence[int]) -> TablesInParts:
+        """The tables of some parts."""
+        return TablesInParts(self._folder, self._manifest, parts)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         if table not in tables_of(self._manifest):
@@ -81,7 +88,7 @@ class TablesInParts:
 
     def _load(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         parts = []
-        for part in range(len(self._manifest.plan.batches)):
+        for part in self._parts:
             path = checked_file(self._folder, self._manifest, part_name(table, part))
             try:
                 require_columns(table, pq.read_schema(path).names, columns or REQUIRED[table])
@@ -182,13 +189,7 @@ class TraceWriter:
         resume: bool = False,
         exit_heads: bytes | None = None,
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.exit_heads = exit_heads
-        self.manifest = manifest
-        self._memory: dict[int, dict[str, pd.DataFrame]] = {}
-        self._begun = False
-        self._done: set[int] = set()
-        self.remade: set[int] = set()  # parts that were written before, and are damaged
+        self._set(None if folder is None else Path(folder), manifest, exit_heads)
         if self.folder is None:
             if manifest.settings.keep_residuals:
                 raise InputError("kept residuals are written to files: name a folder for this run.")
@@ -196,15 +197,53 @@ class TraceWriter:
         present = check_run_folder(self.folder, manifest, resume=resume)
         if present is not None:
             self.manifest, self._begun = present, True
+            self.finish()
             self._find_whole_parts()
             if self.exit_heads is not None and EXIT_HEADS not in (self.manifest.files or {}):
                 self.update(files={**(self.manifest.files or {}), **self._write_file(EXIT_HEADS, self.exit_heads)})
 
+    def _set(self, folder: Path | None, manifest: Manifest, exit_heads: bytes | None = None, rank: int = 0) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.ledger = None if folder is None else ledger_of(folder, rank)
+        self.exit_heads = exit_heads
+        self.mine: Sequence[int] | None = None  # the parts that it writes; None: all
+        self.remade: set[int] = set()  # parts that were written before, and are damaged
+        self._begun = False
+        self._done: set[int] = set()
+        self._memory: dict[int, dict[str, pd.DataFrame]] = {}
+        self._entries: list[LedgerEntry] = []  # of a run in memory
+
     @property
     def pending(self) -> list[int]:
-        """Parts of the plan that are not written yet."""
-        done = self._memory if self.folder is None else self._done
-        return [part for part in range(len(self.manifest.plan.batches)) if part not in done]
+        """Parts of the plan that are this writer's, and not written yet."""
+        mine = range(len(self.manifest.plan.batches)) if self.mine is None else self.mine
+        return [part for part in mine if part not in self._done]
+
+    def begin(self) -> None:
+        """Write the manifest, so that the folder is that of a run."""
+        if self.folder is None or self._begun:
+            return
+        make_folder(self.folder)
+        self._begun = True
+        self.update(files={})
+        if self.exit_heads is not None:
+            self.update(files=self._write_file(EXIT_HEADS, self.exit_heads))
+
+    def finish(self) -> None:
+        """Take what the ledgers say into the manifest, once for all parts; they are removed then."""
+        if self.folder is None:
+            self.manifest = self._with(self._entries)
+            self._entries = []
+        elif ledgers := ledgers_in(self.folder):
+            self.manifest = read_manifest(self.folder)
+            self.update()
+            for path in ledgers:
+                path.unlink()
+
+    def _with(self, entries: Sequence[LedgerEntry]) -> Manifest:
+        files = self.manifest.measured.files
+        return replace(self.manifest, measured=replace(self.manifest.measured.with_entries(entries), files=files))
 
     def _find_whole_parts(self) -> None:
         """Which parts are as they were written. Files that are not are named, and taken off the manifest."""
@@ -219,7 +258,8 @@ class TraceWriter:
             if what:
                 warnings.warn(f"{folder / name} {what}; it is made anew.", Remark, stacklevel=4)
         kept = {name: digest for name, digest in (listed or {}).items() if not wrong[name]}
-        self.manifest = self.manifest.but(files=kept)
+        if kept != listed:
+            self.update(files=kept)
         self._done = {part for part in parts if is_done(folder, self.manifest, part)}
         self.remade = before - self._done
 
@@ -230,35 +270,44 @@ class TraceWriter:
             text = json.dumps(self.manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
             atomic_text(self.folder / "manifest.json", text)
 
+    def back_off(self, note: Mapping[str, Any]) -> None:
+        """Note where memory ran out: {"batch", "phase", "size", "limit"}."""
+        self.manifest = self.manifest.but(backoffs=(*self.manifest.measured.backoffs, note))
+        if self.ledger is not None and self._begun:
+            append_entry(self.ledger, LedgerEntry(backoff=note))
+
     def write(
-        self, part: int, frames: Mapping[str, pd.DataFrame], *, residuals: bytes | None = None, **measured: Any
+        self,
+        part: int,
+        frames: Mapping[str, pd.DataFrame],
+        *,
+        residuals: bytes | None = None,
+        seconds: Mapping[str, int | float] | None = None,
+        savings: Mapping[str, int | float] | None = None,
+        logged: Mapping[str, int | float] | None = None,
     ) -> None:
         """Write one part: a frame for each table of the run, and the residuals' shard where they are kept.
 
-        measured: fields of the manifest that change with this part, and only if it was written.
+        seconds, savings, logged: what this part adds to the run's measurements (`Measured`), if it is written.
         """
         tables = tables_of(self.manifest)
         if set(frames) != set(tables) or (residuals is not None) != bool(self.manifest.settings.keep_residuals):
             raise ValueError(f"a part of this run has the tables {tables}, not {sorted(frames)}")
         whole = {name: conform(name, frames[name]) for name in tables}
-        if self.folder is None:
+        entry = LedgerEntry(seconds=seconds or {}, savings=savings, logged=logged)
+        if self.ledger is None:
             self._memory[part] = whole
-            self.update(**measured)
-            return
-        if not self._begun:
-            make_folder(self.folder)
-            self._begun = True
-            self.update(files={})
-        files = dict(self.manifest.files or {})
-        if self.exit_heads is not None and EXIT_HEADS not in files:
-            files |= self._write_file(EXIT_HEADS, self.exit_heads)
-        if residuals is not None:
-            files |= self._write_file(part_name("residuals", part), residuals)
-        for table in tables:
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pandas(whole[table], preserve_index=False), sink, compression="zstd")
-            files |= self._write_file(part_name(table, part), sink.getvalue())
-        self.update(files=dict(sorted(files.items())), **measured)  # now, and not before, the part counts
+            self._entries.append(replace(entry, files={part_name("texts", part): ""}))
+        else:
+            self.begin()
+            files: dict[str, str] = {}
+            if residuals is not None:
+                files |= self._write_file(part_name("residuals", part), residuals)
+            for table in tables:
+                sink = pa.BufferOutputStream()
+                pq.write_table(pa.Table.from_pandas(whole[table], preserve_index=False), sink, compression="zstd")
+                files |= self._write_file(part_name(table, part), sink.getvalue())
+            append_entry(self.ledger, replace(entry, files=files))  # now, and not before, the part counts
         self._done.add(part)
 
     def _write_file(self, name: str, content: Any) -> dict[str, str]:
@@ -276,7 +325,7 @@ class TraceWriter:
 
 
 def _part_of_a_run(name: str) -> bool:
-    return name == EXIT_HEADS or PART_NAME.fullmatch(name) is not None
+    return name == EXIT_HEADS or PART_NAME.fullmatch(name) is not None or is_ledger(name)
 
 
 @contextmanager
@@ -290,12 +339,16 @@ def writing_run(
     """A writer of this run, which alone writes to its folder. Raises InputError as TraceWriter, and while another
     process writes there."""
     if folder is None:
-        yield TraceWriter(None, manifest, exit_heads=exit_heads)
+        writer = TraceWriter(None, manifest, exit_heads=exit_heads)
+        yield writer
+        writer.finish()
         return
     check_unlocked(folder)
     check_run_folder(folder, manifest, resume=resume)
     with locked(folder):
-        yield TraceWriter(folder, manifest, resume=resume, exit_heads=exit_heads)
+        writer = TraceWriter(folder, manifest, resume=resume, exit_heads=exit_heads)
+        yield writer
+        writer.finish()
 
 
 def check_run_target(folder: str | os.PathLike[str], *, resume: bool) -> bool:

@@ -12,19 +12,21 @@ manifest lists its files, with their checksums, and they are there. Nothing here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.html_tables import HtmlCell, facts_html, html_table
+from probekit.html_tables import facts_html
 from probekit.settings import Sampling
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.manifest import Manifest, read_manifest
+from probekit.traces.pivots import MOST_CELLS, parts_within, pivoted
 from probekit.traces.residuals import Residuals, read_residuals
 from probekit.traces.schema import COLUMNS, LENSES, LensName, conform
+from probekit.traces.shown import agreement_html, span
 from probekit.traces.storage import (
     EXIT_HEADS,
     Tables,
@@ -79,6 +81,7 @@ class Trace:
         self._pivots = {} if pivots is None else pivots
         self._residuals: dict[int, Residuals] = {} if residuals is None else residuals
         self._views: dict[str, pd.DataFrame | None] = {}
+        self._columns = pd.DataFrame()  # of the texts, as far as they were asked for
 
     @classmethod
     def from_frames(
@@ -150,7 +153,18 @@ class Trace:
     @property
     def prompts(self) -> list[int]:
         """Indices of the prompts, ascending."""
-        return self.texts["prompt"].tolist()
+        return self.text_columns()["prompt"].tolist()
+
+    def text_columns(self, *names: str) -> pd.DataFrame:
+        """`prompt` and these columns of `texts`, prompt by prompt: without reading the texts themselves."""
+        wanted = ["prompt", *names]
+        if "texts" in self._views:
+            return self.texts[wanted]
+        if not set(wanted) <= set(self._columns):
+            frame = self._read("texts", list(dict.fromkeys([*self._columns, *wanted])))
+            frame = frame if self._chosen is None else frame[frame["prompt"].isin(self._chosen)]
+            self._columns = frame.sort_values("prompt", ignore_index=True)
+        return self._columns[wanted]
 
     @property
     def depth(self) -> int:
@@ -162,7 +176,7 @@ class Trace:
         return self.manifest.settings.dtype != "float32" and self.manifest.settings.statistics == "all"
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.text_columns())
 
     def select(self, prompts: Iterable[int]) -> Trace:
         """The trace of some of its prompts; arrays and tables that were read are shared."""
@@ -175,6 +189,22 @@ class Trace:
             self.manifest, self._source, folder=self.folder, prompts=chosen, pivots=self._pivots,
             exit_heads=self._exit_heads, residuals=self._residuals,
         )  # fmt: skip
+
+    def pieces(self, most_cells: int = MOST_CELLS) -> Iterator[Trace]:
+        """The trace piece by piece, each of whole parts and read by itself: for what adds up over prompts, in bounded
+        memory. A trace in memory, or with at most so many (lens, layer, row) cells, is one piece: itself."""
+        source, texts = self._source, self.text_columns("prompt_tokens", "new_tokens")
+        rows = (
+            (texts["prompt_tokens"] + texts["new_tokens"] - 1) * (self.depth + 1) * len(self.manifest.settings.lenses)
+        )
+        cells = dict(zip(texts["prompt"].tolist(), rows.tolist(), strict=True))
+        groups = parts_within(self.manifest.plan.batches, cells, most_cells)
+        if not isinstance(source, TablesInParts) or len(groups) == 1:
+            yield self
+            return
+        for parts, prompts in groups:
+            here = source.some(parts)
+            yield Trace(self.manifest, here, folder=self.folder, prompts=prompts, exit_heads=self._exit_heads)
 
     @property
     def exit_heads(self) -> bytes | None:
@@ -213,9 +243,12 @@ class Trace:
 
         Of the final-norm lens, layers 0..L, over the whole run. These may fall either way in a decoder.
         """
-        frame = self._read("layers", ["output", "lens", "near_tie"])
-        frame = frame[(frame["output"] >= 0) & (frame["lens"] == LENSES[0])]
-        return int(frame["near_tie"].sum()), len(frame)
+        ties = bits = 0
+        for piece in self.pieces():
+            frame = piece._read("layers", ["output", "lens", "near_tie"])
+            frame = frame[(frame["output"] >= 0) & (frame["lens"] == LENSES[0])]
+            ties, bits = ties + int(frame["near_tie"].sum()), bits + len(frame)
+        return ties, bits
 
     def values(self, prompt: int, column: str, lens: LensName = "final-norm") -> np.ndarray:
         """(L+1, N): any column of `layers` for one prompt, layer by output position. Not writable."""
@@ -376,20 +409,10 @@ class Trace:
             "looped": f"{self.texts['looped'].mean():.0%} of the tokens repeat a run of {LOOP_TOKENS}",
             "folder": "in memory" if self.folder is None else str(self.folder),
         }
-        return facts_html("probekit trace", rows) + self._agreement_html()
-
-    def _agreement_html(self) -> str:
-        """Agreement by layer, in one row."""
-        generated = np.concatenate([self.agreement(prompt) for prompt in self.prompts], axis=1)
-        shares = generated.mean(axis=1).tolist()
-        cells = [HtmlCell(f"{share:.0%}", share) for share in shares]
-        return html_table(
-            f"agreement with the model over {generated.shape[1]} tokens, {LENSES[0]} lens; layer 0 is the embedding",
-            "layer", [str(layer) for layer in range(len(shares))], [("agreement", cells)],
-        )  # fmt: skip
+        return facts_html("probekit trace", rows) + agreement_html([self.agreement(prompt) for prompt in self.prompts])
 
     def _summary(self) -> str:
-        tokens = int(self.texts["new_tokens"].sum())
+        tokens = int(self.text_columns("new_tokens")["new_tokens"].sum())
         return f"{len(self)} prompt{'s' * (len(self) != 1)}, {tokens} {self.manifest.settings.text} tokens"
 
     # -- reading
@@ -420,10 +443,10 @@ class Trace:
         return self.texts.iloc[self.prompts.index(prompt)]
 
     def _check(self, prompt: int) -> None:
-        known = self.texts["prompt"].to_numpy()
+        known = self.text_columns()["prompt"].to_numpy()
         place = int(np.searchsorted(known, prompt))
         if place == len(known) or known[place] != prompt:
-            raise InputError(f"prompt {prompt!r} is not in this trace: it has prompts {_span(known.tolist())}.")
+            raise InputError(f"prompt {prompt!r} is not in this trace: it has prompts {span(known.tolist())}.")
 
     def _require_probabilities(self) -> None:
         if self.manifest.settings.text == "greedy":
@@ -452,27 +475,9 @@ class Trace:
             keep &= (frame["lens"] == lens).to_numpy()
         prompt, output, values = (frame[name].to_numpy()[keep] for name in ("prompt", "output", column))
         layer = frame["layer"].to_numpy()[keep].astype(np.int64) if layered else 0
-
         texts = self._read("texts", ["prompt", "new_tokens"]).sort_values("prompt")
-        prompts, tokens = texts["prompt"].to_numpy(), texts["new_tokens"].to_numpy().astype(np.int64)
-        layers = self.depth + 1 if layered else 1
-        ends = np.cumsum(tokens * layers)
-        starts = ends - tokens * layers
-        place = np.searchsorted(prompts, prompt)
-        # Rows may stand in any order, and each cell must be there once.
-        known = place < len(prompts)
-        place = np.where(known, place, 0)
-        within = known & (prompts[place] == prompt) & (output < tokens[place]) & (layer >= 0) & (layer < layers)
-        cells = starts[place] + layer * tokens[place] + output
-        if not within.all() or len(cells) != ends[-1] or len(np.unique(cells)) != len(cells):
-            raise InputError(f"the {table!r} table is not whole: {len(cells)} rows where {ends[-1]} belong.")
-        flat = np.empty(len(cells), dtype=values.dtype)
-        flat[cells] = values
-        flat.flags.writeable = False
-        return {
-            int(index): flat[start:end].reshape(layers, -1)
-            for index, start, end in zip(prompts, starts, ends, strict=True)
-        }
+        sizes = texts["prompt"].to_numpy(), texts["new_tokens"].to_numpy().astype(np.int64)
+        return pivoted(table, (prompt, layer, output, values), *sizes, self.depth + 1 if layered else 1)
 
 
 def as_trace(given: Trace | str | os.PathLike[str]) -> Trace:
@@ -488,9 +493,3 @@ def as_trace(given: Trace | str | os.PathLike[str]) -> Trace:
         f"a {type(given).__name__} was given; expected a trace, or the folder of one.",
         "Make one with probekit.trace(model, prompts).",
     )
-
-
-def _span(numbers: Sequence[int]) -> str:
-    if len(numbers) > 6:
-        return f"{numbers[0]}, {numbers[1]}, .. {numbers[-1]} ({len(numbers)} of them)"
-    return ", ".join(map(str, numbers))

@@ -28,15 +28,8 @@ from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.manifest import AdapterRecord, ExitHeadsRecord, Manifest, ModelRecord
 from probekit.traces.trace import Trace
 from probekit.tracing.backends import check_backend
-from probekit.tracing.prompts import (
-    Encoded,
-    Prompt,
-    as_prompts,
-    bundled_prompts_for,
-    encode,
-    prompts_hash,
-    prompts_source,
-)
+from probekit.tracing.prompt_store import PromptStore
+from probekit.tracing.prompts import Encoded, Prompt, bundled_prompts_for, each_prompt, encode
 
 # A batch of the plan: at most so many rows, and so many bytes of residuals, and so many prompts.
 MOST_ROWS = 4096
@@ -57,7 +50,7 @@ class TracePlan:
     loaded: Loaded
     drafter: Loaded | None
     heads: Mapping[int, ExitHead] | None
-    encoded: Mapping[int, Encoded]
+    encoded: PromptStore
     sampling: Sampling
     warp: Callable[[Tensor], Tensor] | None
     manifest: Manifest
@@ -90,22 +83,15 @@ def plan_trace(
     kept = settings.keep_residuals
     wanted = loaded.anatomy.sites if kept.layers is None else kept.layers
     sites = tuple(sorted({loaded.anatomy.check_site(site) for site in wanted}))
-    chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
-    chosen = as_prompts(chosen, chat=settings.chat, given=given)
-    for prompt in chosen if settings.logged else ():
-        if not prompt.response_ids:
-            raise InputError(f"prompt {prompt.index} has no text of token ids, as a log has.", "Read one by load_log.")
     drafter = draft_model if draft_model is None or isinstance(draft_model, Loaded) else _load_like(draft_model, loaded)
-    encoded = {prompt.index: encode(prompt, loaded.tokenizer, given=given) for prompt in chosen}
-    if settings.skip_long:
-        chosen, encoded = _that_fit(chosen, encoded, [loaded, *([] if drafter is None else [drafter])], settings)
-    budget = max(len(one.ids) - one.context for one in encoded.values()) if given else max_new_tokens
-    for one in encoded.values():
-        _check_encoded(one, loaded, drafter, budget, given)
+    chosen = bundled_prompts_for(loaded.name) if prompts is None else prompts
+    encoded, twice = _encoded(each_prompt(chosen, chat=settings.chat, given=given), loaded, drafter, settings)
     if drafter is not None:
         check_draft_model(loaded, drafter)
 
-    rows = {index: len(one.ids) + (0 if given else max_new_tokens) - 1 for index, one in encoded.items()}
+    sizes = encoded.sizes
+    budget = max(tokens - context for tokens, context in sizes.values()) if given else max_new_tokens
+    rows = {index: tokens + (0 if given else max_new_tokens) - 1 for index, (tokens, _) in sizes.items()}
     row_budget = _row_budget(loaded)
     libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend == "nnsight" else []))
     if find_spec(libraries[-1]) is None:
@@ -116,8 +102,8 @@ def plan_trace(
         drafter=None if drafter is None else _record(drafter),
         draft_vocabulary=order,
         exit_heads=heads_record,
-        prompts_hash=prompts_hash(chosen),
-        prompts_source=prompts_source(chosen),
+        prompts_hash=encoded.hash,
+        prompts_source=encoded.source,
         batches=_batches(rows, row_budget, _most_prompts(loaded, drafter, settings)),
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
@@ -134,7 +120,7 @@ def plan_trace(
         top_prompts=max(0, settings.top_prompts) if settings.statistics == "all" else 0,
         backend=settings.backend,
         segment_rows=row_budget,
-        remarks=_remarks(encoded, loaded.tokenizer),
+        remarks=(remark_on_bos(twice, loaded.tokenizer),) if twice else (),
         ignored_processors=loaded.ignored_processors,
         versions={"probekit": probekit.__version__, "threads": str(torch.get_num_threads())}
         | {name: version(name) for name in libraries},
@@ -187,15 +173,29 @@ def _load_like(reference: str | Path, loaded: Loaded) -> Loaded:
     return load(reference, device=loaded.device, dtype=loaded.dtype)
 
 
-def _that_fit(
-    prompts: Sequence[Prompt], encoded: Mapping[int, Encoded], readers: Sequence[Loaded], settings: TraceSettings
-) -> tuple[list[Prompt], dict[int, Encoded]]:
-    """The prompts that every model can read with their new tokens. Raises InputError where none is left."""
-    room = min(reader.anatomy.context for reader in readers) - (0 if settings.written else settings.max_new_tokens)
-    kept = {index: one for index, one in encoded.items() if len(one.ids) <= room}
-    if not kept:
+def _encoded(
+    prompts: Iterable[Prompt], loaded: Loaded, drafter: Loaded | None, settings: TraceSettings
+) -> tuple[PromptStore, list[int]]:
+    """The prompts that are traced, checked one after the other, and the indices of those whose text begins twice.
+
+    Raises InputError, also where none is left by `skip_long`.
+    """
+    store, twice = PromptStore(), list[int]()
+    new = 0 if settings.written else settings.max_new_tokens
+    room = min(reader.anatomy.context for reader in (loaded, drafter) if reader is not None) - new
+    for prompt in prompts:
+        if settings.logged and not prompt.response_ids:
+            raise InputError(f"prompt {prompt.index} has no text of token ids, as a log has.", "Read one by load_log.")
+        one = encode(prompt, loaded.tokenizer, given=settings.written)
+        if settings.skip_long and len(one.ids) > room:
+            continue
+        _check_encoded(one, loaded, drafter, settings.max_new_tokens, settings.written)
+        store.add(one)
+        if prompt.ids is None and begins_twice(one.ids, loaded.tokenizer):  # token ids are taken as they are
+            twice.append(prompt.index)
+    if not store:
         raise InputError(f"every prompt is longer than the {room} tokens that are left for one.", "Shorten them.")
-    return [prompt for prompt in prompts if prompt.index in kept], kept
+    return store, twice
 
 
 def _check_encoded(one: Encoded, loaded: Loaded, drafter: Loaded | None, budget: int, given: bool) -> None:
@@ -258,12 +258,6 @@ def _batches(rows: Mapping[int, int], row_budget: int, most: int) -> tuple[tuple
         else:
             batches.append([index])
     return tuple(map(tuple, batches))
-
-
-def _remarks(encoded: Mapping[int, Encoded], tokenizer: Any) -> tuple[str, ...]:
-    """What a reader should know of prompts: those whose text begins twice. Token ids are taken as they are."""
-    twice = [index for index, one in encoded.items() if one.prompt.ids is None and begins_twice(one.ids, tokenizer)]
-    return (remark_on_bos(twice, tokenizer),) if twice else ()
 
 
 def _record(loaded: Loaded) -> ModelRecord:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 
 from probekit.errors import InputError
 from probekit.foreign.engine_logs import read_log
-from probekit.foreign.prompt_files import READERS, read_dataset_folder
+from probekit.foreign.prompt_files import READERS, STREAMS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
 from probekit.foreign.text import check_text
 
@@ -80,23 +80,51 @@ def load_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: boo
     >>> [prompt.text for prompt in probekit.load_prompts(file)]
     ['Once upon a time', 'The king']
     """
+    path = _there(path)
+    return list(_prompts_of(path, _records(path, READERS), chat=chat, given=given))
+
+
+def stream_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: bool = False) -> Iterator[Prompt]:
+    """The prompts of `load_prompts`, one after the other: Parquet and Arrow files, of any size, are never held whole.
+
+    Raises InputError at once for a file that is not there, and as `load_prompts` on the way.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import probekit
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "prompts.txt")
+    >>> _ = file.write_text("Once upon a time\\nThe king\\n")
+    >>> next(probekit.stream_prompts(file)).text
+    'Once upon a time'
+    """
+    path = _there(path)
+    return _prompts_of(path, _records(path, {**READERS, **STREAMS}), chat=chat, given=given)
+
+
+def _there(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
         raise InputError(
             f"there is no prompts file {path}.", "Name a .txt, .jsonl, .csv or .parquet file, or a folder."
         )
-    read = read_dataset_folder if path.is_dir() else READERS.get(path.suffix.lower())
-    if read is None:
+    if not path.is_dir() and path.suffix.lower() not in READERS:
         raise InputError(
             f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .csv or .parquet, or a dataset folder."
         )
-    prompts = [
-        replace(_prompt(index, record, f"{path}, {where}", chat=chat, given=given), source=str(path))
-        for index, (where, record) in enumerate(read(path))
-    ]
-    if not prompts:
+    return path
+
+
+def _records(path: Path, readers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return read_dataset_folder(path, readers) if path.is_dir() else readers[path.suffix.lower()](path)
+
+
+def _prompts_of(path: Path, records: Iterator[tuple[str, Any]], *, chat: bool, given: bool) -> Iterator[Prompt]:
+    index = -1
+    for index, (where, record) in enumerate(records):
+        yield replace(_prompt(index, record, f"{path}, {where}", chat=chat, given=given), source=str(path))
+    if index < 0:
         raise InputError(f"{path} holds no prompt: it is empty.", "Write at least one prompt into it.")
-    return prompts
 
 
 def load_log(path: str | os.PathLike[str]) -> list[Prompt]:
@@ -148,29 +176,42 @@ def as_prompts(
     A list of chat messages is one prompt, a list of such lists as many, as in transformers' pipelines. A DataFrame and
     a `datasets.Dataset` are records, with the columns of a `.jsonl` file's objects.
     """
+    made = list(each_prompt(prompts, chat=chat, given=given))
+    if len({prompt.index for prompt in made}) < len(made):
+        raise InputError("two prompts have the same index.", "Number them apart.")
+    return made
+
+
+def each_prompt(
+    prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]], *, chat: bool = False, given: bool = False
+) -> Iterator[Prompt]:
+    """The same, one after the other, as the prompts come: from a generator or a streamed `datasets` set, too."""
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
         raise InputError(f"prompts are a list of texts, not {what}.", 'Write ["..."].')
     if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):
         prompts = _records_of(prompts)
-    made, listed = list[Prompt](), list[Any](prompts)
-    if listed and all(map(_is_message, listed)):
-        listed = [listed]
-    for index, prompt in enumerate(listed):
-        if isinstance(prompt, Prompt):
-            made.append(_again(prompt, chat=chat, given=given))
-        elif isinstance(prompt, str | Mapping):
-            record = {"prompt": prompt} if isinstance(prompt, str) else prompt
-            made.append(_prompt(index, record, f"prompt {index}", chat=chat, given=given))
-        elif isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
-            made.append(_prompt(index, {"messages": list(prompt)}, f"prompt {index}", chat=chat, given=given))
-        else:
-            made.append(_again(Prompt(index, ids=_token_ids(prompt, index)), chat=chat, given=given))
-    if not made:
+    coming: Iterator[Any] = iter(prompts)
+    first = next(coming, None)
+    if first is None:
         raise InputError("there is no prompt.", "Give at least one.")
-    if len({prompt.index for prompt in made}) < len(made):
-        raise InputError("two prompts have the same index.", "Number them apart.")
-    return made
+    coming = chain([first], coming)
+    if _is_message(first):  # messages of one prompt, or records that are none
+        listed = list(coming)
+        coming = iter([listed] if all(map(_is_message, listed)) else listed)
+    for index, prompt in enumerate(coming):
+        yield _one_of(prompt, index, chat=chat, given=given)
+
+
+def _one_of(prompt: Any, index: int, *, chat: bool, given: bool) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return _again(prompt, chat=chat, given=given)
+    if isinstance(prompt, str | Mapping):
+        record = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        return _prompt(index, record, f"prompt {index}", chat=chat, given=given)
+    if isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
+        return _prompt(index, {"messages": list(prompt)}, f"prompt {index}", chat=chat, given=given)
+    return _again(Prompt(index, ids=_token_ids(prompt, index)), chat=chat, given=given)
 
 
 def _records_of(frame: Any) -> list[dict[str, Any]]:
@@ -208,17 +249,6 @@ def _again(prompt: Prompt, *, chat: bool, given: bool) -> Prompt:
     record = {**words, "kind": prompt.kind, "response": prompt.response}
     made = _prompt(prompt.index, record, where, chat=chat, given=given)
     return replace(made, source=prompt.source, response_ids=prompt.response_ids)
-
-
-def prompts_source(prompts: Iterable[Prompt]) -> str:
-    """Where the prompts came from: files, a bundled set, or Python."""
-    return ", ".join(sorted({prompt.source or "Python" for prompt in prompts}))
-
-
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """`sha256:hex` of the prompts: all that they hold, and their order, but not their source."""
-    document = json.dumps([asdict(replace(prompt, source="")) for prompt in prompts], sort_keys=True)
-    return "sha256:" + hashlib.sha256(document.encode()).hexdigest()
 
 
 def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> Prompt:

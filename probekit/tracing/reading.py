@@ -13,10 +13,11 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from probekit.errors import ResourceError
-from probekit.lens.agreement import AgreementSearch, WorkSkipped
+from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import KINDS, Lens
+from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
 from probekit.tracing.backend import Backend, HooksBackend, Reading
@@ -68,6 +69,8 @@ class LayerReader:
         whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
         self.draft_rows = None if whole is None else DraftRows(self.parts, whole, self.rounded, plan.heads)
         self.search: AgreementSearch | None = None
+        self._told = WorkSkipped()
+        self._first = sorted(plan.encoded)[: plan.manifest.settings.top_prompts]
 
     def read(
         self, texts: Sequence[ContinuedText], manifest: Manifest, limit: int, back_off: BackOff
@@ -135,6 +138,13 @@ class LayerReader:
             found[f"layer_{site}"] = reading.residuals[site].index_select(0, places).to(device="cpu", dtype=dtype)
         return found
 
+    def work_skipped(self) -> dict[str, float] | None:
+        """What the witnesses spared since this was asked last; None with all statistics."""
+        if self.search is None:
+            return None
+        before, self._told = self._told, self.search.savings
+        return self._told.since(before).to_json()
+
     def _statistics(
         self, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest, top: int = 0
     ) -> dict[str, Tensor]:
@@ -148,15 +158,13 @@ class LayerReader:
             heads=self.plan.heads,
         )
         if plan.mode == "agreement" and self.search is None and not self.parts.changes_logits:
-            before = manifest.measured.savings
-            self.search = AgreementSearch(self.parts, None if before is None else WorkSkipped.from_json(before))
+            self.search = AgreementSearch(self.parts)
         input_ids, text_ids = (tensor_of(keys[name], self.loaded) for name in ("input_id", "text_id"))
         return layer_statistics(self.parts, reading.residuals, input_ids, text_ids, plan, witnesses=self.search)
 
     def _top(self, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest) -> TopTokens | None:
         """The most probable tokens, for the first prompts only."""
-        first = sorted(self.plan.encoded)[: manifest.settings.top_prompts]
-        chosen = np.isin(keys["prompt"], first)
+        chosen = np.isin(keys["prompt"], self._first)
         if not chosen.any():
             return None
         places = tensor_of(np.flatnonzero(chosen), self.loaded)

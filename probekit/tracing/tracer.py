@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,9 +20,11 @@ from probekit.lens.discovered import check_discovered
 from probekit.lens.exit_heads import ExitHead, pack_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress, usual_progress
+from probekit.ranks import Ranks, joined
 from probekit.settings import KeptResiduals, Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
-from probekit.traces.storage import TraceWriter, writing_run
+from probekit.traces.shared_run import writing_together
+from probekit.traces.storage import TraceWriter
 from probekit.traces.trace import Trace
 from probekit.tracing.backend import Backend
 from probekit.tracing.backends import open_backend
@@ -54,6 +57,7 @@ def trace(
     top_prompts: int = 1,
     skip_long: bool = False,
     logged: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> Trace:
     """Continue each prompt with the model and read every layer of every token, once.
@@ -82,6 +86,8 @@ def trace(
     logged: the prompts come out of another system's log (`load_log`), with the text that this very model wrote there:
         it is read as the model's own, and each token is checked. Where some are not what the model writes here,
         they are counted in the manifest, and predictions are no longer called exact.
+    ranks: the processes that share this run, each of which makes this same call (`Ranks.of_environment()` under
+        torchrun); the trace does not depend on their number.
     progress: called as `progress(phase, done, total, tokens_per_second=..)`; done and total count prompts.
 
     Raises
@@ -104,33 +110,50 @@ def trace(
         keep_residuals=KeptResiduals.of(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
         top_prompts=top_prompts, skip_long=skip_long, logged=logged,
     )  # fmt: skip
-    loaded = as_loaded(loaded)
-    plan = plan_trace(
-        loaded, prompts, settings, draft_model=draft_model, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
-    )
-    packed = None if plan.heads is None else pack_heads(plan.heads)
-    with writing_run(folder, plan.manifest, resume=resume, exit_heads=packed) as writer:
-        if writer.pending:
-            run = TraceRun(plan, writer, open_backend(backend, loaded), usual_progress(progress))
-            with torch.inference_mode():
-                run.check_model()
-                for part in writer.pending:
-                    texts = run.continue_prompts(part)
-                    run.read_layers(part, texts)
-    return Trace.of_writer(writer)
+    with joined(ranks) as ranks:
+        plan = ranks.agreed(
+            lambda: plan_trace(
+                as_loaded(loaded), prompts, settings, draft_model=draft_model, draft_vocabulary=draft_vocabulary,
+                exit_heads=exit_heads,
+            )
+        )  # fmt: skip
+        packed = None if plan.heads is None else pack_heads(plan.heads)
+        with writing_together(folder, plan.manifest, ranks, resume=resume, exit_heads=packed) as writer:
+            if writer.pending or writer.manifest.measured.noise is None:
+                run = TraceRun(plan, writer, open_backend(backend, plan.loaded), usual_progress(progress), ranks)
+                with torch.inference_mode():
+                    run.go()
+        return Trace.of_writer(writer)
 
 
 class TraceRun:
-    """One run of a plan: the phases of each part. The manifest's measurements grow with it."""
+    """One run of a plan, or this process's share of it: the phases of each part."""
 
-    def __init__(self, plan: TracePlan, writer: TraceWriter, source: Backend, progress: Progress) -> None:
+    def __init__(self, plan: TracePlan, writer: TraceWriter, source: Backend, progress: Progress, ranks: Ranks) -> None:
         self.plan = plan
         self.writer = writer
         self.source = source
         self.progress = progress
+        self.ranks = ranks
         self.reader = LayerReader(plan, source)
         self.tables = PartTables(plan.manifest, plan.loaded.tokenizer, plan.encoded)
-        self.seconds = dict(writer.manifest.measured.timings)
+        self.before = [0, *accumulate(map(len, writer.manifest.plan.batches))]  # prompts of the parts before each
+        self.seconds: dict[str, float] = {}  # of the part at hand
+
+    def go(self) -> None:
+        """Every part that is this process's. The noise is measured before any is written, in one process for all."""
+        measured = self.writer.manifest.measured.noise is not None
+        parts = self.writer.pending
+        if parts:
+            self.check_model()
+        elif not measured:
+            self.hear_noise(())
+        for number, part in enumerate(parts):
+            self.seconds = {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
+            texts = self.continue_prompts(part)
+            if not measured and number == 0:
+                self.hear_noise(texts)
+            self.read_layers(part, texts)
 
     def check_model(self) -> None:
         """The lens at layer L must give the model's own logits, and every layer finite ones. Once, on one prompt."""
@@ -156,44 +179,44 @@ class TraceRun:
             self.seconds["generation_s"] += perf_counter() - began
         return texts
 
+    def hear_noise(self, texts: Sequence[ContinuedText]) -> None:
+        """Measure the noise on the first text of the run; every process hears of it before it writes a part."""
+        drafter, found = self.plan.drafter, dict[str, float]()
+        if self.ranks.first and texts:
+            ids = texts[0].sequence[:-1]
+            found["noise"] = row_noise(self.plan.loaded, ids, self.plan.loaded.anatomy.sites, self.plan.heads)
+            if drafter is not None:
+                found["drafter_noise"] = row_noise(drafter, ids, [drafter.depth])
+            self.writer.update(**found)
+            if self.ranks.size > 1:
+                self.writer.begin()  # others write from now on
+        heard = self.ranks.from_first(found)
+        if not self.ranks.first:
+            self.writer.update(**heard)
+
     def read_layers(self, part: int, texts: Sequence[ContinuedText]) -> None:
         """Read every layer of one batch, and write the part."""
         began, blocks, done = perf_counter(), list[RowBlock](), 0
-        checks = self._measure_noise(texts)
         manifest, back_off = self.writer.manifest, partial(self._back_off, part, "read")
         with self.source:
             for group, found in self.reader.read(texts, manifest, self._row_limit(part), back_off):
                 blocks += found
                 done += len(group)
                 self._report("reading layers", part, done, began, texts[:done])
-        logged = self._account(part, blocks) if self.plan.logged else ()
+        logged = self._account(part, blocks) if self.plan.logged else None
         frames = self.tables.frames(texts, blocks)
         residuals = self.tables.shard(blocks)
-        self.seconds["trace_s"] += perf_counter() - began - checks
+        self.seconds["trace_s"] += perf_counter() - began
         self.seconds["tokens"] += sum(len(text.tokens) for text in texts)
-        skipped = None if self.reader.search is None else self.reader.search.savings.to_json()
-        measured = {"timings": dict(self.seconds), "savings": skipped}
+        measured = {"seconds": self.seconds, "savings": self.reader.work_skipped()}
         if part in self.writer.remade:  # a damaged part was counted when it was made first
-            measured, self.seconds = {}, dict(self.writer.manifest.measured.timings)
+            measured = {}
         self.writer.write(part, frames, residuals=residuals, logged=logged, **measured)
 
-    def _account(self, part: int, blocks: Sequence[RowBlock]) -> tuple[Mapping[str, Any], ...]:
+    def _account(self, part: int, blocks: Sequence[RowBlock]) -> Mapping[str, Any]:
         """How many of a log's tokens are the model's own; refused before a part is written where they are too few."""
         below = torch.cat([block.gaps for block in blocks if block.gaps is not None])
-        mine = account(part, below, self.plan.loaded.name, self.plan.manifest.provenance.prompts_source)
-        before = [each for each in self.writer.manifest.measured.logged if each["batch"] != part]
-        return (*before, mine)
-
-    def _measure_noise(self, texts: Sequence[ContinuedText]) -> float:
-        """Measure the noise, unless the manifest has it. Returns the seconds that it took."""
-        began = perf_counter()
-        loaded, drafter = self.plan.loaded, self.plan.drafter
-        if self.writer.manifest.measured.noise is None:
-            ids = texts[0].sequence[:-1]
-            self.writer.update(noise=row_noise(loaded, ids, loaded.anatomy.sites, self.plan.heads))
-            if drafter is not None:
-                self.writer.update(drafter_noise=row_noise(drafter, ids, [drafter.depth]))
-        return perf_counter() - began
+        return account(part, below, self.plan.loaded.name, self.plan.manifest.provenance.prompts_source)
 
     def _row_limit(self, part: int) -> int:
         """Rows that one pass reads: those of the plan, or fewer where memory ran out before."""
@@ -208,10 +231,9 @@ class TraceRun:
             gc.collect()
             torch.cuda.empty_cache()
         note = {"batch": part, "phase": phase, "size": size, "limit": limit}
-        self.writer.update(backoffs=(*self.writer.manifest.measured.backoffs, note))
+        self.writer.back_off(note)
 
     def _report(self, phase: str, part: int, done: int, began: float, texts: Sequence[ContinuedText]) -> None:
-        before = sum(len(self.writer.manifest.plan.batches[other]) for other in range(part))
         tokens = sum(len(text.tokens) for text in texts)
         rate = tokens / max(perf_counter() - began, 1e-9)
-        self.progress(phase, before + done, self.writer.manifest.prompt_count, tokens_per_second=round(rate, 1))
+        self.progress(phase, self.before[part] + done, self.before[-1], tokens_per_second=round(rate, 1))

@@ -10,8 +10,9 @@ from lens import truth
 from lens.spelled import random_texts, read, spelled
 
 from probekit.lens import agreement as witness
-from probekit.lens.agreement import AgreementSearch, WorkSkipped
+from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
+from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.loaded import load
 from probekit.models.reference import TALES, bundled_models
 

@@ -348,3 +348,30 @@ def test_a_wider_integer_with_the_same_numbers_is_read(trace, tmp_path):
     pq.write_table(table.set_column(table.column_names.index("rank"), "rank", wide), path)
     list_again(tmp_path / "run")
     assert Trace.open(tmp_path / "run").layers.equals(trace.layers)
+
+
+# ------------------------------------------------------------------------------------------------ piece by piece
+def test_pieces_of_whole_parts_are_the_trace(tmp_path) -> None:
+    whole = batched(fabricate(depth=3, prompts=9, tokens=12), (8, 0), (3, 1, 2), (4,), (7, 5, 6))
+    stored = whole.save(tmp_path / "run")
+    assert [piece.prompts for piece in stored.pieces()] == [whole.prompts]
+    assert [piece.prompts for piece in stored.pieces(most_cells=1)] == [[0, 8], [1, 2, 3], [4], [5, 6, 7]]
+    for piece in stored.pieces(most_cells=1):
+        assert len(piece) == len(piece.prompts)
+        for prompt in piece.prompts:
+            assert (piece.agreement(prompt) == whole.agreement(prompt)).all()
+            assert piece.continuation(prompt) == whole.continuation(prompt)
+        with pytest.raises(InputError, match="is not in this trace"):
+            piece.agreement(next(prompt for prompt in whole.prompts if prompt not in piece.prompts))
+    some = stored.select([0, 4, 5])
+    assert [piece.prompts for piece in some.pieces(most_cells=1)] == [[0], [4], [5]]
+    assert list(whole.pieces(most_cells=1)) == [whole]  # it is in memory already
+
+
+def test_columns_of_texts_need_no_texts(tmp_path) -> None:
+    whole = batched(fabricate(depth=3, prompts=5, tokens=12), (4, 0), (3, 1, 2))
+    stored = whole.save(tmp_path / "run")
+    assert stored.text_columns("ended")["ended"].tolist() == whole.texts["ended"].tolist()
+    assert stored.text_columns("new_tokens").columns.tolist() == ["prompt", "new_tokens"]
+    assert stored.select([3, 0]).text_columns("kind")["prompt"].tolist() == [0, 3]
+    assert stored.prompts == whole.prompts

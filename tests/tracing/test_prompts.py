@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+import probekit
 from probekit.errors import InputError
+from probekit.foreign import prompt_files
+from probekit.tracing import prompt_store
+from probekit.tracing.prompt_store import PromptStore
 from probekit.tracing.prompts import (
     BUNDLED_SETS,
     Encoded,
@@ -17,10 +25,10 @@ from probekit.tracing.prompts import (
     as_prompts,
     bundled_prompts,
     bundled_prompts_for,
+    each_prompt,
     encode,
     load_prompts,
-    prompts_hash,
-    prompts_source,
+    stream_prompts,
 )
 
 
@@ -165,10 +173,10 @@ def test_prompts_from_python() -> None:
 
 def test_prompts_know_where_they_came_from(tmp_path) -> None:
     path = written(tmp_path, "a.txt", "one")
-    assert prompts_source(load_prompts(path)) == str(path)
-    assert prompts_source(as_prompts(bundled_prompts("tales"), chat=True)) == "bundled: tales"
-    assert prompts_source(as_prompts(["a", *bundled_prompts("general")[1:]])) == "Python, bundled: general"
-    assert prompts_hash(load_prompts(path)) == prompts_hash([Prompt(0, "one")])
+    assert stored(load_prompts(path)).source == str(path)
+    assert stored(as_prompts(bundled_prompts("tales"), chat=True)).source == "bundled: tales"
+    assert stored(as_prompts(["a", *bundled_prompts("general")[1:]])).source == "Python, bundled: general"
+    assert stored(load_prompts(path)).hash == stored([Prompt(0, "one")]).hash
 
 
 def test_the_hash_sees_everything() -> None:
@@ -183,8 +191,90 @@ def test_the_hash_sees_everything() -> None:
         [Prompt(0, "a"), Prompt(1, "b")],
         [Prompt(1, "b"), Prompt(0, "a")],
     ]
-    assert len({prompts_hash(prompts) for prompts in sets}) == len(sets)
-    assert prompts_hash(sets[0]) == prompts_hash([Prompt(0, "a")])
+    assert len({stored(prompts).hash for prompts in sets}) == len(sets)
+    assert stored(sets[0]).hash == stored([Prompt(0, "a")]).hash
+    for prompts in sets:  # as manifests have had it from the first: of one document
+        document = json.dumps([asdict(replace(prompt, source="")) for prompt in prompts], sort_keys=True)
+        assert stored(prompts).hash == "sha256:" + hashlib.sha256(document.encode()).hexdigest()
+
+
+def stored(prompts) -> PromptStore:
+    store = PromptStore()
+    for prompt in prompts:
+        store.add(Encoded(prompt, prompt.text, (1, 300, 5), 2))
+    return store
+
+
+def test_prompts_beyond_what_is_held_wait_in_a_file(monkeypatch) -> None:
+    talk = ({"role": "user", "content": "ä\u2028 b"},)
+    prompts = [Prompt(4, "é", "x"), Prompt(0, messages=talk, response="r"), Prompt(2, ids=(3, 4), response_ids=(5,))]
+    held = stored(prompts)
+    monkeypatch.setattr(prompt_store, "HELD_TOKENS", 3)
+    filed = stored(prompts)
+    assert len(filed._held) == 1 and len(filed._places) == 2
+    assert list(filed) == list(held) == [4, 0, 2]
+    for index in (2, 4, 0, 2):
+        assert filed[index] == held[index]
+        assert filed[index].prompt.messages == held[index].prompt.messages
+    assert (filed.hash, filed.sizes) == (held.hash, held.sizes)
+    with pytest.raises(InputError, match="same index"):
+        filed.add(held[0])
+    with pytest.raises(KeyError):
+        _ = filed[1]
+
+
+# ------------------------------------------------------------------------------------------------- streamed
+def test_streamed_files_are_the_loaded_ones(tmp_path) -> None:
+    records = [{"prompt": f"prompt {number}", "kind": "ab"[number % 2], "other": number} for number in range(3000)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet", row_group_size=700)
+    table = pa.Table.from_pylist([{"messages": [{"role": "user", "content": str(number)}]} for number in range(5)])
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    written(tmp_path, "c.jsonl", '{"prompt": "a"}\n{"prompt": "b"}')
+    for name in ("a.parquet", "b.arrow", "c.jsonl"):
+        assert list(stream_prompts(tmp_path / name)) == load_prompts(tmp_path / name)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "a.parquet").rename(tmp_path / "set" / "a.parquet")
+    assert list(stream_prompts(tmp_path / "set")) == load_prompts(tmp_path / "set")
+
+
+def test_a_stream_is_bounded_by_its_row_groups(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": [f"{number:06} " * 20 for number in range(2000)]}), path, row_group_size=100)
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 40_000)
+    with pytest.raises(InputError, match="it unfolds to"):
+        load_prompts(path)
+    assert sum(1 for _ in stream_prompts(path)) == 2000
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 4_000)
+    with pytest.raises(InputError, match="its row group 0 unfolds to"):
+        next(stream_prompts(path))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match="is not a Parquet file"):
+        next(stream_prompts(tmp_path / "b.parquet"))
+    with pytest.raises(InputError, match="there is no prompts file"):
+        stream_prompts(tmp_path / "none.parquet")
+
+
+def test_prompts_come_one_after_the_other() -> None:
+    taken = []
+
+    def coming():
+        for number in range(10**9):
+            taken.append(number)
+            yield f"prompt {number}"
+
+    assert [prompt.text for prompt in islice(each_prompt(coming()), 3)] == ["prompt 0", "prompt 1", "prompt 2"]
+    assert len(taken) == 3
+
+
+def test_a_trace_takes_a_stream(tiny, tmp_path) -> None:
+    texts = ["abc", "de", "fghij", "k"]
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
+    one = probekit.trace(tiny, load_prompts(tmp_path / "a.parquet"), max_new_tokens=4)
+    other = probekit.trace(tiny, stream_prompts(tmp_path / "a.parquet"), max_new_tokens=4)
+    assert one.manifest.but(timings={}) == other.manifest.but(timings={})
+    assert one.tokens.equals(other.tokens)
+    assert probekit.trace(tiny, iter(texts), max_new_tokens=4).tokens.equals(one.tokens)
 
 
 # --------------------------------------------------------------------------------------------- bundled sets

@@ -1,0 +1,155 @@
+"""Several processes at one job, as torchrun, srun or mpirun starts them: who this one is, and what all must hear.
+
+What they tell one another is little (a plan, a noise level, results), and goes over gloo, beside whatever a model's own
+parallelism uses. torch is imported where there is more than one process, and only there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from probekit.errors import InputError, ProbekitError, ResourceError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # a process may read for long before the others hear of it
+# (rank, number of processes, rank on this machine), as launchers name them.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+class ElsewhereError(ProbekitError):
+    """Another process of the job failed, and says why: there is nothing to add to it here."""
+
+    def __init__(self, rank: int, problem: str, exit_status: int) -> None:
+        super().__init__(f"process {rank} of this job failed: {problem}")
+        self.exit_status = exit_status
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a job. rank: 0..size-1; local: the rank on this machine.
+
+    group: what they talk through; None before `joined`, and for one process.
+
+    Examples
+    --------
+    >>> from probekit.ranks import Ranks
+    >>> Ranks(rank=1, size=3).share(["a", "b", "c", "d", "e"])
+    ['b', 'e']
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    group: Any = None
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """As torchrun, or srun or mpirun with MASTER_ADDR and MASTER_PORT set, started this process; else alone.
+
+        Raises InputError for ranks that are none.
+        """
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            return cls()
+        for names in _LAUNCHERS:
+            if names[0] in os.environ and names[1] in os.environ:
+                said = [os.environ.get(name, "0") for name in names]
+                if not all(word.isdecimal() for word in said) or not int(said[0]) < int(said[1]):
+                    raise InputError(
+                        f"{', '.join(names)} are {', '.join(said)}; a rank must be a number below that of processes.",
+                        "Start the processes with torchrun or srun, or unset MASTER_ADDR.",
+                    )
+                return cls(*map(int, said))
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, asked: str | None) -> str | None:
+        """Where this process loads a model: of several on a machine, each has a GPU of its own."""
+        if self.size == 1 or asked not in (None, "cuda"):
+            return asked
+        from torch import cuda
+
+        return f"cuda:{self.local % cuda.device_count()}" if cuda.is_available() else asked
+
+    def share(self, things: Sequence[T]) -> Sequence[T]:
+        """Every size-th, from its rank on: neighbours are of like length, so that all have as much to do."""
+        return things[self.rank :: self.size]
+
+    # ------------------------------------------------------------------------------------------- what all must hear
+    def from_first(self, value: T) -> T:
+        """The first process's value, for all; anything that can be pickled."""
+        return self._talk(lambda distributed: _broadcast(distributed, value, self.group)) if self.size > 1 else value
+
+    def all(self, value: T) -> list[T]:
+        """Every process's value, by rank, for all. It waits for the slowest."""
+        return self._talk(lambda distributed: _gather(distributed, value, self)) if self.size > 1 else [value]
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What `make` gives, once it has given something in every process.
+
+        Raises its error where it was the first to fail, and ElsewhereError in all other processes.
+        """
+        failure: ProbekitError | None = None
+        try:
+            made = make()
+        except ProbekitError as error:
+            failure = error
+        told = self.all(None if failure is None else (failure.problem, failure.exit_status))
+        failed = next((rank for rank, what in enumerate(told) if what is not None), None)
+        if failed is None:
+            return made
+        if failure is not None and failed == self.rank:
+            raise failure
+        raise ElsewhereError(failed, *(told[failed] or ("", 1)))
+
+    def _talk(self, call: Callable[[Any], T]) -> T:
+        from torch import distributed
+
+        try:
+            return call(distributed)
+        except RuntimeError as error:  # what gloo raises when a connection ends
+            raise ResourceError(
+                f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
+                "What was written is kept: run the same command again with --resume, with any number of processes.",
+            ) from None
+
+
+def _broadcast(distributed: Any, value: T, group: Any) -> T:
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def _gather(distributed: Any, value: T, ranks: Ranks) -> list[T]:
+    found: list[Any] = [None] * ranks.size
+    distributed.all_gather_object(found, value, group=ranks.group)
+    return found
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[Ranks]:
+    """The same processes, able to talk; leaves torch.distributed as it was."""
+    if ranks.size == 1 or ranks.group is not None:
+        yield ranks
+        return
+    from torch import distributed
+
+    mine = not distributed.is_initialized()
+    if mine:
+        distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
+    group = distributed.group.WORLD if mine else distributed.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield replace(ranks, group=group)
+    finally:
+        distributed.destroy_process_group(group)
