@@ -182,7 +182,7 @@ def load(
     added, base = _adapter_of(reference, adapter)
     source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
-        with _quiet():
+        with silent():
             if source.gguf and dealing is not None:
                 raise InputError(
                     f"{source.name} is a GGUF file, which is not dealt out over devices.", "Leave out the device map."
@@ -395,7 +395,7 @@ def _rope(rotary: Any) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Hold back transformers' log lines, warnings and progress bars, until the end of the context."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -12,7 +12,7 @@ from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.lens.lens import CHECK_TOLERANCE, Lens
 from probekit.models.checkpoint import Source, read_weights
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, silent
 
 
 def check_draft_checkpoint(loaded: Loaded, exit_layer: int, folder: str | Path, ids: Sequence[int]) -> float:
@@ -28,7 +28,8 @@ def check_draft_checkpoint(loaded: Loaded, exit_layer: int, folder: str | Path, 
         with Capture(loaded.anatomy, [exit_layer]) as capture:
             loaded.model(tokens)
         expected = Lens(loaded.anatomy)(capture[exit_layer][0], exit_layer)
-        cut = read_weights(Source(Path(folder), None, Path(folder).name, str(folder)), loaded.device, loaded.dtype)
+        with silent():
+            cut = read_weights(Source(Path(folder), None, Path(folder).name, str(folder)), loaded.device, loaded.dtype)
         found = cut.eval()(tokens).logits[0].float()
     del cut
     gc.collect()  # two models were in memory
