@@ -39,12 +39,19 @@ def sampling(drafting: Drafting) -> dict[str, Any]:
 
 
 def shown(drafting: Drafting, places: Pretrained, entries: Sequence[Entry]) -> str:
-    command = ["llama-server", "-m", places.path, *arguments(drafting, places)]
+    served = places.path if places.path.endswith(".gguf") else "MODEL.gguf"
+    command = ["llama-server", "-m", served, *arguments(drafting, places)]
+    making = (
+        ""
+        if served == places.path
+        else f"`MODEL.gguf` is {places.path} as llama.cpp reads it: its `convert_hf_to_gguf.py FOLDER --outtype f32 "
+        "--outfile MODEL.gguf` makes one.\n\n"
+    )
     quantised = (
         "With quantised weights llama.cpp rounds activations, too: its text, and so its rounds, may leave those of "
         "the trace, which multiplied the same weights in full precision. Float32 weights give the traced rounds.\n"
     )
-    return f"```bash\n{shlex.join(command)}\n```\n\n{quantised if drafting.lookup is None else ''}"
+    return f"```bash\n{shlex.join(command)}\n```\n\n{making}{quantised if drafting.lookup is None else ''}"
 
 
 def words(profile: AcceptanceProfile) -> Mapping[str, Any]:
