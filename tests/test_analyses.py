@@ -1,4 +1,4 @@
-"""The nine analyses on a tiny model: each runs alone, and leaves one table and one figure. And what the docs claim."""
+"""The eleven analyses on a tiny model: each runs alone, and leaves one table and one figure. And what the docs claim."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.second
 
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"
-NUMBERED = sorted(path.stem for path in ANALYSES.glob("0*_*.py"))
+NUMBERED = sorted(path.stem for path in ANALYSES.glob("[0-9][0-9]_*.py"))
 KEPT = ROOT / "docs" / "results" / "science"
 FINDINGS = ROOT / "docs" / "findings.md"
 FINDINGS_TEXT = ROOT / "docs" / "sources" / "findings.md.in"
@@ -226,14 +226,21 @@ KEPT_WITH = {
         24,
         48,
     ),
+    "probing": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
+    "probing/smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
 }
-KEPT_ANALYSES = {"measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07")}
+KEPT_ANALYSES = {
+    "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"), "probing": ("08", "10", "11"),
+    "probing/smollm2": ("08",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", KEPT_WITH)
 def test_kept_tables_were_made_as_the_findings_say(folder):
     """The models, prompts and tokens under "What was read"; costs measured where the folder says so."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((KEPT / folder).glob("0*.json"))]
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((KEPT / folder).glob("[0-9][0-9]_*.json"))
+    ]
     names = [record["analysis"] for record in records]
     kept = KEPT_ANALYSES.get(folder, ("01", "02", "03", "04", "05", "06"))
     assert names == [name for name in NUMBERED if name[:2] in kept]
