@@ -1,4 +1,4 @@
-"""The eleven analyses on a tiny model: each runs alone, and leaves one table and one figure. And what the docs claim."""
+"""The analyses on a tiny model: each runs alone, and leaves one table and one figure. And what the docs claim."""
 
 from __future__ import annotations
 
