@@ -74,8 +74,8 @@ def over_models(related: pd.DataFrame) -> pd.DataFrame:
                 rows.append(
                     {
                         "model": "all", "loops": loops, "quantity": f"{name} with acceptance, {words}",
-                        "value": values.mean(), "low": max(-1.0, values.mean() - half),
-                        "high": min(1.0, values.mean() + half),
+                        "value": values.mean(), "low": np.maximum(-1.0, values.mean() - half),
+                        "high": np.minimum(1.0, values.mean() + half),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)

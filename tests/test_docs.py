@@ -71,31 +71,42 @@ def status_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ the notebook
-NOTEBOOK = DOCS / "tutorials" / "early-exit.ipynb"
+NOTEBOOKS = {"early-exit": 5, "inside": 3}
+"""Tutorials, and how many pictures each shows."""
 
 
-def test_the_notebook_is_in_step_with_its_page():
+def stored_cells(name: str) -> list[dict[str, Any]]:
+    return json.loads((DOCS / "tutorials" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def page_of(notebook: dict[str, Any], name: str) -> str:
+    return next(page for page in notebook["PAGES"] if page.stem == name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_is_in_step_with_its_page(name):
     notebook = tool("notebook")
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    stored = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    stored = [(cell["cell_type"], "".join(cell["source"])) for cell in stored_cells(name)]
     again = "make it again: `python docs/tools/notebook.py`"
-    assert stored == notebook["cells_of"](notebook["PAGE"].read_text(encoding="utf-8")), again
+    assert stored == notebook["cells_of"](page_of(notebook, name)), again
 
 
-def test_the_notebook_has_run_and_has_pictures():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_has_run_and_has_pictures(name):
+    cells = [cell for cell in stored_cells(name) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == NOTEBOOKS[name]
 
 
 @pytest.mark.long
-def test_the_notebook_runs_in_a_kernel(tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_runs_in_a_kernel(name, tmp_path):
     notebook = tool("notebook")
-    cells = notebook["cells_of"](notebook["PAGE"].read_text(encoding="utf-8"))
-    ran = notebook["executed"](cells, tmp_path)
-    assert sum("image/png" in output.get("data", {}) for cell in ran.cells for output in cell.get("outputs", ())) == 5
+    ran = notebook["executed"](notebook["cells_of"](page_of(notebook, name)), tmp_path)
+    outputs = [output for cell in ran.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == NOTEBOOKS[name]
 
 
 # ------------------------------------------------------------------------------------------------ the references
@@ -300,8 +311,10 @@ def test_formulas_are_mathml(site):
         assert "arithmatex" not in page.read_text(encoding="utf-8")
 
 
-def test_the_tutorial_shows_what_its_notebook_shows(site):
-    assert (site / "tutorials" / "early-exit.html").read_text(encoding="utf-8").count('src="data:image/png') == 5
+def test_the_tutorials_show_what_their_notebooks_show(site):
+    for name, pictures in NOTEBOOKS.items():
+        page = (site / "tutorials" / f"{name}.html").read_text(encoding="utf-8")
+        assert page.count('src="data:image/png') == pictures
 
 
 def test_pages_fetch_nothing_from_elsewhere(site):

@@ -1,4 +1,4 @@
-"""The tutorial as a notebook: `python docs/tools/notebook.py` makes it from the page, runs it, and keeps what it shows.
+"""The tutorials as notebooks: `python docs/tools/notebook.py` makes each from its page, runs it, keeps what it shows.
 
 The page is the one source. Its Python blocks become code cells and what stands between them text, so the notebook says
 the same; `shown.py` puts the pictures and tables that were kept back under the page's blocks when the site is built.
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PAGE = Path(__file__).parent.parent / "tutorials" / "early-exit.md"
+PAGES = [Path(__file__).parent.parent / "tutorials" / f"{name}.md" for name in ("early-exit", "inside")]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r'^!!! \w+ "(.*?)"\n((?:    .*\n|\n)+)', re.MULTILINE)
 KEPT = ("text/plain", "text/html", "image/png")
@@ -72,11 +72,12 @@ def executed(cells: list[Cell], folder: Path) -> dict[str, Any]:
 def main() -> None:
     import nbformat
 
-    with tempfile.TemporaryDirectory() as folder:
-        notebook = executed(cells_of(PAGE.read_text(encoding="utf-8")), Path(folder))
-    path = PAGE.with_suffix(".ipynb")
-    nbformat.write(notebook, path)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+    for page in [page for page in PAGES if page.stem in sys.argv[1:] or not sys.argv[1:]]:
+        with tempfile.TemporaryDirectory() as folder:
+            notebook = executed(cells_of(page.read_text(encoding="utf-8")), Path(folder))
+        path = page.with_suffix(".ipynb")
+        nbformat.write(notebook, path)
+        print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":
