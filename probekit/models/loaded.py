@@ -20,7 +20,7 @@ from probekit.errors import InputError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
-from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, read_folder
+from probekit.models.checkpoint import Source, check_device, check_dtype, check_finite, first_line, read_folder
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
@@ -182,6 +182,7 @@ def load(
             else:
                 model, tokenizer, files = read_folder(source, place, asked)
                 weights_hash, remark = hash_files(files), None
+            check_finite(model, f"{source.path} holds")
             if added is not None:
                 model = put_in(model, added)
     except InputError:
@@ -273,6 +274,7 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
         raise InputError(
             f"{name} is in training mode ({training}), in which it is another model.", "Call model.eval() first."
         )
+    check_finite(inner, f"{name} has")
     return Loaded(
         model=inner,
         tokenizer=tokenizer,

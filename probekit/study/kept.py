@@ -74,6 +74,10 @@ def read_document(path: Path) -> dict[str, Any]:
     """A file of `Kept`, {"digest", "sha256", "made"}. Raises InputError, which names it, where it is damaged."""
     kept = read_object(path)
     made = kept.get("made")
-    if not isinstance(made, dict) or not isinstance(kept.get("digest"), str) or sha256(json.dumps(made).encode()).hexdigest() != kept.get("sha256"):
+    if (
+        not isinstance(made, dict)
+        or not isinstance(kept.get("digest"), str)
+        or sha256(json.dumps(made).encode()).hexdigest() != kept.get("sha256")
+    ):
         raise InputError(f"{path} is damaged: its checksum is not the one that it carries.")
     return kept

@@ -462,7 +462,7 @@ class Trace:
         # Rows may stand in any order, and each cell must be there once.
         known = place < len(prompts)
         place = np.where(known, place, 0)
-        within = known & (prompts[place] == prompt) & (output < tokens[place]) & (0 <= layer) & (layer < layers)
+        within = known & (prompts[place] == prompt) & (output < tokens[place]) & (layer >= 0) & (layer < layers)
         cells = starts[place] + layer * tokens[place] + output
         if not within.all() or len(cells) != ends[-1] or len(np.unique(cells)) != len(cells):
             raise InputError(f"the {table!r} table is not whole: {len(cells)} rows where {ends[-1]} belong.")
