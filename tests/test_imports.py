@@ -24,7 +24,7 @@ ROOMS = (
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
-    "foreign": ("text", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
+    "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
         "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header", "gguf_copies", "gguf",

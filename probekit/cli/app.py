@@ -197,7 +197,7 @@ def _lost_output() -> int:
 
 def _fail(line: CommandLine, problem: str, hint: str, status: int) -> int:
     if line.debug:
-        traceback.print_exc()
+        err.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
     if line.as_json and not line.rank:
         try:
             print_json({"schema": f"probekit/{line.command or 'probekit'}/1", "error": problem, "hint": hint})

@@ -7,7 +7,8 @@ Fitted in closed form, in one pass over any amount of text: the sums that ridge 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,13 @@ from torch.nn import functional
 
 from probekit.errors import InputError
 from probekit.files import atomic_bytes
+from probekit.foreign.json import parse_json
+from probekit.foreign.text import read_bytes
 from probekit.hooks.capture import Capture
 from probekit.models.anatomy import Anatomy, anatomy
 
 SCHEMA = "probekit/exit-heads/1"
+_NAME = re.compile(r"([1-9]\d{0,4})\.(?:change|offset)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +173,17 @@ def unpack_heads(content: bytes, parts: Anatomy, source: str = "this file") -> d
     try:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")  # of the header (the format's own description)
-        schema = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("schema")
-    except (SafetensorError, ValueError) as error:
+        header = parse_json(content[8 : 8 + size].decode("utf-8"), source)
+    except (SafetensorError, ValueError, MemoryError) as error:
         raise InputError(f"{source} cannot be read as exit heads: {error}") from error
+    schema = (header.get("__metadata__") or {}).get("schema")
     if schema != SCHEMA:
         raise InputError(f"{source} is no file of exit heads: its schema is {schema!r}, not {SCHEMA!r}.")
-    layers = {int(name.partition(".")[0]) for name in tensors}
+    layers = {int(found[1]) for name in tensors if (found := _NAME.fullmatch(name))}
+    expected = {f"{layer}.{part}" for layer in layers for part in ("change", "offset")}
+    if wrong := sorted(expected ^ tensors.keys()):
+        what = "lacks" if wrong[0] in expected else "holds, and has no use for,"
+        raise InputError(f"{source} is no file of exit heads: it {what} the tensor {wrong[0]!r}.", "Fit them anew.")
     heads = {layer: ExitHead(tensors[f"{layer}.change"], tensors[f"{layer}.offset"]) for layer in layers}
     return check_heads(heads, parts)
 
@@ -187,7 +196,7 @@ def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
 def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
     """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it."""
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(Path(path), sys.maxsize)
     except OSError as error:
         raise InputError(f"{path} cannot be read as exit heads: {error.strerror or error}") from error
     return unpack_heads(content, parts, str(path))

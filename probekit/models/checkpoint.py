@@ -174,4 +174,24 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, and the next where that one only introduces it (it ends in a colon)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    taken = next((place for place, line in enumerate(lines) if not line.endswith(":")), 0) + 1
+    return " ".join(lines[:taken])
+
+
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """Raise InputError, which names the tensor, for weights that are NaN or infinite. where: the sentence's beginning.
+
+    One pass over the weights, without memory of its own; what is stored otherwise than in floating point is left out.
+    """
+    for name, weights in model.named_parameters():
+        if (
+            type(weights.data) is not torch.Tensor
+            or weights.dtype not in _STORED_DTYPES.values()
+            or not weights.numel()
+        ):
+            continue
+        least, most = torch.aminmax(weights.detach())
+        if not (torch.isfinite(least) and torch.isfinite(most)):
+            raise InputError(f"{where} weights that are not finite (NaN or infinity): {name}.", "They are damaged.")

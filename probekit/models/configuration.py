@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from probekit.errors import InputError
+from probekit.foreign.json import read_object
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
+Token = Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -40,17 +42,52 @@ class Configuration(BaseModel):
     return_dict: StrictBool | None = None
     use_cache: StrictBool | None = None
     tie_word_embeddings: StrictBool | None = None
+    eos_token_id: Token | list[Token] | None = None
+    bos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
     attn_implementation: Literal["eager", "sdpa"] | None = None
     attn_implementation_internal: Literal["eager", "sdpa"] | None = Field(None, alias="_attn_implementation")
 
 
+class Generation(BaseModel):
+    """What is read of generation_config.json."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    eos_token_id: Token | list[Token] | None = None
+    bos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
+
+
+class TokenizerConfiguration(BaseModel):
+    """What transformers takes on trust of tokenizer_config.json."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model_max_length: Annotated[float, Field(ge=0, strict=True)] | None = None
+
+
+_BESIDE: Mapping[str, type[BaseModel]] = {
+    "generation_config.json": Generation, "tokenizer_config.json": TokenizerConfiguration,
+}  # fmt: skip
+
+
 def check_configuration(config: dict[str, Any], path: Path) -> None:
-    """Raise InputError, which names the key, for a wrong type and for numbers out of bounds."""
+    """Raise InputError, which names file and key, for a wrong type and for numbers out of bounds, also in the smaller
+    files beside a configuration."""
+    _check(Configuration, config, path)
+    for rope in _ropes(config):
+        if "rope_theta" in rope:
+            _check(Configuration, {"rope_theta": rope["rope_theta"]}, path)
+    for name, kind in _BESIDE.items():
+        beside = path.with_name(name)
+        if beside.exists():
+            _check(kind, read_object(beside, "Fetch it again."), beside)
+
+
+def _check(kind: type[BaseModel], document: dict[str, Any], path: Path) -> None:
     try:
-        Configuration.model_validate(config)
-        for rope in _ropes(config):
-            if "rope_theta" in rope:
-                Configuration.model_validate({"rope_theta": rope["rope_theta"]})
+        kind.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

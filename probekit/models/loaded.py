@@ -21,7 +21,7 @@ from probekit.errors import InputError, ProbekitError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
-from probekit.models.checkpoint import Source, check_device, check_dtype, first_line, read_folder
+from probekit.models.checkpoint import Source, check_device, check_dtype, check_finite, first_line, read_folder
 from probekit.models.device_map import chosen_map, dealt_out
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
@@ -193,6 +193,7 @@ def load(
                 deal = None if dealing is None else partial(dealt_out, dealing)
                 model, tokenizer, files = read_folder(source, place, asked, deal)
                 weights_hash, remark = hash_files(files), None
+            check_finite(model, f"{source.path} holds")
             if added is not None:
                 model = put_in(model, added)
     except ProbekitError:
@@ -284,6 +285,7 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
         raise InputError(
             f"{name} is in training mode ({training}), in which it is another model.", "Call model.eval() first."
         )
+    check_finite(inner, f"{name} has")
     return Loaded(
         model=inner,
         tokenizer=tokenizer,

@@ -155,10 +155,22 @@ def read_residuals(folder: Path, parts: int, layer: int) -> Residuals:
     """All residuals that a run kept of a layer; `frame` has the prompt and position of each row."""
     frames, found = [], []
     for part in range(parts):
-        tensors = _mapped(folder / f"residuals-{part:05d}.safetensors")
+        tensors = _mapped(path := folder / f"residuals-{part:05d}.safetensors")
+        _check_shard(tensors, layer, path)
         frames.append(pd.DataFrame({name: np.array(tensors[name]) for name in ("prompt", "position")}))
         found.append(ResidualPart(np.arange(len(frames[-1])), tensors[f"layer_{layer}"]))
     return Residuals(layer, pd.concat(frames, ignore_index=True), tuple(found))
+
+
+def _check_shard(tensors: dict[str, np.ndarray], layer: int, path: Path) -> None:
+    """Each row of the layer has its prompt and its position. Raises InputError."""
+    try:
+        prompt, position, numbers = (tensors[name] for name in ("prompt", "position", f"layer_{layer}"))
+        whole = prompt.dtype == position.dtype == _DTYPES["I32"] and prompt.shape == position.shape == numbers.shape[:1]
+    except KeyError:
+        whole, numbers = False, np.empty(0)
+    if not whole or numbers.ndim != 2:
+        raise InputError(f"{path} does not hold rows of layer {layer} with their places.", "Trace again with --resume.")
 
 
 def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from probekit.errors import InputError
+from probekit.foreign.bounded import bounded_text
 from probekit.foreign.engine_logs import read_log
 from probekit.foreign.prompt_files import READERS, STREAMS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
@@ -344,7 +345,8 @@ def _through_template(prompt: Prompt, tokenizer: Any) -> str:
         raise InputError(
             "this model's tokenizer has no chat template, which messages need.", "Give plain prompts, without --chat."
         )
-    try:
-        return tokenizer.apply_chat_template(list(prompt.messages or ()), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a checkpoint's own template raises
-        raise InputError(f"prompt {prompt.index}: the chat template refuses these messages: {error}") from None
+    messages = list(prompt.messages or ())
+    return bounded_text(
+        lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+        f"prompt {prompt.index}: the chat template of this model, with these messages,",
+    )

@@ -116,8 +116,7 @@ def _value(random: Random, parameter: Any, there: Mapping[str, list[str]]) -> st
         return random.choice(there[names[parameter.name]])
     if parameter.name == "output" and random.random() < 0.8:
         return random.choice(["new", "out.json", "heads.safetensors"])
-    kind = parameter.type.name.lower()
-    if "int" in kind or "float" in kind:
+    if parameter.type_descriptor.annotation in (int, float):
         return random.choice([str(random.choice([0, 1, 1, 2, 2, 3, 4, 8])), random.choice(WORDS)])
     if random.random() < 0.3:
         return random.choice(there["any"])

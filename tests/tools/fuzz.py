@@ -39,15 +39,15 @@ from fuzzing import lines, targets  # noqa: E402
 from probekit.errors import ProbekitError  # noqa: E402
 
 MOST_SECONDS, MOST_BYTES = 10, 2**30
-HANGS = 60  # seconds of the clock without a new input
+HANGS = 240  # seconds of the clock without a new input
 CHUNK = 250
 LINES = "command lines"
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 # Inputs of each target, in parts of --inputs (the first three kinds) and --folders.
 SHARES = {
     "prompts.txt": 14, "prompts.jsonl": 14, "prompts.csv": 14, "prompts.parquet": 10, "prompts.arrow": 4,
-    "manifest": 3, "parts": 3,
-    "sampled parts": 1, "study": 0.5, "study tables": 0.5, "kept phases": 3, "costs": 2, "checksums": 6,
+    "manifest": 2, "parts": 1,
+    "sampled parts": 0.5, "study": 0.2, "study tables": 0.2, "kept phases": 3, "costs": 2, "checksums": 6,
     "profile.json": 7, "profile.csv": 4,
     "drafter.parquet": 4, "log.json": 5, "log.jsonl": 5, "study.toml": 1,
 }  # fmt: skip
