@@ -29,9 +29,10 @@ RESULTS = Path("docs/results/scale")
 SIZES = (1, 2, 3, 4)
 PROMPTS = (1_000, 10_000, 100_000)
 TURNS = 3
-KINDS = {  # prompts, and what the trace of them is asked for
-    "tales-tied": (96, {"max_new_tokens": 48}),
-    "default": (48, {"max_new_tokens": 12, "statistics": "agreement"}),
+KINDS = {  # by parameters: prompts, and what the trace of them is asked for
+    20e6: (96, {"max_new_tokens": 32}),
+    200e6: (32, {"max_new_tokens": 8, "batch_size": 2, "statistics": "agreement"}),
+    1e12: (16, {"max_new_tokens": 4, "batch_size": 1, "statistics": "agreement"}),
 }
 app = typer.Typer(add_completion=False)
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")]
@@ -78,7 +79,7 @@ def plan(models: Annotated[list[str] | None, typer.Argument()] = None, output: O
     rows = []
     for name in models or ["tales-tied"]:
         loaded = load(name, device="cpu", dtype="float32")
-        count, asked = KINDS.get(name, KINDS["default"])
+        count, asked = next(kind for most, kind in KINDS.items() if loaded.anatomy.parameters < most)
         settings = TraceSettings(**asked)
         estimate = trace_plan.sample_trace(plans.plan_trace(loaded, texts(count), settings))
         with tempfile.TemporaryDirectory() as folder:
@@ -86,10 +87,10 @@ def plan(models: Annotated[list[str] | None, typer.Argument()] = None, output: O
             traced = tracer.trace(loaded, texts(count), Path(folder) / "run", **asked)
             whole = time.process_time() - began
             disk = sum(path.stat().st_size for path in (Path(folder) / "run").glob("*.parquet"))
-            timings = traced.manifest.measured.timings
-        cells = len(traced.layers)
+            timings, settings_there = traced.manifest.measured.timings, traced.manifest.settings
+            cells = len(traced.tokens) * (loaded.depth + 1) * len(settings_there.lenses)
         rows.append({
-            "model": name, "parameters": loaded.anatomy.parameters, "prompts": count, "asked": asked,
+            "model": loaded.name, "parameters": loaded.anatomy.parameters, "prompts": count, "asked": asked,
             "estimated_s": estimate.total_s, "measured_s": whole, "ratio": estimate.total_s / whole,
             "estimated": dict(estimate.seconds), "measured": dict(timings),
             "estimated_bytes": estimate.disk_bytes, "measured_bytes": disk, "bytes_ratio": estimate.disk_bytes / disk,
