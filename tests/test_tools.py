@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import tomllib
 from pathlib import Path
 
 TOOLS = Path(__file__).parent / "tools"
@@ -21,3 +23,15 @@ def test_every_line_to_break_is_there_once():
     for row in rows:
         assert row["old"] != row["new"] and row["what it breaks"]
         assert all((TOOLS.parent.parent / path).exists() for path in row["tests"].split())
+
+
+def test_other_versions_are_those_that_the_package_allows():
+    """The oldest pair is the floor of pyproject.toml; pytest's last line is read as it stands."""
+    tool = runpy.run_path(str(TOOLS / "on_other_versions.py"))
+    project = tomllib.loads((TOOLS.parent.parent / "pyproject.toml").read_text())["project"]
+    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", each).groups() for each in project["dependencies"])
+    for library, version in tool["PAIRS"]["oldest"].items():
+        assert version == floors[library] or version.startswith(f"{floors[library]}.")
+    line = "==== 3 failed, 1310 passed, 41 skipped, 577 deselected, 1 error in 567.25s (0:09:27) ===="
+    assert tool["counts"](line) == {"passed": 1310, "failed": 3, "skipped": 41, "errors": 1}
+    assert tool["counts"]("no tests ran in 0.01s") == {"passed": 0, "failed": 0, "skipped": 0, "errors": 0}

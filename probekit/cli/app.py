@@ -85,7 +85,7 @@ def _with_option(
 
 
 LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
-SHARED = {"trace"}  # these share their work among the processes of a job
+SHARED = {"trace", "validate"}  # these share their work among the processes of a job
 for command in commands.ALL:
     name = commands.name_of(command)
     app.command(name=name)(_with_debug(_with_cache(_with_device_map(command)) if name in LOADING else command))

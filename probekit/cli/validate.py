@@ -34,10 +34,14 @@ def validate(
     """Run the decoder and hold it against the prediction, round by round and token by token."""
     from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
+    from probekit.ranks import Ranks
     from probekit.traces.trace import Trace
     from probekit.validation.run import validate as validate_cells
 
-    trace = Trace.open(run)
+    ranks = Ranks.of_environment()
+    if ways and not ranks.first:
+        return  # ways are not shared: the first process runs them
+    trace, quiet = Trace.open(run), quiet or not ranks.first
     if limit is not None:
         options.at_least_one(limit, "--limit")
     if ways:
@@ -48,7 +52,7 @@ def validate(
     exits = options.integers(exit_layers, "--exit-layers")
     named = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
     lengths = levels_of(named or (), options.integers(draft_lengths, "--draft-lengths"))
-    loaded, draft_model = models_of(trace, device, dtype)
+    loaded, draft_model = models_of(trace, ranks.device(device), dtype)
     with progress_bars(quiet or as_json) as bars:
         validation = validate_cells(
             loaded,
@@ -61,8 +65,11 @@ def validate(
             draft_rows=draft_rows,
             policy=policy_named(policy),
             engine=engine,
+            ranks=ranks,
             progress=bars,
         )
+    if not ranks.first:
+        return
     if as_json:
         print_json(validation.to_json())
     else:

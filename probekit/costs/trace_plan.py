@@ -83,8 +83,9 @@ def sample_trace(plan: TracePlan, *, processes: int = 1, prompts: int | None = N
         )
         run = TraceRun(plan, writer, open_backend(plan.manifest.settings.backend, plan.loaded), no_progress, Ranks())
         with torch.inference_mode():
-            writer.mine = chosen[:1]
+            writer.mine, began = chosen[:1], perf_counter()
             run.go()  # the first passes of a process are slow, and the model is checked
+            beginning = perf_counter() - began - sum(writer.seconds[0].values())
             writer.mine, writer.redo = chosen, True
             run.go()
         taken = writer.seconds[-len(chosen) :]
@@ -97,6 +98,7 @@ def sample_trace(plan: TracePlan, *, processes: int = 1, prompts: int | None = N
         weight = scale * sum(rows[each] for each in stratum) / rows[part]
         seconds = {name: total + weight * spent[name] for name, total in seconds.items()}
         disk += weight * size
+    seconds = {"beginning": processes * beginning, **seconds}  # of each process: its checks, and the noise
     return _estimate(plan, "sampled", processes, scale, seconds, _height(plan), free_bytes(plan.loaded.device), disk)
 
 

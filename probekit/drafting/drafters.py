@@ -80,10 +80,15 @@ class TextDrafter(Drafter, Protocol):
 
 def outlook(drafter: Drafter, trace: Trace, prompt: int, longest: int) -> Outlook:
     """The outlook of any drafter on greedy text, of a text drafter on any."""
-    if isinstance(drafter, TextDrafter):
-        return drafter.outlook(trace, prompt, longest)
-    agrees = drafter.signal(trace, prompt)
-    return Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32))
+    return outlooks(drafter, trace, [prompt], longest)[0]
+
+
+def outlooks(drafter: Drafter, trace: Trace, prompts: Sequence[int], longest: int) -> list[Outlook]:
+    """The same for several prompts."""
+    if isinstance(drafter, TextDrafter):  # a question that takes longer than an answer: asked once
+        return [drafter.outlook(trace, prompt, longest) for prompt in prompts]
+    signals = [drafter.signal(trace, prompt) for prompt in prompts]
+    return [Outlook(runs_of(agrees), np.full(len(agrees), longest, dtype=np.int32)) for agrees in signals]
 
 
 def sizes_of(drafter: Drafter, longest: int) -> np.ndarray:

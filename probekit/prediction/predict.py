@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlook, sizes_of, traced_drafters
+from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by, outlooks, sizes_of, traced_drafters
 from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
@@ -207,10 +207,10 @@ def _outlooks(
     """(drafters, prompts, N) both; nothing beyond a text's end."""
     shape = len(drafters), len(prompts), int(tokens.max())
     seen = Outlook(np.zeros(shape, dtype=np.int32), np.full(shape, longest, dtype=np.int32))
-    for place, prompt in enumerate(prompts):
-        for row, drafter in enumerate(drafters):
+    for row, drafter in enumerate(drafters):
+        for place, found in enumerate(outlooks(drafter, trace, prompts, longest)):
             here = row, place, slice(tokens[place])
-            seen.run[here], seen.drafted[here] = outlook(drafter, trace, prompt, longest)
+            seen.run[here], seen.drafted[here] = found
     return seen
 
 

@@ -82,6 +82,7 @@ class Trace:
         self._residuals: dict[int, Residuals] = {} if residuals is None else residuals
         self._views: dict[str, pd.DataFrame | None] = {}
         self._columns = pd.DataFrame()  # of the texts, as far as they were asked for
+        self._known: np.ndarray | None = None  # the prompts, ascending
 
     @classmethod
     def from_frames(
@@ -443,7 +444,9 @@ class Trace:
         return self.texts.iloc[self.prompts.index(prompt)]
 
     def _check(self, prompt: int) -> None:
-        known = self.text_columns()["prompt"].to_numpy()
+        if self._known is None:
+            self._known = self.text_columns()["prompt"].to_numpy()
+        known = self._known
         place = int(np.searchsorted(known, prompt))
         if place == len(known) or known[place] != prompt:
             raise InputError(f"prompt {prompt!r} is not in this trace: it has prompts {span(known.tolist())}.")

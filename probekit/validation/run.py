@@ -34,6 +34,7 @@ from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell
 from probekit.progress import Progress, usual_progress
+from probekit.ranks import Ranks, joined
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
@@ -58,6 +59,7 @@ def validate(
     costs: Costs | None = None,
     repeats: int = 1,
     engine: str = "host",
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> Validation:
     """Decode the trace's prompts, one at a time, and compare.
@@ -76,6 +78,8 @@ def validate(
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
     engine: who decodes, and whose costs are measured here, as for `probekit.decode`.
+    ranks: processes that share the cells, each of which makes this same call; each measures speedups against its own
+        autoregressive decoding. All get the whole result.
     progress: called as `progress("validate", done, total)`.
 
     Raises
@@ -97,11 +101,47 @@ def validate(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats is {repeats!r}; expected 1 or more.")
     chosen = trace.select(trace.prompts[:limit])
-    if drafters is None:
-        predicted = _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows, policy)
-    else:
-        lengths = range(1, 9) if draft_lengths is None else draft_lengths
-        predicted = list(predict(chosen, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
+    lengths = range(1, 9) if draft_lengths is None else draft_lengths
+    with joined(ranks) as ranks:
+        predicted = ranks.agreed(
+            lambda: (
+                _predicted(chosen, cells, exit_layers, draft_lengths, drafter, draft_rows, policy)
+                if drafters is None
+                else list(predict(chosen, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
+            )
+        )
+        mine = ranks.share(predicted)
+        ran = ranks.agreed(
+            lambda: (
+                _ran(loaded, chosen, mine, len(predicted), drafter, policy, costs, repeats, engine, progress)
+                if mine
+                else []
+            )
+        )
+        shares = ranks.all(ran)
+    return Validation(
+        trace.manifest.model.name,
+        trace.manifest.settings.text,
+        tuple(shares[place % len(shares)][place // len(shares)] for place in range(len(predicted))),
+        draft_rows,
+        trace.manifest.heads_name,
+        policy,
+    )
+
+
+def _ran(
+    loaded: Loaded,
+    trace: Trace,
+    cells: Sequence[Cell],
+    many: int,
+    drafter: Loaded | None,
+    policy: Policy,
+    costs: Costs | None,
+    repeats: int,
+    engine: str,
+    progress: Progress | None,
+) -> list[CellValidation]:
+    """Some cells, run beside autoregressive decoding. many: how many there are in all."""
     heads = traced_heads(trace, loaded)
     decoders: list[Decoder] = [
         Speculative(
@@ -110,33 +150,26 @@ def validate(
             cell.draft_length,
             policy=policy,
         )
-        for cell in predicted
+        for cell in cells
     ]
     plainly, *decoders = [on_engine(each, engine) for each in (Autoregressive(loaded), *decoders)]
-    costs = costs or quick_costs(loaded, chosen, predicted, drafter, heads, policy, engine)
-    costs.check_draft_head(cell.key for cell in predicted)
-    plain, *runs = decode_all(chosen, [plainly, *decoders], repeats, progress, whole=engine == "cuda")
+    costs = costs or quick_costs(loaded, trace, cells, drafter, heads, policy, engine)
+    costs.check_draft_head(cell.key for cell in cells)
+    plain, *runs = decode_all(trace, [plainly, *decoders], repeats, progress, whole=engine == "cuda")
     greedy = trace.manifest.settings.text == "greedy"
-    compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=len(predicted))
-    return Validation(
-        trace.manifest.model.name,
-        trace.manifest.settings.text,
-        tuple(
-            CellValidation(
-                key=cell.key,
-                draft_length=cell.draft_length,
-                prompts=cell.prompts,
-                predicted=cell.counts(),
-                speedup_predicted=speedup,
-                **speedups_measured(plain, own),
-                **compare(loaded, chosen, cell, own, plain),
-            )
-            for cell, own, speedup in zip(predicted, runs, speedups(predicted, costs), strict=True)
-        ),
-        draft_rows,
-        trace.manifest.heads_name,
-        policy,
-    )
+    compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=many)
+    return [
+        CellValidation(
+            key=cell.key,
+            draft_length=cell.draft_length,
+            prompts=cell.prompts,
+            predicted=cell.counts(),
+            speedup_predicted=speedup,
+            **speedups_measured(plain, own),
+            **compare(loaded, trace, cell, own, plain),
+        )
+        for cell, own, speedup in zip(cells, runs, speedups(cells, costs), strict=True)
+    ]
 
 
 def check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,18 @@ MANY.set_forkserver_preload(["torch", "torch.distributed", "probekit.models.synt
 
 
 def job(
-    size: int, folder: Path, settings: Mapping[str, Any], *, victim: tuple[int, int] | None = None, **special: Any
+    size: int,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    victim: tuple[int, int] | None = None,
+    work: Callable[..., None] | None = None,
+    **special: Any,
 ) -> list[int]:
     """Exit statuses of `size` processes that trace TEXTS together: 0, that of an error, or -9 where one was killed.
 
     victim: (rank, the file of its share at which it is killed). special: {"rank_N": settings of that rank alone}.
+    work: what they do instead of tracing; called with the ranks, the folder and the settings.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +38,7 @@ def job(
     for rank in range(size):
         own = {**settings, **special.get(f"rank_{rank}", {})}
         dies = victim[1] if victim is not None and victim[0] == rank else None
-        processes.append(MANY.Process(target=_work, args=(rank, size, port, str(folder), own, dies)))
+        processes.append(MANY.Process(target=_work, args=(rank, size, port, str(folder), own, dies, work)))
         processes[-1].start()
     for process in processes:
         process.join(PATIENCE)
@@ -43,7 +50,7 @@ def job(
     return [process.exitcode or 0 for process in processes]
 
 
-def _work(rank: int, size: int, port: int, folder: str, settings: dict[str, Any], dies: int | None) -> None:
+def _work(rank: int, size: int, port: int, folder: str, settings: dict[str, Any], dies: int | None, work: Any) -> None:
     import torch
 
     from probekit.errors import ProbekitError
@@ -55,10 +62,13 @@ def _work(rank: int, size: int, port: int, folder: str, settings: dict[str, Any]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     if dies is not None:
         _die_at(dies)
-    settings = {"prompts": TEXTS, **settings}
+    if work is None:
+        settings = {"prompts": TEXTS, **settings}
     if settings.pop("drafter", False):
         settings["draft_model"] = synthetic("tiny-draft", seed=3)
     try:
+        if work is not None:
+            return work(Ranks.of_environment(), Path(folder), settings)
         trace(synthetic("tiny", seed=1), folder=folder, ranks=Ranks.of_environment(), **settings)
     except ProbekitError as error:
         Path(folder).with_suffix(f".said-{rank}").write_text(f"{type(error).__name__}: {error}")

@@ -91,7 +91,7 @@ def test_ranks_and_deaths_are_counted(alone, tmp_path, capsys) -> None:
         counts["runs"] += 1
         counts["same_bits"] += not unlike(bits(folder), alone[kind])
         for victim, place in product(range(size), places):
-            folder = tmp_path / f"killed-{counts['deaths']}"
+            folder = tmp_path / f"killed-{counts['runs']}-{victim}-{place}"
             if -9 not in job(size, folder, KINDS[kind], victim=(victim, place)):
                 continue  # its share has fewer files
             counts["deaths"] += 1
@@ -113,7 +113,7 @@ def test_ranks_and_deaths_are_counted(alone, tmp_path, capsys) -> None:
             f"killed processes survived: {counts['deaths_survived']} of {counts['deaths']}"
         )
     assert counts["same_bits"] == counts["runs"] == 16
-    assert counts["deaths_survived"] == counts["deaths"] >= 60
+    assert counts["deaths_survived"] == counts["deaths"] >= 100
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
