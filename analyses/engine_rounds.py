@@ -37,9 +37,14 @@ from probekit.models.loaded import Loaded, load
 from probekit.models.write_gguf import write_gguf
 from probekit.tracing.prompts import as_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
-from probekit.validation.engine_rounds import EngineRounds, EngineRun, compared
+from probekit.validation.engine_rounds import EngineRun, compared
 from probekit.validation.llama_cpp import llama_cpp_rounds
-from probekit.validation.transformers import transformers_accepted, transformers_assisted, transformers_lookup
+from probekit.validation.transformers import (
+    transformers_accepted,
+    transformers_assisted,
+    transformers_lookup,
+    verified,
+)
 from probekit.validation.vllm import vllm_rounds
 
 CELLS = {
@@ -160,14 +165,6 @@ def in_transformers(
             "n-gram", lookup, LOOKUP_LENGTH,
             each(lambda ids, n=lookup.ngram: transformers_lookup(loaded, ids, n, LOOKUP_LENGTH, budget)),
         )  # fmt: skip
-
-
-def verified(found: Any) -> EngineRounds:
-    """The rounds that verified drafts."""
-    kept = [place for place, drafted in enumerate(found.drafted) if drafted > 0]
-    return EngineRounds(
-        found.tokens, [found.drafted[place] for place in kept], [found.accepted[place] for place in kept]
-    )
 
 
 def in_vllm(python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budget: int, folder: Path) -> Iterator[Job]:

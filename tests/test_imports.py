@@ -64,8 +64,8 @@ ROWS = {
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
     ),
     "validation": (
-        "draft_checkpoint", "differences", "results", "transformers", "engine_rounds", "inside_vllm",
-        "vllm", "llama_cpp", "run", "ways",
+        "draft_checkpoint", "differences", "results", "engine_rounds", "transformers", "inside_vllm",
+        "vllm", "llama_cpp", "open_engine", "engine_costs", "run", "ways",
     ),
     "probing": (
         "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",

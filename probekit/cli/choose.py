@@ -9,7 +9,17 @@ import typer
 from rich.text import Text
 
 from probekit.cli import options
-from probekit.cli.costs import AnyCosts, Context, context_of, costs_of, profile_named
+from probekit.cli.costs import (
+    MEASURED_CONTEXT,
+    AnyCosts,
+    Context,
+    context_of,
+    convention_of,
+    costs_of,
+    engine_asked,
+    engine_profile,
+    profile_named,
+)
 from probekit.cli.export import EngineName, exported_of, write
 from probekit.cli.terminal import notice, out, print_json, print_table, progress_bars
 from probekit.errors import InputError
@@ -62,11 +72,12 @@ def choose(
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
-    profile, told = profile_named(costs), engine_named(engine)
-    if profile is None:
+    profile, asked, told = profile_named(costs), engine_asked(costs), engine_named(engine)
+    if profile is None and asked is None:
         context = context_of(costs, context)
-    else:
-        context = profile.contexts[0] if context is None else options.at_least_one(context, "--context")
+    elif context is None:
+        context = MEASURED_CONTEXT if profile is None else profile.contexts[0]
+    options.at_least_one(context, "--context")
     batches = options.integers(rows, "--rows")
     places = options.integers(contexts, "--contexts")
     if costs == "measured" and batches and batches != [1]:
@@ -84,12 +95,20 @@ def choose(
     trace = Trace.open(run)
     if export is not None:
         check_drafting(told, Drafting(1, 1, draft_rows=draft_rows, exit_heads=trace.manifest.heads_name))
-    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    longest = 8 if profile is None else min(8, profile.longest_draft)
+    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, longest + 1)
     exits = options.integers(exit_layers, "--exit-layers")
     when_to_stop = policy_named(policy)
     others = [import_drafter(path, trace) for path in imported or ()]
-    prediction = predict_rounds(trace, exits, lengths, draft_rows=draft_rows, policy=when_to_stop)
+    whose = profile.engine if profile is not None else None if asked is None else asked[0]
+    prediction = predict_rounds(
+        trace, exits, lengths, convention_of(trace, whose), draft_rows=draft_rows, policy=when_to_stop
+    )
     with progress_bars(quiet or as_json) as bars:
+        if asked is not None:
+            profile = engine_profile(
+                trace, asked, batches or [1], places or [context], lengths, device, dtype, bars
+            )  # fmt: skip
 
         def costs_at(count: int, at: int) -> Profile:
             if profile is not None:
@@ -112,9 +131,9 @@ def choose(
     if export is not None:
         drafting = Drafting.of(choice)
         check_drafting(told, drafting)
-        asked = None if batches is None else (batches, costs, timed.context)
+        scheduled = None if batches is None else (batches, costs if profile is None else profile, timed.context)
         exported = exported_of(
-            trace, told, drafting, choice.best.drafts, choice.sentence(), choice, asked, device, dtype
+            trace, told, drafting, choice.best.drafts, choice.sentence(), choice, scheduled, device, dtype
         )
         write(trace, exported, export)
     if as_json:

@@ -13,6 +13,7 @@ from probekit.cli.fit_heads import fit_heads
 from probekit.cli.geometry import geometry
 from probekit.cli.inspect import inspect
 from probekit.cli.lens import lens
+from probekit.cli.measure_engine import costs
 from probekit.cli.models import models
 from probekit.cli.patch import patch
 from probekit.cli.predict import predict
@@ -35,6 +36,7 @@ ALL: tuple[Callable[..., None], ...] = (
     rank,
     probe,
     geometry,
+    costs,
     export,
     decode,
     validate,

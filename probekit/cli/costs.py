@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,12 +15,20 @@ from probekit.errors import InputError
 
 if TYPE_CHECKING:
     from probekit.costs.engine_profile import EngineProfile
+    from probekit.progress import Progress
+    from probekit.traces.trace import Trace
 
 MEASURED_CONTEXT, SERVED_CONTEXT = 128, 1024
+SWEEPS = 3  # of an engine that is timed within another command
 
 Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
 AnyCosts = Annotated[
-    str, typer.Option("--costs", help="measured on this device, from a roofline, or an engine's profile (.json, .csv).")
+    str,
+    typer.Option(
+        "--costs",
+        help="measured on this device, from a roofline, an engine's profile (.json, .csv), or an engine to be timed "
+        "now: transformers, vllm:PYTHON, llama.cpp:SERVER.",
+    ),
 ]
 Context = Annotated[
     int | None,
@@ -30,7 +41,8 @@ def context_of(costs: str, context: int | None) -> int:
     if costs not in ("measured", "roofline"):
         raise InputError(
             f"--costs is {costs!r}; expected measured or roofline.",
-            "`choose` takes an engine's profile, too: a .json or .csv file.",
+            "`choose` takes an engine's profile, too (a .json or .csv file), or transformers, vllm:PYTHON, "
+            "llama.cpp:SERVER.",
         )
     if context is None:
         return MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
@@ -44,6 +56,42 @@ def profile_named(costs: str) -> EngineProfile | None:
     from probekit.costs.engine_profile import read_profile
 
     return read_profile(costs)
+
+
+def engine_asked(costs: str) -> tuple[str, Path | None] | None:
+    """(engine, its program) that `--costs` wants timed now; None where it wants something else."""
+    name, colon, program = costs.partition(":")
+    if name not in ("transformers", "vllm", "llama.cpp"):
+        return None
+    return name, Path(program).expanduser() if colon else None
+
+
+def engine_profile(
+    trace: Trace, asked: tuple[str, Path | None], rows: Sequence[int], contexts: Sequence[int], lengths: Sequence[int],
+    device: str | None, dtype: str | None, bars: Progress | None,
+) -> EngineProfile:  # fmt: skip
+    """What this engine's steps take with the run's model."""
+    from probekit.validation.engine_costs import CostPlan, measure_home
+    from probekit.validation.open_engine import EngineHome
+
+    loaded, _ = models_of(trace, device, dtype)
+    longest = max(lengths)
+    widths = tuple(sorted({each for each in (1, 2, 4, 8) if each < longest} | {longest}))
+    plan = CostPlan(
+        (1, loaded.depth - 1), widths, tuple(rows), tuple(contexts), SWEEPS, together=asked[0] != "vllm"
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        home = EngineHome(asked[0], loaded, Path(folder), asked[1], longest=plan.longest_text, rows=plan.rows[-1])
+        return measure_home(home, plan, progress=bars)
+
+
+def convention_of(trace: Trace, engine: str | None) -> str:
+    """By which convention rounds are predicted whose costs are those of an engine."""
+    from probekit.engines.export import convention
+    from probekit.engines.known import ENGINES
+
+    told = None if engine is None else ENGINES.get(engine)
+    return "prefill" if told is None else convention(trace, told)
 
 
 def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars, *, rows=1, bits=None):

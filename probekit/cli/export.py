@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.costs import AnyCosts, Context, context_of, costs_of, profile_named
+from probekit.cli.costs import AnyCosts, Context, context_of, convention_of, costs_of, profile_named
 from probekit.cli.terminal import notice, out, print_json, progress_bars
 from probekit.cli.traced_models import models_of, pretrained_of
 from probekit.errors import InputError
@@ -17,6 +17,7 @@ from probekit.errors import InputError
 if TYPE_CHECKING:
     from probekit.choice.choose import Choice
     from probekit.choice.schedule import Schedule
+    from probekit.costs.engine_profile import EngineProfile
     from probekit.costs.profile import Costs
     from probekit.drafting.drafters import Drafter
     from probekit.engines.engine import Drafting, Engine, Entry
@@ -97,7 +98,7 @@ def exported_of(
     drafts: Drafter | None,
     sentence: str,
     choice: Choice | None = None,
-    batch_costs: tuple[list[int], str, int | None] | None = None,
+    batch_costs: tuple[list[int], str | EngineProfile, int | None] | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> Export:
@@ -209,17 +210,19 @@ def _chosen(
     from probekit.prediction.predict import predict
 
     profile, lengths = profile_named(costs), range(1, 9)
-    prediction = predict(trace, draft_lengths=lengths)
     if profile is not None:
+        lengths = range(1, min(8, profile.longest_draft) + 1)
+        prediction = predict(trace, draft_lengths=lengths, first_round=convention_of(trace, profile.engine))
         return choose(prediction, profile.costs(trace.depth, context=context))
+    prediction = predict(trace, draft_lengths=lengths)
     with progress_bars(silent) as bars:
         timed = costs_of(trace, costs, context_of(costs, context), lengths, None, FIXED, device, dtype, bars)
     return choose(prediction, timed)
 
 
 def _entries(
-    trace: Trace, drafts: Drafter, batches: list[int], costs: str, context: int | None, device: str | None,
-    dtype: str | None,
+    trace: Trace, drafts: Drafter, batches: list[int], costs: str | EngineProfile, context: int | None,
+    device: str | None, dtype: str | None,
 ) -> tuple[list[Entry], int]:  # fmt: skip
     """The best length of this drafter at each batch, or none."""
     from probekit.choice.schedule import schedule
@@ -227,20 +230,27 @@ def _entries(
     from probekit.engines.export import entries_of
     from probekit.prediction.predict import predict
 
-    profile = profile_named(costs)
+    profile = profile_named(costs) if isinstance(costs, str) else costs
     if costs == "measured":
         raise InputError(
             "--rows needs the costs of a batch; this device is measured at one row.",
             "Give --costs roofline, or the profile of an engine.",
         )
-    at = (profile.contexts[0] if context is None else context) if profile is not None else context_of(costs, context)
+    if profile is not None:
+        at = profile.contexts[0] if context is None else context
+    else:
+        at = context_of(str(costs), context)
 
     def costs_at(count: int, place: int) -> Costs:
         if profile is not None:
             return profile.costs(trace.depth, rows=count, context=place)
         return costs_of(trace, costs, place, range(1, 9), drafts.key.rows, FIXED, device, dtype, None, rows=count)
 
-    plan: Schedule = schedule(predict(trace, drafters=[drafts]), costs_at, batches, [at])
+    longest, whose = (8, None) if profile is None else (min(8, profile.longest_draft), profile.engine)
+    prediction = predict(
+        trace, draft_lengths=range(1, longest + 1), drafters=[drafts], first_round=convention_of(trace, whose)
+    )
+    plan: Schedule = schedule(prediction, costs_at, batches, [at])
     return entries_of(plan)
 
 

@@ -2,15 +2,16 @@
 
 A profile is a table of steps, as CSV or JSON. Its columns:
 
-    step        autoregressive: a step of plain decoding; draft: one step of the drafter, head included; verify: a pass
-                of the whole model over the drafts and the token before them
-    exit_layer  of a draft step: the layers that the drafter has; empty otherwise
+    step        autoregressive: a step of plain decoding; draft: one step of the drafter, head included; first: what the
+                first of a round takes longer; verify: a pass of the whole model over the drafts and the token before
+    exit_layer  of a draft step, and of a first: the layers that the drafter has; empty otherwise
     tokens      of a verification: tokens of each row, K + 1; 1 otherwise
     rows        rows in the batch
     context     tokens in the cache of each row
     seconds     of the whole pass, all rows together
 
-JSON is `{"schema": "probekit/cost-profile/1", "engine", "device", "dtype", "steps": [{..}]}`. `llama-bench -n` and
+JSON is `{"schema": "probekit/cost-profile/1", "engine", "device", "dtype", "steps": [{..}]}`; a measured one also has
+`details`: with what, how often, by which clock. No `first` step is none that takes longer. `llama-bench -n` and
 `vllm bench latency` print the first kind (seconds = rows / tokens per second). What lies between known rows, contexts,
 tokens and exits is read off a straight line; beyond them nothing is known, and asking for it is refused.
 """
@@ -18,7 +19,7 @@ tokens and exits is read off a straight line; beyond them nothing is known, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from probekit.errors import InputError
 from probekit.foreign.json import read_object
 
 SCHEMA = "probekit/cost-profile/1"
-STEPS = ("autoregressive", "draft", "verify")
+NEEDED = ("autoregressive", "draft", "verify")
+DRAFTS = ("draft", "first")
+STEPS = (*NEEDED, "first")
 MOST = 10_000  # layers, or tokens in a pass
 MOST_SECONDS = 1e6
 
@@ -50,7 +53,7 @@ class Step:
         if self.step not in STEPS:
             raise InputError(f"step {self.step!r} is not known: it is one of {', '.join(STEPS)}.")
         timed = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
-        if not (timed and 0 < self.seconds <= MOST_SECONDS):
+        if not (timed and 0 <= self.seconds <= MOST_SECONDS and (self.seconds > 0 or self.step == "first")):
             raise InputError(f"a {self.step} step takes {self.seconds!r} seconds; expected a number above 0.")
         for name, least, most in (
             ("rows", 1, 2**20), ("context", 0, 2**31), ("tokens", 2 if self.step == "verify" else 1, MOST),
@@ -61,23 +64,24 @@ class Step:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name} of a {self.step} step is {value!r}; expected {least} to {most:,}.")
-        if (self.step == "draft") != (self.exit_layer is not None):
+        if (self.step in DRAFTS) != (self.exit_layer is not None):
             raise InputError(
-                f"a {self.step} step has exit_layer {self.exit_layer!r}; draft steps have one, others none."
+                f"a {self.step} step has exit_layer {self.exit_layer!r}; draft and first steps have one, others none."
             )
 
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """The steps of one engine on one device."""
+    """The steps of one engine on one device. details: how they were measured; empty where they were typed in."""
 
     engine: str
     device: str
     dtype: str
     steps: tuple[Step, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        missing = [name for name in STEPS if not any(step.step == name for step in self.steps)]
+        missing = [name for name in NEEDED if not any(step.step == name for step in self.steps)]
         if missing:
             raise InputError(
                 f"the profile of {self.engine} has no {missing[0]} step.",
@@ -89,9 +93,15 @@ class EngineProfile:
         """Tokens in the cache at which something was timed, ascending."""
         return sorted({step.context for step in self.steps})
 
+    @property
+    def longest_draft(self) -> int:
+        """Most drafts that a timed verification covers."""
+        return max(step.tokens for step in self.steps if step.step == "verify") - 1
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "engine": self.engine, "device": self.device, "dtype": self.dtype,
-                "steps": [asdict(step) for step in self.steps]}  # fmt: skip
+                "steps": [asdict(step) for step in self.steps],
+                **({"details": dict(self.details)} if self.details else {})}  # fmt: skip
 
     def costs(self, depth: int, *, rows: int = 1, context: int | None = None) -> Costs:
         """Costs of a model of `depth` layers at so many rows in the batch and tokens in the cache.
@@ -111,6 +121,9 @@ class EngineProfile:
         step_s = np.interp(exits, [at for at, _ in line], [seconds for _, seconds in line])
         below = np.array([line[0][1] - slope * (line[0][0] - exit_layer) for exit_layer in exits])
         step_s = np.where(np.array(exits) < line[0][0], np.maximum(below, line[0][1] / line[0][0]), step_s)
+        colder = {step.exit_layer for step in self.steps if step.step == "first" and step.exit_layer is not None}
+        longer = {exit_layer: self._at(rows, context, "first", exit_layer=exit_layer) for exit_layer in sorted(colder)}
+        cold = np.interp(exits, list(longer), list(longer.values())) if longer else np.zeros(depth - 1)
         tokens = sorted({step.tokens for step in self.steps if step.step == "verify"})
         passes = [plain, *(self._at(rows, context, "verify", tokens=count) for count in tokens)]
         widths = range(1, tokens[-1] + 1)
@@ -121,10 +134,11 @@ class EngineProfile:
             raise InputError(f"the profile of {self.engine} has draft steps that take no time.")
         return Costs(
             source=self.engine, device=self.device, dtype=self.dtype, context=context, depth=depth,
-            autoregressive_s=plain, rows=rows,
+            autoregressive_s=plain, rows=rows, whole_s=dict(zip(widths, whole.tolist(), strict=True)),
             early_s=dict(zip(exits, early.tolist(), strict=True)),
             head_s=float(np.median(step_s - early)),
             heads_s=dict(zip(exits, (step_s - early).tolist(), strict=True)),
+            cold_s=dict(zip(exits, cold.tolist(), strict=True)),
             verify_s={
                 (exit_layer, count): float(whole[count - 1] - early[exit_layer - 1])
                 for exit_layer in exits for count in widths
@@ -168,10 +182,13 @@ def read_profile(path: str | Path) -> EngineProfile:
         document = read_object(path)
         if document.get("schema") != SCHEMA:
             raise InputError(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA}.")
-        rows = document.get("steps")
+        rows, details = document.get("steps"), document.get("details", {})
         about = {name: document.get(name, 0) for name in ("engine", "device", "dtype")}
         if not isinstance(rows, list) or not all(isinstance(each, str) for each in about.values()):
             raise InputError(f"{path} is no cost profile: it needs texts engine, device, dtype and a list of steps.")
+        if not isinstance(details, dict):
+            raise InputError(f"{path} is no cost profile: its details are no object.")
+        about["details"] = details
     return EngineProfile(**about, steps=tuple(_steps(path, rows)))
 
 

@@ -80,6 +80,7 @@ class Costs:
     seconds, sweeps: how long the calibration took, and how often it measured each step.
     blocks: {step: its median in each sweep}: what costs are drawn again from (`probekit.costs.blocks`).
     rows: rows in the batch; seconds are of all of them together.
+    whole_s: {rows: the whole model over so many}, where that was timed; it is else read off the passes above exits.
     engine: who ran the rounds; a round that "cuda" recorded takes as long with fewer drafts in the budget.
     """
 
@@ -105,6 +106,7 @@ class Costs:
     engine: str = "host"
     rows: int = 1
     blocks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    whole_s: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times = [self.autoregressive_s, self.head_s, *self.early_s.values(), *self.verify_s.values()]
@@ -185,6 +187,8 @@ class Costs:
             return self.autoregressive_s
         if self.draft_model is not None:
             return self.draft_model.verify_s[rows]
+        if self.whole_s:
+            return self.whole_s[rows]
         return self.verify_s[1, rows] + self._layer_seconds(rows)
 
     def tree_seconds(self, exit_layer: int, shape: TreeShape, levels: int) -> float:
@@ -278,7 +282,9 @@ class Costs:
             "engine": self.engine,
             "rows": self.rows,
             "blocks": {name: list(each) for name, each in self.blocks.items()},
-        }
+            **({"whole_s": [{"rows": rows, "seconds": each} for rows, each in self.whole_s.items()]}
+               if self.whole_s else {}),
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Costs:
@@ -300,6 +306,7 @@ class Costs:
             values[name] = {row["exit_layer"]: row["seconds"] for row in document[name]}
         values["verify_s"] = {(row["exit_layer"], row["rows"]): row["seconds"] for row in document["verify_s"]}
         values["draft_head"] = {"rows": values.pop("draft_rows"), "exit_heads": values.pop("exit_heads")}
+        values["whole_s"] = {row["rows"]: row["seconds"] for row in document.get("whole_s", ())}
         name, step, first, verify = (
             values.pop(key) for key in ("drafter", "drafter_step_s", "drafter_first_s", "verify_all_s")
         )
@@ -318,6 +325,8 @@ class Costs:
                               if (exit_layer, each) not in self.verify_s]  # fmt: skip
         if self.draft_model is not None:
             lacking = lacking or sorted({*rows} - self.draft_model.verify_s.keys())
+        if self.whole_s:
+            lacking = lacking or sorted({*rows} - self.whole_s.keys())
         if lacking:
             raise ValueError(f"times are missing, or of other exits or rows: {lacking[:4]}")
         return self

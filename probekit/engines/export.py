@@ -90,13 +90,13 @@ def profile_of(trace: Trace, engine: Engine, draft_length: int, drafter: Drafter
     budget = trace.manifest.settings.max_new_tokens
     past = CONVENTIONS[engine.first_round].past_budget and budget > 2 * draft_length
     prediction = predict(
-        trace, draft_lengths=[draft_length], drafters=[drafter], first_round=_convention(trace, engine),
+        trace, draft_lengths=[draft_length], drafters=[drafter], first_round=convention(trace, engine),
         budget=budget - draft_length if past else None,
     )  # fmt: skip
     return AcceptanceProfile.of(prediction, prediction.cells[0])
 
 
-def _convention(trace: Trace, engine: Engine) -> str:
+def convention(trace: Trace, engine: Engine) -> str:
     """llama.cpp's differs from ours in how an end is counted, which is known of greedy text only."""
     greedy = trace.manifest.settings.text == "greedy"
     return engine.first_round if greedy or not CONVENTIONS[engine.first_round].ends_as_bonus else "prefill"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,28 @@ class EngineRounds(NamedTuple):
     tokens: list[int]
     drafted: list[int]
     accepted: list[int]
+
+
+class Turn(NamedTuple):
+    """One text of an engine, and what it took.
+
+    plain: steps that verified nothing, the passes over the prompt among them. seconds, processor_s: of the whole
+    request, by the clock and of the engine's processor. decoding_s: after the first token, by the engine's own clock.
+    """
+
+    text: EngineRounds
+    plain: int
+    seconds: float
+    processor_s: float
+    decoding_s: float | None = None
+
+
+class Session(Protocol):
+    """An engine with one model and one way of drafting, open and waiting. rows: the prompt so often, in one batch."""
+
+    def __call__(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, *, rows: int = 1, ignore_eos: bool = False
+    ) -> Turn: ...
 
 
 class EngineRun(NamedTuple):

@@ -1,8 +1,10 @@
-"""Run by vLLM's own Python, which knows nothing of probekit: decode some prompts and write down every round.
+"""Run by vLLM's own Python, which knows nothing of probekit: decode what it is asked to, and say what it counted.
 
-    python inside_vllm.py JOB.json RESULT.json
+    python inside_vllm.py ARGUMENTS.json
 
-JOB: {"llm": arguments of vllm.LLM, "prompts": [[token ids]], "max_new_tokens", "repeats"}.
+ARGUMENTS: those of vllm.LLM. A line of JSON comes in on standard input for each text: {"prompt": [token ids], "rows",
+"max_new_tokens", "ignore_eos"}; a line goes out: the tokens and rounds of the first row, passes of the engine, seconds.
+An empty question is answered with vLLM's own counters and versions.
 """
 
 import json
@@ -13,49 +15,56 @@ import time
 from pathlib import Path
 
 
-def main(job_path: str, result_path: str) -> None:
-    job = json.loads(Path(job_path).read_text())
+def main(arguments_path: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes to standard error
+    arguments = json.loads(Path(arguments_path).read_text())
     import torch
     import vllm
     from vllm import LLM, SamplingParams
 
-    speculates = job["llm"].get("speculative_config") is not None
-    if speculates:
-        job["llm"]["per_request_spec_decode_metrics"] = "detailed"
-    llm = LLM(**job["llm"])
-    greedy = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"])
-    llm.generate([{"prompt_token_ids": job["prompts"][0]}], greedy, use_tqdm=False)  # the first pass is slow
-    before = counters(llm)
-    texts = []
-    for ids in job["prompts"]:
-        seconds = []
-        for _ in range(job["repeats"]):
-            begin = time.perf_counter()
-            [answer] = llm.generate([{"prompt_token_ids": ids}], greedy, use_tqdm=False)
-            whole, stats = time.perf_counter() - begin, answer.metrics
-            seconds.append({"total": whole, "decoding": stats.last_token_ts - stats.first_token_ts})
-        said = answer.outputs[0]
-        rounds = said.spec_decode_metrics
-        texts.append(
-            {
-                "tokens": list(said.token_ids),
-                "drafted": rounds.per_step_drafted if rounds else [],
-                "accepted": rounds.per_step_accepted if rounds else [],
-                "seconds": seconds,
-            }
+    if arguments.get("speculative_config") is not None:
+        arguments["per_request_spec_decode_metrics"] = "detailed"
+    llm = LLM(**arguments)
+    passes = counted_passes(llm)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if not asked:
+            versions = {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version(),
+                        "processor": platform.processor() or platform.machine()}  # fmt: skip
+            print(json.dumps({"counters": counters(llm), "versions": versions}), file=answers, flush=True)
+            continue
+        greedy = SamplingParams(
+            temperature=0.0, max_tokens=asked["max_new_tokens"], ignore_eos=asked.get("ignore_eos", False)
         )
-    after = counters(llm)
-    result = {
-        "texts": texts,
-        "counters": {name: minus(value, before.get(name)) for name, value in after.items()},
-        "versions": {
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
-        },
-    }
-    Path(result_path).write_text(json.dumps(result))
+        prompts = [{"prompt_token_ids": asked["prompt"]}] * asked.get("rows", 1)
+        before, begin, begin_processor = passes[0], time.perf_counter(), time.process_time()
+        answer = llm.generate(prompts, greedy, use_tqdm=False)[0]
+        spent, processor = time.perf_counter() - begin, time.process_time() - begin_processor
+        said, stats = answer.outputs[0], answer.metrics
+        rounds = said.spec_decode_metrics
+        result = {
+            "tokens": list(said.token_ids),
+            "drafted": rounds.per_step_drafted if rounds else [],
+            "accepted": rounds.per_step_accepted if rounds else [],
+            "passes": passes[0] - before,
+            "seconds": spent,
+            "processor_s": processor,
+            "decoding_s": stats.last_token_ts - stats.first_token_ts,
+        }
+        print(json.dumps(result), file=answers, flush=True)
+
+
+def counted_passes(llm):
+    """[steps that the engine has taken], kept up to date."""
+    count, step = [0], llm.llm_engine.step
+
+    def counted():
+        count[0] += 1
+        return step()
+
+    llm.llm_engine.step = counted
+    return count
 
 
 def counters(llm):
@@ -65,12 +74,6 @@ def counters(llm):
         if metric.name.startswith("vllm:spec_decode"):
             found[metric.name] = getattr(metric, "values", None) or getattr(metric, "value", None)
     return found
-
-
-def minus(after, before):
-    if isinstance(after, list):
-        return [one - (before[place] if before else 0) for place, one in enumerate(after)]
-    return after - (before or 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
+from probekit.engines.engine import Drafting
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded
+from probekit.validation.engine_rounds import EngineRounds, Turn
 
 NO_TOKEN = -1  # as padding: transformers' drafter takes every such token of the text for padding and masks it
 
@@ -48,12 +51,9 @@ def transformers_accepted(
     comes back as it was, also after an exception.
     """
     loaded.anatomy.check_exit(exit_layer)
-    settings = {
-        "num_assistant_tokens": draft_length,
-        "num_assistant_tokens_schedule": schedule,
-        "assistant_confidence_threshold": 0.0,
-    }
-    return _counted(loaded, prompt_ids, max_new_tokens, settings, assistant_early_exit=exit_layer)
+    eos = sorted(loaded.eos_ids)
+    settings = _drafts(draft_length, schedule)
+    return _counted(loaded, prompt_ids, max_new_tokens, settings, eos, assistant_early_exit=exit_layer)
 
 
 def transformers_assisted(
@@ -64,13 +64,9 @@ def transformers_assisted(
     drafter: a draft model with the same tokenizer, such as a draft checkpoint; its generation_config is set aside
     meanwhile, too. Rounds follow the `draft` convention; the rest is as in `transformers_accepted`.
     """
-    settings = {
-        "num_assistant_tokens": draft_length,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    with _plain_generation(drafter.model, settings, sorted(loaded.eos_ids)):
-        return _counted(loaded, prompt_ids, max_new_tokens, {}, assistant_model=drafter.model)
+    eos = sorted(loaded.eos_ids)
+    with _plain_generation(drafter.model, _drafts(draft_length), eos):
+        return _counted(loaded, prompt_ids, max_new_tokens, {}, eos, assistant_model=drafter.model)
 
 
 def transformers_lookup(
@@ -81,16 +77,70 @@ def transformers_lookup(
     Rounds follow the `draft` convention; the rest is as in `transformers_accepted`.
     """
     call = {"prompt_lookup_num_tokens": draft_length, "max_matching_ngram_size": ngram}
-    return _counted(loaded, prompt_ids, max_new_tokens, {}, **call)
+    return _counted(loaded, prompt_ids, max_new_tokens, {}, sorted(loaded.eos_ids), **call)
+
+
+class TransformersSession:
+    """transformers' own `generate`, greedy, with one way of drafting, timed.
+
+    drafting: who drafts and how many tokens; an exit is its own early exit, a lookup its own prompt lookup, nobody
+    plain decoding.
+    """
+
+    def __init__(self, loaded: Loaded, drafting: Drafting) -> None:
+        self.loaded, self.drafting = loaded, drafting
+
+    def __call__(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, *, rows: int = 1, ignore_eos: bool = False
+    ) -> Turn:
+        if rows != 1:
+            raise InputError(f"transformers drafts for one row at a time, not {rows}.", "Leave --rows out.")
+        begin, processor = time.perf_counter(), time.process_time()
+        found = self._rounds(prompt_ids, max_new_tokens, () if ignore_eos else sorted(self.loaded.eos_ids))
+        seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+        text = verified(found)
+        plain = len(found.drafted) - len(text.drafted) if self.drafting.speculates else len(text.tokens)
+        return Turn(text, plain, seconds, processor)
+
+    def _rounds(self, prompt_ids: Sequence[int], max_new_tokens: int, eos: Sequence[int]) -> TransformersRounds:
+        how, length = self.drafting, self.drafting.draft_length
+        if how.lookup is not None:
+            call = {"prompt_lookup_num_tokens": length, "max_matching_ngram_size": how.lookup.ngram}
+            return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos, **call)
+        if not how.speculates:
+            return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos)
+        settings = _drafts(length)
+        return _counted(self.loaded, prompt_ids, max_new_tokens, settings, eos, assistant_early_exit=how.exit_layer)
+
+
+def verified(found: TransformersRounds) -> EngineRounds:
+    """The rounds that verified drafts, as other engines count."""
+    kept = [place for place, drafted in enumerate(found.drafted) if drafted > 0]
+    return EngineRounds(
+        found.tokens, [found.drafted[place] for place in kept], [found.accepted[place] for place in kept]
+    )
+
+
+def _drafts(length: int, schedule: str = "constant") -> dict[str, Any]:
+    return {
+        "num_assistant_tokens": length,
+        "num_assistant_tokens_schedule": schedule,
+        "assistant_confidence_threshold": 0.0,
+    }
 
 
 def _counted(
-    loaded: Loaded, prompt_ids: Sequence[int], max_new_tokens: int, settings: Mapping[str, Any], **call: Any
+    loaded: Loaded,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    settings: Mapping[str, Any],
+    eos: Sequence[int],
+    **call: Any,
 ) -> TransformersRounds:
     ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     candidates: list[tuple[int, Tensor]] = []  # of each round: the length before it, and the text with its drafts
     lengths: list[int] = []  # after each round
-    with _plain_generation(loaded.model, settings, sorted(loaded.eos_ids)), _watched(loaded.model, candidates, lengths):
+    with _plain_generation(loaded.model, settings, eos), _watched(loaded.model, candidates, lengths):
         try:
             output = loaded.model.generate(
                 input_ids=ids,
@@ -113,7 +163,7 @@ def _counted(
     for (before, proposal), after in zip(candidates, lengths, strict=True):
         drafts = proposal[0, before:].tolist()
         emitted = text[before:after]
-        ended_in_draft = emitted[-1] in loaded.eos_ids and drafts[: len(emitted)] == emitted
+        ended_in_draft = emitted[-1] in eos and drafts[: len(emitted)] == emitted
         drafted.append(min(len(drafts), len(prompt_ids) + max_new_tokens - before - 1))
         accepted.append(len(emitted) - (0 if ended_in_draft else 1))
     return TransformersRounds(text[len(prompt_ids) :], drafted, accepted)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from probekit.costs.engine_profile import SCHEMA, EngineProfile, Step, read_profile
+from probekit.costs.profile import Costs
 from probekit.errors import InputError
 
 CSV = """step,exit_layer,tokens,rows,context,seconds
@@ -38,6 +39,8 @@ def test_rounds_of_a_typed_table(table):
     assert costs.round_seconds(2, 0) == pytest.approx(0.010)
     assert costs.round_seconds(3, 1) == pytest.approx(0.007 + 0.011)  # halfway from 2 layers to all 4
     assert costs.longest_draft == 4
+    assert costs.whole_pass_seconds(3) == pytest.approx(0.012)  # a lookup's round: nobody drafts
+    assert Costs.from_json(costs.to_json()) == costs
     batch = profile.costs(4, rows=16)
     assert batch.round_seconds(2, 4) == pytest.approx(4 * 0.005 + 0.050)
     assert profile.costs(4, rows=6).autoregressive_s == pytest.approx(0.010 + 0.002 / 3)
@@ -71,7 +74,8 @@ def test_a_drafter_as_deep_as_the_model(table):
         ("prefill,,1,1,128,0.1", "step 9: step 'prefill' is not known"),
         ("verify,,2,1,128,-1", "step 9: a verify step takes -1 seconds"),
         ("verify,,1,1,128,1", "tokens of a verify step is 1; expected 2 to 10,000"),
-        ("draft,,1,1,128,1", "draft steps have one"),
+        ("draft,,1,1,128,1", "draft and first steps have one"),
+        ("verify,,2,1,128,0", "a verify step takes 0 seconds"),
         ("verify,,2,0,128,1", "rows of a verify step is 0"),
         ("verify,,2,1.5,128,1", "rows of a verify step is 1.5"),
         ("verify,,2,1,128,fast", "takes 'fast' seconds"),

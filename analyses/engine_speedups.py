@@ -1,0 +1,144 @@
+"""What speculation gains inside other engines: predicted from a trace and the engine's own costs, and measured there.
+
+    python analyses/engine_speedups.py llama.cpp --environments build/engines -o docs/results/engine-speedups
+
+The costs are those of `probekit costs`. Each cell is then decoded in turns with plain decoding of the same engine; what
+a text of MORE tokens takes longer than one of FEWER is its time of decoding, predicted and measured alike. By the
+clock of one processor, for a machine that does other things beside.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import engine_environments as environments
+import numpy as np
+import torch
+import typer
+from fetch_real_models import fetch
+from rich.console import Console
+
+from probekit.costs.profile import Costs
+from probekit.drafting.drafters import Drafter, ExitLayer
+from probekit.drafting.text_drafters import PromptLookup
+from probekit.engines.engine import Drafting
+from probekit.engines.known import ENGINES
+from probekit.files import atomic_text
+from probekit.models.loaded import load
+from probekit.prediction.predict import predict
+from probekit.settings import Sampling
+from probekit.traces.trace import Trace
+from probekit.tracing.prompts import as_prompts, bundled_prompts_for
+from probekit.tracing.tracer import trace
+from probekit.validation.engine_costs import CostPlan, measure_home
+from probekit.validation.engine_rounds import Session
+from probekit.validation.open_engine import EngineHome
+
+CELLS = {
+    "tales-layerskip": ((1, 2), (2, 4), (3, 3), (6, 5)),
+    "smollm2": ((10, 2), (20, 3), (25, 4), (28, 6)),
+}
+LOOKUPS = {
+    "transformers": (PromptLookup(1), PromptLookup(2)),
+    "vllm": (PromptLookup(1, rule="vllm"), PromptLookup(2, rule="vllm")),
+    "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=3), PromptLookup(2, rule="llama.cpp", copied=3)),
+}
+LOOKUP_LENGTH = 3
+FEWER, MORE = 8, 64
+CONTEXT = 64  # of the costs: the middle of these texts
+PAST = 8
+SCHEMA = "probekit/engine-speedups/1"
+RESULTS = Path("docs/results/engine-speedups")
+
+
+def main(
+    engine: Annotated[str, typer.Argument(help=" or ".join(LOOKUPS))],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Receives ENGINE.json.")] = RESULTS,
+    models: Annotated[str, typer.Option(help="With commas between.")] = ",".join(CELLS),
+    prompts: Annotated[int, typer.Option(min=1)] = 8,
+    sweeps: Annotated[int, typer.Option(min=1)] = 5,
+    folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
+        "build/engines"
+    ),
+    cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
+) -> None:
+    torch.set_num_threads(1)
+    output.mkdir(parents=True, exist_ok=True)
+    place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
+    record: dict[str, Any] = {
+        "schema": SCHEMA, "engine": engine,
+        "settings": {"prompts": prompts, "sweeps": sweeps, "tokens": [FEWER, MORE], "context": CONTEXT,
+                     "dtype": "float32", "threads": 1, "clock": "processor"},
+        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
+        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+        "profiles": {}, "rows": [],
+    }  # fmt: skip
+    for name in models.split(","):
+        loaded = load(name if name == "tales-layerskip" else fetch(name, cache.expanduser()), device="cpu",
+                      dtype="float32", cache=cache.expanduser())  # fmt: skip
+        home = EngineHome(
+            engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="",
+        )  # fmt: skip
+        plan = CostPlan((1, loaded.depth - 1), (1, 2, 4, 8), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
+                        together=engine == "transformers")  # fmt: skip
+        profile = measure_home(home, plan)
+        record["profiles"][loaded.name] = profile.to_json()
+        costs = profile.costs(loaded.depth)
+        chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
+        run = trace(loaded, chosen, max_new_tokens=MORE + PAST)
+        drafters: list[tuple[Drafter, int]] = [(ExitLayer(exit_layer), length) for exit_layer, length in CELLS[name]]
+        drafters += [(lookup, LOOKUP_LENGTH) for lookup in LOOKUPS[engine]]
+        for drafter, length in drafters:
+            drafting = Drafting.with_drafter(drafter, length, Sampling())
+            with home.open(Drafting()) as plain, home.open(drafting) as drafts:
+                measured, noise = speedups(run, plain, drafts, sweeps)
+            row = {"model": loaded.name, "drafter": drafter.key.label, "draft_length": length,
+                   "predicted": predicted(run, drafter, length, costs, ENGINES[engine].first_round),
+                   "measured": measured, "plain_against_plain": noise}  # fmt: skip
+            row["ratio"] = row["predicted"] / row["measured"]
+            record["rows"].append(row)
+            atomic_text(output / f"{engine}.json", json.dumps(record, indent=1) + "\n")
+            Console(soft_wrap=True).print(
+                f"{loaded.name}: {row['drafter']} x {length}: predicted {row['predicted']:.3f}, measured "
+                f"{row['measured']:.3f}, ratio {row['ratio']:.3f}", markup=False,
+            )  # fmt: skip
+
+
+def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int) -> tuple[float, float]:
+    """(plain seconds / seconds with drafts, plain seconds / plain seconds) over all prompts, each at the least that its
+    turns took: other processes only add to it."""
+    ids = [run.prompt_ids(prompt).tolist() for prompt in run.prompts]
+    order = random.Random(0)
+    seconds = np.full((sweeps, len(ids), 3, 2), np.inf)  # three sessions, two lengths
+    for sweep in range(-1, sweeps):  # the first passes are slow
+        for at, prompt in enumerate(ids):
+            asks = [(0, plain), (1, drafts), (2, plain)]
+            order.shuffle(asks)
+            for place, session in asks:
+                taken = [session(prompt, count).processor_s for count in (FEWER, MORE)]
+                if sweep >= 0:
+                    seconds[sweep, at, place] = taken
+    least = seconds.min(axis=0).sum(axis=0)
+    decoding = least[:, 1] - least[:, 0]
+    both = seconds[:, :, [0, 2]].min(axis=(0, 2)).sum(axis=0)
+    return float((both[1] - both[0]) / decoding[1]), float(decoding[0] / decoding[2])
+
+
+def predicted(run: Trace, drafter: Drafter, length: int, costs: Costs, first_round: str) -> float:
+    """The same from the trace: the rounds of MORE tokens less those of FEWER."""
+    rounds, tokens = np.zeros(length + 1), 0
+    for budget, sign in ((MORE, 1), (FEWER, -1)):
+        cell = predict(run, draft_lengths=[length], drafters=[drafter], first_round=first_round, budget=budget).cells[0]
+        rounds += sign * cell.rounds_by_drafted.sum(axis=0)
+        tokens += sign * sum(min(budget, len(run.outputs(prompt))) for prompt in run.prompts)
+    return float(tokens * costs.autoregressive_s / (rounds @ costs.rounds_seconds(drafter.key, length)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,240 @@
+"""What an engine's steps take, timed from outside: transformers, vLLM and llama.cpp alike.
+
+An engine is opened plainly, with prompt lookups (rounds that verify drafts and draft with no model), and with draft
+models of a few depths. Each decodes a short and a longer text from one prompt; what the longer one takes more, and the
+rounds that the engine counts more, are one equation: seconds = plain steps + drafts + verifications. The steps solve
+all equations by least squares of their relative errors. All are asked in turns, in an order that is drawn again each
+time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from probekit.costs.engine_profile import EngineProfile, Step
+from probekit.costs.measure import device_name
+from probekit.drafting.text_drafters import PromptLookup
+from probekit.engines.engine import Drafting
+from probekit.engines.known import ENGINES
+from probekit.errors import InputError, ResourceError
+from probekit.progress import Progress, usual_progress
+from probekit.settings import whole_number
+from probekit.tracing.prompts import as_prompts, bundled_prompts_for, encode
+from probekit.validation.engine_rounds import Session, Turn
+from probekit.validation.open_engine import EngineHome
+
+SHORTER, LONGER = 8, 56  # new tokens
+LEAST = 0.01
+CLOCKS = ("wall", "processor")
+Open = Callable[[Drafting], AbstractContextManager[Session]]
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """What is timed.
+
+    exit_layers: depths of the draft models. draft_lengths: K of the lookups; draft models have the first and the last.
+    rows, contexts: of the batches, and tokens in the cache halfway through a text. sweeps: turns of everything.
+    clock: "wall", or "processor": seconds of the engine's processor, for one thread on a busy machine.
+    together: all ways of drafting open at once, in turns; otherwise each beside plain decoding, where memory is short.
+    """
+
+    exit_layers: tuple[int, ...]
+    draft_lengths: tuple[int, ...] = (1, 2, 4, 8)
+    rows: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (128,)
+    sweeps: int = 5
+    clock: str = "wall"
+    together: bool = True
+
+    def __post_init__(self) -> None:
+        if self.clock not in CLOCKS:
+            raise InputError(f"clock {self.clock!r} is not known: it is {' or '.join(CLOCKS)}.")
+        for name in ("exit_layers", "draft_lengths", "rows", "contexts"):
+            values = tuple(sorted({whole_number(f"each of {name} must be", each, 1) for each in getattr(self, name)}))
+            if not values:
+                raise InputError(f"{name} of a cost plan is empty; expected one or more.")
+            object.__setattr__(self, name, values)
+        whole_number("sweeps must be", self.sweeps, 1)
+        least = (SHORTER + LONGER) // 2 + 1
+        if self.contexts[0] < least:
+            raise InputError(
+                f"a context of {self.contexts[0]} tokens is too short to be timed; expected {least} or more."
+            )
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a session must have room for, drafts past the end among them."""
+        return self.contexts[-1] + LONGER + self.draft_lengths[-1]
+
+    def ways(self, rule: str) -> Iterator[Drafting]:
+        """Plain decoding, a lookup at every length, each exit at the shortest and the longest."""
+        yield Drafting()
+        for length in self.draft_lengths:
+            yield Drafting(length, lookup=lookup_of(rule, length))
+        for exit_layer in self.exit_layers:
+            for length in sorted({self.draft_lengths[0], self.draft_lengths[-1]}):
+                yield Drafting(length, exit_layer)
+
+
+def lookup_of(rule: str, length: int) -> PromptLookup:
+    """The lookup of an engine that finds something most often."""
+    return PromptLookup(1, rule=rule, copied=length) if rule == "llama.cpp" else PromptLookup(1, rule=rule)
+
+
+@dataclass(frozen=True)
+class Equation:
+    """seconds = plain steps + rounds of `drafting`; rounds: {drafts: how many rounds verified so many}."""
+
+    drafting: Drafting
+    plain: int
+    rounds: Mapping[int, int]
+    seconds: float
+
+
+def measure_engine(
+    name: str,
+    open_engine: Open,
+    text: Sequence[int],
+    plan: CostPlan,
+    *,
+    rule: str,
+    device: str,
+    dtype: str,
+    details: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> EngineProfile:
+    """Time an engine's steps.
+
+    Parameters
+    ----------
+    name: of the engine. open_engine: drafting -> a context that holds a session of the engine.
+    text: token ids, as many as the longest context at least: prompts are taken from its beginning.
+    rule: of the engine's prompt lookup. details: what the profile shall say beside the plan.
+    progress: called as `progress("costs", done, all)`.
+
+    Raises InputError for a text too short, ResourceError where the engine made no round with so many drafts.
+    """
+    if len(text) < plan.contexts[-1]:
+        raise InputError(f"a context of {plan.contexts[-1]} tokens needs as many of text; there are {len(text)}.")
+    report, ways = usual_progress(progress), list(plan.ways(rule))
+    plain, *drafting = ways
+    groups = [ways] if plan.together else [[plain, way] for way in drafting]
+    found: dict[tuple[int, int, Drafting], Equation] = {}
+    for number, group in enumerate(groups):
+        timed = _turns(open_engine, group, text, plan, random.Random(number))
+        for (rows, at, way), each in timed.items():
+            first = found.setdefault((rows, at, plain), timed[rows, at, plain])
+            if way != plain:  # in a slower hour plain steps were slower, too
+                slower = timed[rows, at, plain].seconds / first.seconds
+                found[rows, at, way] = replace(each, seconds=each.seconds / slower)
+        report("costs", number + 1, len(groups))
+    steps: list[Step] = []
+    worst = 0.0
+    for rows in plan.rows:
+        for at in plan.contexts:
+            solved, error = solve([found[rows, at, way] for way in ways], plan, rows, at)
+            steps += solved
+            worst = max(worst, error)
+    about = {"sweeps": plan.sweeps, "clock": plan.clock, "together": plan.together, "tokens": [SHORTER, LONGER],
+             "largest_error": worst, **(details or {})}  # fmt: skip
+    return EngineProfile(name, device, dtype, tuple(steps), about)
+
+
+def measure_home(home: EngineHome, plan: CostPlan, *, progress: Progress | None = None) -> EngineProfile:
+    """Time an engine that is installed, on the bundled prompts, one after the other as one text."""
+    loaded = home.loaded
+    prompts = as_prompts(bundled_prompts_for(loaded.name))
+    once = [token for prompt in prompts for token in encode(prompt, loaded.tokenizer).ids]
+    text = (once * (1 + plan.contexts[-1] // len(once)))[: plan.contexts[-1]]
+    return measure_engine(
+        home.engine, home.open, text, plan, rule=ENGINES[home.engine].rules[0], device=device_name(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."), progress=progress,
+        details={"model": loaded.name, "layers": loaded.depth, "options": home.options, "versions": home.versions()},
+    )  # fmt: skip
+
+
+def _turns(
+    open_engine: Open, group: Sequence[Drafting], text: Sequence[int], plan: CostPlan, order: random.Random
+) -> dict[tuple[int, int, Drafting], Equation]:
+    """{(rows, context, way): its equation}, all of them asked in turns."""
+    turns: dict[tuple[int, int, Drafting], list[list[Turn]]] = defaultdict(list)
+    with ExitStack() as stack:
+        sessions = [(way, stack.enter_context(open_engine(way))) for way in group]
+        asks = [(rows, at, way, session) for way, session in sessions for rows in plan.rows for at in plan.contexts]
+        for sweep in range(plan.sweeps + 1):
+            for rows, at, way, session in asks:
+                prompt = text[: at - (SHORTER + LONGER) // 2]
+                pair = [session(prompt, count, rows=rows, ignore_eos=True) for count in (SHORTER, LONGER)]
+                if sweep:  # the first passes are slow
+                    turns[rows, at, way].append(pair)
+            order.shuffle(asks)
+    return {key: _equation(key[-1], pairs, plan.clock) for key, pairs in turns.items()}
+
+
+def _equation(way: Drafting, pairs: Sequence[Sequence[Turn]], clock: str) -> Equation:
+    """What the longer text took more, by the median of the turns, or by the least that the processor took: other
+    processes only add to it. The rounds are those of every turn: decoding is greedy."""
+    shorter, longer = pairs[0]
+    rounds: dict[int, int] = defaultdict(int)
+    for turn, sign in ((longer, 1), (shorter, -1)):
+        for drafted in turn.text.drafted:
+            rounds[drafted] += sign
+    if clock == "wall":
+        before, after = (median(turn.seconds for turn in turns) for turns in zip(*pairs, strict=True))
+    else:
+        before, after = (min(turn.processor_s for turn in turns) for turns in zip(*pairs, strict=True))
+    if after <= before:
+        raise ResourceError(
+            "a longer text took no longer than a shorter one: this machine is too busy to be timed.",
+            "Time again when it is quiet, with more sweeps, or by the processor's clock.",
+        )
+    return Equation(way, longer.plain - shorter.plain, dict(rounds), after - before)
+
+
+def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int) -> tuple[list[Step], float]:
+    """(the steps, the largest relative error of an equation) by least squares of relative errors, within bounds.
+
+    Unknown are a plain step, verifications of K + 1 tokens for each K of the plan, a draft step of each exit, and what
+    the first of a round takes longer. Verifications of other widths are read off the line between their neighbours. A
+    step takes LEAST of a plain one at least.
+    """
+    widths = [1, *(length + 1 for length in plan.draft_lengths)]
+    exits, most = list(plan.exit_layers), len(plan.exit_layers)
+    table = np.zeros((len(equations), len(widths) + 2 * most))
+    for place, each in enumerate(equations):
+        table[place, 0] = each.plain
+        for drafts, count in each.rounds.items():
+            for column, one in enumerate(np.eye(len(widths))):
+                table[place, column] += count * np.interp(drafts + 1, widths, one)
+            if each.drafting.exit_layer is not None:
+                exit_at = len(widths) + exits.index(each.drafting.exit_layer)
+                table[place, exit_at] += count * drafts
+                table[place, exit_at + most] += count
+    seconds = np.array([each.seconds for each in equations])
+    unseen = [width - 1 for width, column in zip(widths, table.T, strict=False) if width > 1 and column.sum() < 1]
+    if unseen:
+        raise ResourceError(f"no round verified {unseen[0]} drafts.", "Time shorter drafts, or at a longer context.")
+    least = np.full(table.shape[1], LEAST * seconds[0] / max(1, equations[0].plain))
+    least[len(widths) + most :] = 0.0
+    scaled = least.max() / LEAST  # unknown are multiples of a plain step
+    equal = np.ones(len(equations))
+    solved = scaled * lsq_linear(table * scaled / seconds[:, None], equal, (least / scaled, np.inf), method="bvls").x
+    error = float(np.abs(table @ solved / seconds - 1).max())
+    at = {"rows": rows, "context": context}
+    taken = solved.tolist()
+    steps = [Step("autoregressive", taken[0], **at)]
+    steps += [Step("verify", each, tokens=width, **at) for width, each in zip(widths[1:], taken[1:], strict=False)]
+    for place, exit_layer in enumerate(exits):
+        steps.append(Step("draft", taken[len(widths) + place], exit_layer=exit_layer, **at))
+        steps.append(Step("first", taken[len(widths) + most + place], exit_layer=exit_layer, **at))
+    return steps, error

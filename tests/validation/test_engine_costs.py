@@ -1,0 +1,199 @@
+"""Costs of an engine: steps that are known come out again, and what cannot be timed is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+from cli.test_commands import document
+from cli.test_front_door import fails
+
+from probekit.engines.engine import Drafting
+from probekit.errors import InputError, ResourceError
+from probekit.validation.engine_costs import LONGER, CostPlan, measure_engine
+from probekit.validation.engine_rounds import EngineRounds, Turn
+from probekit.validation.llama_cpp import llama_cpp_session
+from probekit.validation.open_engine import EngineHome
+from probekit.validation.vllm import vllm_session
+
+PLAN = CostPlan((1, 5), (1, 2, 4), contexts=(64,), sweeps=2)
+VERIFY = {1: 0.010, 2: 0.012, 3: 0.013, 5: 0.019}
+DRAFT, FIRST = {1: 0.002, 5: 0.008}, {1: 0.001, 5: 0.003}
+
+
+@dataclass
+class Fabricated:
+    """An engine whose steps take what they are said to take, beside a pass over the prompt and a request's own time."""
+
+    drafting: Drafting
+    slower: float = 1.0
+    finds: bool = True
+
+    def __call__(self, prompt_ids, max_new_tokens, *, rows=1, ignore_eos=False):
+        drafted, accepted, plain, seconds, made = [], [], 1, 0.5 + 0.01 * len(prompt_ids), 1
+        length = self.drafting.draft_length
+        while made < max_new_tokens:
+            drafts = min(length, max_new_tokens - made - 1)
+            if drafts and self.finds and not (self.drafting.lookup is not None and made % 3 == 0):
+                taken = min(made % (drafts + 1), max_new_tokens - made - 1)
+                drafted.append(drafts)
+                accepted.append(taken)
+                made += taken + 1
+                low = {4: 0.016}.get(drafts + 1) or VERIFY[drafts + 1]  # halfway between 3 and 5 tokens
+                seconds += low
+                if self.drafting.exit_layer is not None:
+                    seconds += drafts * DRAFT[self.drafting.exit_layer] + FIRST[self.drafting.exit_layer]
+            else:
+                plain += 1
+                made += 1
+                seconds += VERIFY[1]
+        seconds *= self.slower * (1 + (rows - 1) / 4)
+        return Turn(EngineRounds(list(range(made)), drafted, accepted), plain, seconds, seconds)
+
+
+@contextmanager
+def opened(drafting):
+    yield Fabricated(drafting)
+
+
+def timed(plan=PLAN, engine=opened):
+    return measure_engine("toy", engine, list(range(200)), plan, rule="vllm", device="cpu", dtype="float32")
+
+
+def check(profile, scale=1.0, **at):
+    costs = profile.costs(6, **at)
+    assert costs.autoregressive_s == pytest.approx(scale * VERIFY[1])
+    for exit_layer in DRAFT:
+        for drafts in (1, 2, 4):
+            expected = drafts * DRAFT[exit_layer] + FIRST[exit_layer] + VERIFY[drafts + 1]
+            assert costs.round_seconds(exit_layer, drafts) == pytest.approx(scale * expected)
+    assert costs.whole_pass_seconds(3) == pytest.approx(scale * VERIFY[3])
+
+
+def test_steps_that_are_known_come_out_again():
+    profile = timed()
+    check(profile)
+    assert profile.details["largest_error"] < 1e-6
+    assert profile.details["clock"] == "wall"
+    check(timed(replace(PLAN, clock="processor")))
+
+
+def test_a_batch_has_steps_of_its_own():
+    profile = timed(replace(PLAN, rows=(1, 5)))
+    check(profile)
+    check(profile, scale=2.0, rows=5)
+    check(profile, scale=1.5, rows=3)
+
+
+def test_one_by_one_a_machine_that_slows_down_is_seen_in_its_plain_steps():
+    count = [0]
+
+    @contextmanager
+    def slower(drafting):
+        count[0] += 1
+        yield Fabricated(drafting, slower=1 + (count[0] - 1) // 2)  # each pair slower than the one before
+
+    check(timed(replace(PLAN, together=False), slower))
+
+
+def test_what_cannot_be_timed_is_refused():
+    @contextmanager
+    def finds_nothing(drafting):
+        yield Fabricated(drafting, finds=False)
+
+    @contextmanager
+    def no_time(drafting):
+        yield lambda *asked, **more: Turn(EngineRounds([0], [], []), 1, 0.0, 0.0)
+
+    with pytest.raises(ResourceError, match="no round verified 1 drafts"):
+        timed(engine=finds_nothing)
+    with pytest.raises(ResourceError, match="too busy to be timed"):
+        timed(engine=no_time)
+    with pytest.raises(InputError, match="a context of 400 tokens needs as many of text; there are 200"):
+        timed(replace(PLAN, contexts=(400,)))
+    with pytest.raises(InputError, match="a context of 8 tokens is too short"):
+        replace(PLAN, contexts=(8,))
+    with pytest.raises(InputError, match="clock 'sun' is not known"):
+        replace(PLAN, clock="sun")
+    with pytest.raises(InputError, match="draft_lengths of a cost plan is empty"):
+        replace(PLAN, draft_lengths=())
+
+
+def test_homes_refuse_what_an_engine_has_not(tiny, tmp_path):
+    with pytest.raises(InputError, match="there is no running 'sglang'"):
+        EngineHome("sglang", tiny, tmp_path)
+    with pytest.raises(InputError, match=r"llama\.cpp is asked for one row at a time, not 4"):
+        EngineHome("llama.cpp", tiny, tmp_path, rows=4)
+    with pytest.raises(InputError, match="expected a JSON object"):
+        EngineHome("vllm", tiny, tmp_path, options="--dtype half")
+    with pytest.raises(InputError, match="there is no program"):
+        EngineHome("llama.cpp", tiny, tmp_path, program=tmp_path / "nowhere").found()
+
+
+def test_transformers_is_timed_with_its_own_early_exit(tiny, tmp_path):
+    home = EngineHome("transformers", tiny, tmp_path)
+    with home.open(Drafting(3, 4)) as session:
+        found = session([5, 6, 7], 12, ignore_eos=True)
+    assert len(found.text.tokens) == 12
+    assert sum(each + 1 for each in found.text.accepted) + found.plain == 12
+    assert found.seconds > 0
+    with home.open(Drafting()) as session:
+        assert session([5, 6, 7], 12, ignore_eos=True).text.tokens == found.text.tokens
+
+
+def test_an_engine_that_is_not_there_says_so(tmp_path):
+    with (
+        vllm_session(sys.executable, tmp_path, None) as session,
+        pytest.raises(ResourceError, match=r"did not run: .*vllm"),
+    ):
+        session([1, 2], 4)
+
+
+SERVER = """#!{python}
+import http.server, json, sys
+class Answers(http.server.BaseHTTPRequestHandler):
+    def say(self, document):
+        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(document).encode())
+    def log_message(self, *more): pass
+    def do_GET(self): self.say({{}})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("accepted  2/ 3 draft tokens\\naccepted  0/ 1 draft tokens", flush=True)
+        self.say({{"tokens": asked["prompt"] + [9] * 5, "timings": {{"predicted_ms": 20, "predicted_n": 8, "draft_n": 4,
+                   "draft_n_accepted": 2}}}})
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answers).serve_forever()
+"""
+
+
+def test_a_server_is_asked_and_its_rounds_are_read(tmp_path):
+    server = tmp_path / "llama-server"
+    server.write_text(SERVER.format(python=sys.executable))
+    server.chmod(0o755)
+    with llama_cpp_session(server, tmp_path / "model.gguf") as session:
+        for _ in range(2):
+            found = session([1, 2, 3], 8)
+            assert found.text == EngineRounds([1, 2, 3, 9, 9, 9, 9, 9], [3, 1], [2, 0])
+            assert (found.plain, found.decoding_s) == (4, 0.020)
+        assert session.totals["draft_n"] == 8
+        assert found.seconds > 0 <= found.processor_s
+        with pytest.raises(InputError, match="one row at a time, not 2"):
+            session([1], 8, rows=2)
+
+
+def test_the_command_writes_a_profile_that_choose_reads(tiny_folder, tmp_path, capsys):
+    traced, profile, prompts = tmp_path / "run", tmp_path / "profile.json", tmp_path / "prompts.txt"
+    prompts.write_text("abc\nbcd\n")
+    document(capsys, "trace", tiny_folder, "-o", traced, "--prompts", prompts, "--max-new-tokens", 16)
+    asked = ("costs", tiny_folder, "--engine", "transformers", "-o", profile, "--sweeps", 1, "--draft-lengths", "1,3",
+             "--contexts", 40)  # fmt: skip
+    found = document(capsys, *asked)
+    assert found == json.loads(profile.read_text())
+    assert {step["exit_layer"] for step in found["steps"]} == {None, 1, 4}
+    assert found["details"]["tokens"][1] == LONGER
+    for costs in (profile, "transformers"):
+        chosen = document(capsys, "choose", traced, "--costs", costs, "--draft-lengths", "1,3", "--context", 40)
+        assert (chosen["costs"]["source"], chosen["costs"]["dtype"]) == ("transformers", "float32")
+    fails(capsys, ["choose", str(traced), "--costs", "sglang"], "--costs is 'sglang'; expected measured or roofline")
