@@ -15,6 +15,8 @@ def verify(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What `trace`, `study` or `choose --export` wrote: RUN, STUDY or DIR.")
     ],
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

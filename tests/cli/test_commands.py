@@ -170,6 +170,8 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "trace": ["trace", tiny_folder, "--prompts", prompts, "-o", other, "--max-new-tokens", 6],
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],
+        "costs": ["costs", tiny_folder, "--engine", "transformers", "-o", tmp_path / "costs.json", "--exit-layers", 2,
+                  "--draft-lengths", 2, "--contexts", 33, "--sweeps", 2],
         "export": ["export", run_folder, "-o", tmp_path / "to", "--exit-layer", 2, "--draft-length", 2],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
@@ -182,6 +184,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
                   "--draft-lengths", 2],
         "report": ["report", study],
         "figures": ["figures", study, "--only", "fig02", "--format", "svg"],
+        "verify": ["verify", study],
     }  # fmt: skip
     assert set(lines) == set(map(name_of, ALL))
     for name, arguments in lines.items():
