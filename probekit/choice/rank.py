@@ -18,7 +18,7 @@ from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter, ExitLayer, outlook, sizes_of, traced_drafters
 from probekit.drafting.keys import MODEL, DrafterKey
-from probekit.drafting.policies import ConfidenceThreshold, EntropyThreshold, MarginThreshold, Policy
+from probekit.drafting.policies import ConfidenceThreshold, EntropyThreshold, MarginThreshold, Policy, ResidualPolicy
 from probekit.drafting.round_policies import NOBODY, DynamicExit, Heuristic, Planned
 from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
 from probekit.drafting.tree_drafters import TreeDrafts
@@ -225,16 +225,24 @@ def _fixed(trace: Trace, drafters: Sequence[Drafter], lengths: Sequence[int], pr
 def _stopping(
     trace: Trace, exits: Sequence[Drafter], policies: Mapping[str, Policy], prices: Prices
 ) -> Iterator[Ranked]:
-    """Each policy at each exit. What exits with fewer rows are sure of is not in a trace."""
+    """Each policy at each exit, a probe's at its own. What exits with fewer rows are sure of is not in a trace."""
     for name, policy in policies.items():
+        own = [each for each in exits if _goes_with(policy, each.key)]
         if policy.needs_confidence and any(each.key.rows is not None for each in exits):
             continue
         if trace.manifest.settings.statistics != "all" and policy.needs_confidence:
             continue
-        for cell in predict(trace, draft_lengths=[prices.longest], drafters=exits, policy=policy).cells:
+        for cell in predict(trace, draft_lengths=[prices.longest], drafters=own, policy=policy).cells if own else ():
             if cell.rounds:
                 way = Way((cell.drafts,), cell.draft_length, policy, name)
                 yield _of_cell(cell, way, name, prices, exact=policy.exact)
+
+
+def _goes_with(policy: Policy, key: DrafterKey) -> bool:
+    """A policy that reads residuals goes with the exit whose residuals it reads."""
+    if not isinstance(policy, ResidualPolicy):
+        return True
+    return key == DrafterKey.exit(policy.exit_layer, rows=key.rows, exit_heads=key.exit_heads)
 
 
 def _choosing(trace: Trace, exits: Sequence[Drafter], prices: Prices) -> Iterator[Ranked]:

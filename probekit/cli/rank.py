@@ -26,6 +26,9 @@ def rank(
     draft_lengths: options.DraftLengths = None,
     draft_rows: options.DraftRows = None,
     imported: Imported = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Rank this policy too, as confidence:0.7 or probe:FILE.")
+    ] = None,
     validate: Annotated[
         int, typer.Option("--validate", metavar="N", help="Run the N best ways, and hold them against their rounds.")
     ] = 0,
@@ -36,10 +39,10 @@ def rank(
     quiet: options.Quiet = False,
 ) -> None:
     """Every way of drafting on one scale, and the oracle above them."""
+    from probekit.choice.rank import STOPPING, with_trees
     from probekit.choice.rank import rank as rank_ways
-    from probekit.choice.rank import with_trees
     from probekit.drafting.imported import import_drafter
-    from probekit.drafting.policies import FIXED
+    from probekit.drafting.policies import FIXED, policy_named
     from probekit.traces.trace import Trace
 
     context = context_of(costs, context)
@@ -48,11 +51,12 @@ def rank(
     trace = Trace.open(run)
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
+    policies = STOPPING if policy is None else {**STOPPING, policy: policy_named(policy)}
     others = [import_drafter(path, trace) for path in imported or ()]
     with progress_bars(quiet or as_json) as bars:
         widest = with_trees(trace, lengths, context)
         timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
-    ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
+    ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others, policies=policies)
     checked = None
     if validate:
         from probekit.validation.ways import validate_ways

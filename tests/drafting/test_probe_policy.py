@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from probekit.choice.rank import STOPPING, rank
+from probekit.costs.roofline import roofline_costs
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.drafting.drafters import ExitLayer, allowed_by
 from probekit.drafting.policies import ResidualPolicy, policy_named
@@ -127,3 +129,15 @@ def test_what_is_refused(any_tiny_once, run, tmp_path):
     for wrong in ({"threshold": 1.5}, {"weights": np.zeros((2, 2))}, {"weights": np.array([np.nan])}):
         with pytest.raises(InputError):
             replace(policy, **wrong)
+
+
+def test_it_is_ranked_at_its_own_exit_and_run(any_tiny_once, run):
+    """Beside the other policies, which are tried at every exit."""
+    policy = list(policies(run))[1]
+    costs = roofline_costs(run, device="h100")
+    ranking = rank(run, costs, draft_lengths=[3], policies={**STOPPING, "probe": policy}, learn=False, shapes=())
+    ways = [each for each in ranking.ways if each.policy == "probe"]
+    assert [each.way.keys[0].exit_layer for each in ways] == [2]
+    assert validate_ways(any_tiny_once, run, [ways[0].way]).ways[0].rounds_equal
+    without = rank(run, costs, [1, 3], [3], policies={"probe": policy}, learn=False, shapes=())
+    assert "probe" not in {each.policy for each in without.ways}
