@@ -188,6 +188,7 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
     for name, weights in model.named_parameters():
         if (
             type(weights.data) is not torch.Tensor
+            or weights.device.type == "meta"  # on disk until it is called; the tracer's own check sees what it gives
             or weights.dtype not in _STORED_DTYPES.values()
             or not weights.numel()
         ):
