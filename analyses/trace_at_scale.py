@@ -28,7 +28,7 @@ import typer
 RESULTS = Path("docs/results/scale")
 SIZES = (1, 2, 3, 4)
 PROMPTS = (1_000, 10_000, 100_000)
-TURNS = 3
+TURNS = 2
 KINDS = {  # by parameters: prompts, and what the trace of them is asked for
     20e6: (96, {"max_new_tokens": 32}),
     200e6: (32, {"max_new_tokens": 8, "batch_size": 2, "statistics": "agreement"}),
@@ -119,7 +119,7 @@ with joined(Ranks.of_environment()) as ranks:
 
 
 @app.command()
-def processes(output: Output = RESULTS, model: str = "tales-tied", prompts: int = 192, tokens: int = 48) -> None:
+def processes(output: Output = RESULTS, model: str = "tales-tied", prompts: int = 96, tokens: int = 48) -> None:
     """One trace by 1 to 4 processes: processor time of each, and how even the work is."""
     asked = {"model": model, "prompts": texts(prompts), "max_new_tokens": tokens, "batch_size": 8}
     turns: dict[int, list[dict[str, Any]]] = {size: [] for size in SIZES}

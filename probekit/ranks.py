@@ -69,7 +69,8 @@ class Ranks:
                         f"{', '.join(names)} are {', '.join(said)}; a rank must be a number below that of processes.",
                         "Start the processes with torchrun or srun, or unset MASTER_ADDR.",
                     )
-                return cls(*map(int, said))
+                rank, size, local = map(int, said)
+                return cls(rank, size, local)
         return cls()
 
     @property

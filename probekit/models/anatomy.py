@@ -93,8 +93,8 @@ class Anatomy:
     @property
     def split_over(self) -> int:
         """Processes over which each layer is split (tensor parallelism): each has so large a share of the heads."""
-        meshes = [weight.device_mesh for weight in self.layers[0].parameters() if is_split(weight)]
-        return max((mesh.size() for mesh in meshes), default=1)
+        weights: list[Any] = [weight for weight in self.layers[0].parameters() if is_split(weight)]
+        return max((weight.device_mesh.size() for weight in weights), default=1)
 
     @property
     def head_dim(self) -> int:
