@@ -28,6 +28,7 @@ import typer
 RESULTS = Path("docs/results/scale")
 SIZES = (1, 2, 3, 4)
 PROMPTS = (1_000, 10_000, 100_000)
+PART = 50
 TURNS = 2
 KINDS = {  # by parameters: prompts, and what the trace of them is asked for
     20e6: (96, {"max_new_tokens": 32}),
@@ -201,22 +202,22 @@ def prompts(output: Output = RESULTS, depth: int = 12, tokens: int = 32) -> None
 
 
 def _fabricated(folder: Path, count: int, depth: int, tokens: int) -> int:
-    """A run of so many prompts, in parts of 8: a thousand plausible texts again and again."""
+    """A run of so many prompts: a thousand plausible texts again and again, in parts of PART prompts."""
     from traces.fabricate import fabricate
 
     from probekit.traces.storage import tables_of, writing_run
 
     many = fabricate(depth=depth, prompts=min(count, 1000), tokens=tokens)
-    batches = tuple(tuple(range(first, first + 8)) for first in range(0, count, 8))
+    batches = tuple(tuple(range(first, first + PART)) for first in range(0, count, PART))
     manifest = many.manifest.but(batches=batches)
     groups = {
-        name: {key: frame for key, frame in getattr(many, name).groupby(getattr(many, name)["prompt"] // 8)}
+        name: {key: frame for key, frame in getattr(many, name).groupby(getattr(many, name)["prompt"] // PART)}
         for name in tables_of(manifest)
     }
     with writing_run(folder, manifest) as writer:
         for part in range(len(batches)):
             source = part % len(groups["texts"])
-            shift = 8 * (part - source)
+            shift = PART * (part - source)
             writer.write(
                 part,
                 {name: parts[source].assign(prompt=parts[source]["prompt"] + shift) for name, parts in groups.items()},
