@@ -28,7 +28,8 @@ import typer
 RESULTS = Path("docs/results/scale")
 SIZES = (1, 2, 3, 4)
 PROMPTS = (1_000, 10_000, 100_000)
-TURNS = 3
+PART = 50
+TURNS = 2
 KINDS = {  # by parameters: prompts, and what the trace of them is asked for
     20e6: (96, {"max_new_tokens": 32}),
     200e6: (32, {"max_new_tokens": 8, "batch_size": 2, "statistics": "agreement"}),
@@ -119,7 +120,7 @@ with joined(Ranks.of_environment()) as ranks:
 
 
 @app.command()
-def processes(output: Output = RESULTS, model: str = "tales-tied", prompts: int = 192, tokens: int = 48) -> None:
+def processes(output: Output = RESULTS, model: str = "tales-tied", prompts: int = 96, tokens: int = 48) -> None:
     """One trace by 1 to 4 processes: processor time of each, and how even the work is."""
     asked = {"model": model, "prompts": texts(prompts), "max_new_tokens": tokens, "batch_size": 8}
     turns: dict[int, list[dict[str, Any]]] = {size: [] for size in SIZES}
@@ -201,22 +202,22 @@ def prompts(output: Output = RESULTS, depth: int = 12, tokens: int = 32) -> None
 
 
 def _fabricated(folder: Path, count: int, depth: int, tokens: int) -> int:
-    """A run of so many prompts, in parts of 8: a thousand plausible texts again and again."""
+    """A run of so many prompts: a thousand plausible texts again and again, in parts of PART prompts."""
     from traces.fabricate import fabricate
 
     from probekit.traces.storage import tables_of, writing_run
 
     many = fabricate(depth=depth, prompts=min(count, 1000), tokens=tokens)
-    batches = tuple(tuple(range(first, first + 8)) for first in range(0, count, 8))
+    batches = tuple(tuple(range(first, first + PART)) for first in range(0, count, PART))
     manifest = many.manifest.but(batches=batches)
     groups = {
-        name: {key: frame for key, frame in getattr(many, name).groupby(getattr(many, name)["prompt"] // 8)}
+        name: {key: frame for key, frame in getattr(many, name).groupby(getattr(many, name)["prompt"] // PART)}
         for name in tables_of(manifest)
     }
     with writing_run(folder, manifest) as writer:
         for part in range(len(batches)):
             source = part % len(groups["texts"])
-            shift = 8 * (part - source)
+            shift = PART * (part - source)
             writer.write(
                 part,
                 {name: parts[source].assign(prompt=parts[source]["prompt"] + shift) for name, parts in groups.items()},

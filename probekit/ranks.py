@@ -37,7 +37,8 @@ class ElsewhereError(ProbekitError):
 class Ranks:
     """This process among those of a job. rank: 0..size-1; local: the rank on this machine.
 
-    group: what they talk through; None before `joined`, and for one process.
+    group: what they talk through; None before `joined`, and for one process. in_step: whether they share a model
+        (tensor parallelism) and not the work: all do all of it, and the first writes.
 
     Examples
     --------
@@ -50,6 +51,7 @@ class Ranks:
     size: int = 1
     local: int = 0
     group: Any = None
+    in_step: bool = False
 
     @classmethod
     def of_environment(cls) -> Ranks:
@@ -67,7 +69,8 @@ class Ranks:
                         f"{', '.join(names)} are {', '.join(said)}; a rank must be a number below that of processes.",
                         "Start the processes with torchrun or srun, or unset MASTER_ADDR.",
                     )
-                return cls(*map(int, said))
+                rank, size, local = map(int, said)
+                return cls(rank, size, local)
         return cls()
 
     @property
@@ -76,7 +79,7 @@ class Ranks:
 
     def device(self, asked: str | None) -> str | None:
         """Where this process loads a model: of several on a machine, each has a GPU of its own."""
-        if self.size == 1 or asked not in (None, "cuda"):
+        if self.size == 1 or self.in_step or asked not in (None, "cuda"):
             return asked
         from torch import cuda
 
@@ -84,7 +87,7 @@ class Ranks:
 
     def share(self, things: Sequence[T]) -> Sequence[T]:
         """Every size-th, from its rank on: neighbours are of like length, so that all have as much to do."""
-        return things[self.rank :: self.size]
+        return things if self.in_step else things[self.rank :: self.size]
 
     # ------------------------------------------------------------------------------------------- what all must hear
     def from_first(self, value: T) -> T:

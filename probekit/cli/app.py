@@ -73,6 +73,21 @@ def _with_device_map(command: Callable[..., None]) -> Callable[..., None]:
     return _with_option(dealt, command, "device_map", options.DeviceMap, None)
 
 
+def _with_tensor_parallel(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with `--tensor-parallel`, which holds for every model that it loads."""
+
+    @wraps(command)
+    def split(*, tensor_parallel: bool = False, **given: Any) -> None:
+        if not tensor_parallel:
+            return command(**given)
+        from probekit.models.device_map import splitting
+
+        with splitting():
+            command(**given)
+
+    return _with_option(split, command, "tensor_parallel", options.TensorParallel, False)
+
+
 def _with_option(
     wrapped: Callable[..., None], command: Callable[..., None], name: str, annotation: Any, default: Any
 ) -> Callable[..., None]:
@@ -86,8 +101,10 @@ def _with_option(
 
 LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
 SHARED = {"trace", "validate"}  # these share their work among the processes of a job
+SPLIT = {"trace", "decode"}  # these run a model that is split over them
 for command in commands.ALL:
     name = commands.name_of(command)
+    command = _with_tensor_parallel(command) if name in SPLIT else command
     app.command(name=name)(_with_debug(_with_cache(_with_device_map(command)) if name in LOADING else command))
 
 
@@ -138,7 +155,7 @@ class CommandLine:
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line."""
     line = CommandLine(list(arguments))
-    if line.rank and line.command not in SHARED:
+    if line.rank and line.command not in SHARED and "--tensor-parallel" not in line.words:
         return 0  # the first of several processes does it alone
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("torchao", "torch.utils._pytree"):  # torchao warns of other devices' kernels when it is imported

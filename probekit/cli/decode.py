@@ -48,6 +48,7 @@ def decode(
     from probekit.decoding.decode import decode as decode_prompt
     from probekit.drafting.policies import policy_named
     from probekit.models.loaded import load
+    from probekit.ranks import Ranks
     from probekit.settings import Sampling
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
@@ -56,7 +57,8 @@ def decode(
         raise InputError("--draft-vocabulary and --draft-rows belong together: an order of tokens, and how many.")
     loaded = load(model, adapter=adapter, device=device, dtype=dtype)
     drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
-    with warnings_as_notices(quiet or as_json):
+    silent = not Ranks.of_environment().first  # processes that share a model decode in step; the first one speaks
+    with warnings_as_notices(quiet or as_json or silent):
         decoded = decode_prompt(
             loaded,
             prompt,
@@ -72,9 +74,11 @@ def decode(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=tuple(stop or ()),
-            on_accept=None if as_json else _stream,
+            on_accept=None if as_json or silent else _stream,
             engine=engine,
         )
+    if silent:
+        return
     if as_json:
         print_json({"schema": "probekit/decode/1", **decoded.to_json()})
         return

@@ -35,6 +35,9 @@ DeviceMap = Annotated[
         help="Deals a large model out over GPUs, memory and disk: auto, or auto:0=70GiB,cpu=100GiB.",
     ),
 ]
+TensorParallel = Annotated[
+    bool, typer.Option("--tensor-parallel", help="Split every layer over the processes that torchrun started.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", "-v", help="Show the traceback of an error.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,6 +81,7 @@ def trace(
 ) -> None:
     """Continue each prompt, read every layer of every token once, and keep the figures."""
     from probekit.files import check_unlocked
+    from probekit.models.device_map import is_splitting
     from probekit.models.loaded import Loaded, load
     from probekit.ranks import Ranks, joined
     from probekit.settings import Sampling, TraceSettings
@@ -118,7 +120,7 @@ def trace(
         loaded = load(model, adapter=adapter, device=place, dtype=dtype)
         return given_prompts, loaded, load(draft_model, device=place, dtype=dtype) if draft_model else None
 
-    with joined(Ranks.of_environment()) as ranks:
+    with joined(replace(Ranks.of_environment(), in_step=is_splitting())) as ranks:
         quiet = quiet or not ranks.first
         given_prompts, loaded, drafter = ranks.agreed(read_inputs)
         chosen = given_prompts if given_prompts is not None else bundled_prompts_for(loaded.name)

@@ -116,7 +116,7 @@ class PositionCache(Cache):
 
 def cache_shape(parts: Anatomy, rows: int, length: int) -> tuple[int, int, int, int, int]:
     """(layers, rows, key-value heads, length, head width)."""
-    return parts.depth, rows, parts.key_value_heads, length, parts.head_dim
+    return parts.depth, rows, parts.key_value_heads // parts.split_over, length, parts.head_dim
 
 
 def cache_bytes(parts: Anatomy, rows: int, length: int) -> int:

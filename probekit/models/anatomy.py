@@ -13,7 +13,15 @@ from probekit.models import families
 from probekit.models.discovery import family_of, locate, text_config
 from probekit.models.families import FAMILIES
 from probekit.models.family import Family
-from probekit.models.states import count_bytes, count_numbers, device_of, has_plain_weight, only_placed, unwrapped
+from probekit.models.states import (
+    count_bytes,
+    count_numbers,
+    device_of,
+    has_plain_weight,
+    is_split,
+    only_placed,
+    unwrapped,
+)
 
 NO_LIMIT = 2**31 - 1  # tokens: the context of a model whose positions have no end
 
@@ -81,6 +89,12 @@ class Anatomy:
     def key_value_heads(self) -> int:
         """Heads that keys and values have: those of the queries, where the configuration says nothing else."""
         return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def split_over(self) -> int:
+        """Processes over which each layer is split (tensor parallelism): each has so large a share of the heads."""
+        weights: list[Any] = [weight for weight in self.layers[0].parameters() if is_split(weight)]
+        return max((weight.device_mesh.size() for weight in weights), default=1)
 
     @property
     def head_dim(self) -> int:
@@ -276,6 +290,8 @@ def _one_tensor(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.shape != other.shape:
+        return False
+    if is_split(one) or is_split(other):
         return False
     return one.device.type != "meta" and one.stride() == other.stride() and one.data_ptr() == other.data_ptr()
 

@@ -123,8 +123,8 @@ def _not_traced(config: dict[str, Any]) -> str:
     return ""
 
 
-Deal = Callable[[Path, torch.dtype], dict[str, int | str]]
-"""What deals the model of a folder out over devices: {module: device}."""
+Deal = Callable[[Path, torch.dtype], dict[str, Any]]
+"""How the model of a folder is dealt out over devices or processes, as arguments of `from_pretrained`."""
 
 
 def read_folder(
@@ -136,7 +136,7 @@ def read_folder(
         stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
     dtype = asked or _own_dtype(config) or default_dtype(device, stored)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    options = {} if deal is None else {"device_map": deal(source.folder, dtype)}
+    options = {} if deal is None else deal(source.folder, dtype)
     model = read_weights(source, device, dtype, **options)
     check_dtypes(model, source.name, dtype)
     return model, tokenizer, files
@@ -153,7 +153,7 @@ def default_dtype(device: torch.device, stored: str) -> torch.dtype:
 
 
 def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    if device.type != "cpu" and "device_map" not in options:
+    if device.type != "cpu" and not {"device_map", "distributed_config", "tp_plan"} & set(options):
         options["device_map"] = {"": device}  # straight to the device; with one device accelerate adds no hook
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.folder,
@@ -188,6 +188,7 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
     for name, weights in model.named_parameters():
         if (
             type(weights.data) is not torch.Tensor
+            or weights.device.type == "meta"  # on disk until it is called; the tracer's own check sees what it gives
             or weights.dtype not in _STORED_DTYPES.values()
             or not weights.numel()
         ):

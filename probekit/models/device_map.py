@@ -5,11 +5,14 @@ Norm and head stay on the first device, whatever their place in the model: the l
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,36 @@ def dealing_out(device_map: str | None) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(before)
+
+
+_splitting: ContextVar[bool] = ContextVar("tensor parallelism", default=False)
+
+
+@contextmanager
+def splitting() -> Iterator[None]:
+    """Within it every load splits its model over the processes of the job: what `--tensor-parallel` is to a command."""
+    before = _splitting.set(True)
+    try:
+        yield
+    finally:
+        _splitting.reset(before)
+
+
+def is_splitting() -> bool:
+    return _splitting.get()
+
+
+def split_options() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that split a model by its own `tp_plan`. Raises InputError outside a job."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "tensor parallelism splits a model over the processes of a job, and this is one alone.",
+            "Start it with torchrun --nproc-per-node N -m probekit ...",
+        )
+    settings: Any = getattr(import_module("transformers.distributed"), "DistributedConfig", None)
+    if settings is not None and "tp_plan" in inspect.signature(settings).parameters:
+        return {"distributed_config": settings(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def chosen_map(given: str | None) -> DeviceMap | None:

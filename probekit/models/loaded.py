@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from probekit.errors import InputError, ProbekitError, Remark, ResourceError
 from probekit.html_tables import facts_html
 from probekit.models.adapters import Adapter, base_reference, find_adapter, holds_adapter, put_in
 from probekit.models.anatomy import Anatomy, anatomy, check_unchanged
-from probekit.models.checkpoint import Source, check_device, check_dtype, check_finite, first_line, read_folder
-from probekit.models.device_map import chosen_map, dealt_out
+from probekit.models.checkpoint import Deal, Source, check_device, check_dtype, check_finite, first_line, read_folder
+from probekit.models.device_map import DeviceMap, chosen_map, dealt_out, is_splitting, split_options
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
@@ -141,6 +140,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     cache: str | Path | bool | None = None,
     device_map: str | None = None,
+    tensor_parallel: bool = False,
 ) -> Loaded:
     """Load a causal language model of a known family with its tokenizer.
 
@@ -158,6 +158,8 @@ def load(
         same.
     device_map: "auto" deals a model that is larger than its device out over all GPUs, the memory and the disk, by
         accelerate; "auto:0=70GiB,cpu=100GiB" says how much each may take. For checkpoint folders.
+    tensor_parallel: split every layer over the processes of the job (torchrun's), by transformers' own `tp_plan`: all
+        then make the same calls, in step.
 
     Raises
     ------
@@ -172,7 +174,9 @@ def load(
     """
     if not isinstance(reference, (str, Path)):
         raise _no_model(reference)
-    dealing = chosen_map(device_map)
+    dealing, tensor_parallel = chosen_map(device_map), tensor_parallel or is_splitting()
+    if dealing is not None and tensor_parallel:
+        raise InputError("a model is either dealt out by a device map or split over processes.", "Give one of them.")
     if dealing is not None and device is not None:
         raise InputError(f"device {str(device)!r} and a device map both say where the model lies.", "Give one of them.")
     if device is None:
@@ -183,15 +187,12 @@ def load(
     source = find_checkpoint(base) if added is None or base == reference else _base_of(added, base)
     try:
         with silent():
-            if source.gguf and dealing is not None:
-                raise InputError(
-                    f"{source.name} is a GGUF file, which is not dealt out over devices.", "Leave out the device map."
-                )
+            if source.gguf and (dealing is not None or tensor_parallel):
+                raise InputError(f"{source.name} is a GGUF file, which is not dealt out.", "Take a checkpoint folder.")
             if source.gguf:
                 model, tokenizer, weights_hash, remark = read_gguf(source, place, asked, cache_folder(cache))
             else:
-                deal = None if dealing is None else partial(dealt_out, dealing)
-                model, tokenizer, files = read_folder(source, place, asked, deal)
+                model, tokenizer, files = read_folder(source, place, asked, _deal(dealing, tensor_parallel))
                 weights_hash, remark = hash_files(files), None
             check_finite(model, f"{source.path} holds")
             if added is not None:
@@ -218,6 +219,12 @@ def load(
         weights_hash="+".join([weights_hash, *([] if added is None else [added.weights_hash])]),
         adapter=added,
     )
+
+
+def _deal(dealing: DeviceMap | None, tensor_parallel: bool) -> Deal | None:
+    if tensor_parallel:
+        return lambda folder, dtype: split_options()
+    return None if dealing is None else lambda folder, dtype: {"device_map": dealt_out(dealing, folder, dtype)}
 
 
 def _base_of(adapter: Adapter, base: str | Path) -> Source:

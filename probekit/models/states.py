@@ -111,6 +111,11 @@ def is_quantised(module: nn.Module) -> bool:
     return any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized for tensor in _weights(module))
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether a weight is split over processes (a DTensor of torch's), each of which holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
 def tensor_libraries(module: nn.Module) -> list[Tensor]:
     """The weights that are tensors of a library's own (torchao's) and act as numbers of a dtype."""
     return [weight for weight in module.parameters() if hasattr(weight, "__tensor_flatten__")]
@@ -132,7 +137,10 @@ def _logical(tensor: Any) -> int:
 
 
 def _stored(tensor: Any) -> Iterator[Tensor]:
-    """The ordinary tensors that a tensor of a library is made of."""
+    """The ordinary tensors that a tensor of a library is made of; one that is split over processes is one, whole."""
+    if is_split(tensor):
+        yield tensor
+        return
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _stored(getattr(tensor, name))

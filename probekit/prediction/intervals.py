@@ -30,7 +30,7 @@ LEAST_PROMPTS = 4
 SHARE = (0.0, 1.0)
 """Bounds of a share of a count."""
 UNBOUNDED = (-np.inf, np.inf)
-_BLOCK = 2**24  # drawn prompts that are held at once
+_BLOCK = 2**22  # drawn prompts that are held at once
 _ALIKE = 1e-7  # a standard error below this share of its ratio is rounding
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from probekit.errors import InputError
 
-MOST_CELLS = 20_000_000  # (lens, layer, row) cells in a piece: some 50 bytes each while they are put in place
+MOST_CELLS = 5_000_000  # (lens, layer, row) cells in a piece: some 50 bytes each while they are put in place
 
 
 def pivoted(

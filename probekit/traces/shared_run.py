@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from probekit.errors import InputError
 from probekit.files import locked
@@ -28,9 +30,10 @@ class RankWriter(TraceWriter):
     own."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, rank: int, parts: Sequence[int], remade: Iterable[int]
+        self, folder: Path, manifest: Manifest, ranks: Ranks, parts: Sequence[int], remade: Iterable[int]
     ) -> None:
-        self._set(folder, manifest, rank=rank)
+        self._set(folder, manifest, rank=ranks.rank)
+        self._silent = ranks.in_step
         self.mine = tuple(parts)
         self.remade = set(remade)
 
@@ -39,7 +42,12 @@ class RankWriter(TraceWriter):
 
     def begin(self) -> None:
         """The first process has."""
-        self._begun = True
+        self._begun = not self._silent
+
+    def write(self, part: int, frames: Mapping[str, pd.DataFrame], **given: Any) -> None:
+        """As any writer; where the processes go in step, the first one writes for all."""
+        if not self._silent:
+            super().write(part, frames, **given)
 
 
 @contextmanager
@@ -79,7 +87,7 @@ def writing_together(
         mine = ranks.share(told.pending)
         if own is None:
             stack.enter_context(locked(folder, ranks.rank))
-            own = RankWriter(folder, told.manifest, ranks.rank, mine, told.remade)
+            own = RankWriter(folder, told.manifest, ranks, mine, told.remade)
         own.mine = mine
         yield own
         ranks.all("written")

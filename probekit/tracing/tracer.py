@@ -87,7 +87,8 @@ def trace(
         it is read as the model's own, and each token is checked. Where some are not what the model writes here,
         they are counted in the manifest, and predictions are no longer called exact.
     ranks: the processes that share this run, each of which makes this same call (`Ranks.of_environment()` under
-        torchrun); the trace does not depend on their number.
+        torchrun); the trace does not depend on their number. Of a model that is split over them (`load(..,
+        tensor_parallel=True)`), all read everything, and the first writes: `replace(ranks, in_step=True)`.
     progress: called as `progress(phase, done, total, tokens_per_second=..)`; done and total count prompts.
 
     Raises
@@ -182,11 +183,12 @@ class TraceRun:
     def hear_noise(self, texts: Sequence[ContinuedText]) -> None:
         """Measure the noise on the first text of the run; every process hears of it before it writes a part."""
         drafter, found = self.plan.drafter, dict[str, float]()
-        if self.ranks.first and texts:
+        if (self.ranks.first or self.ranks.in_step) and texts:
             ids = texts[0].sequence[:-1]
             found["noise"] = row_noise(self.plan.loaded, ids, self.plan.loaded.anatomy.sites, self.plan.heads)
             if drafter is not None:
                 found["drafter_noise"] = row_noise(drafter, ids, [drafter.depth])
+        if self.ranks.first and texts:
             self.writer.update(**found)
             if self.ranks.size > 1:
                 self.writer.begin()  # others write from now on
