@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from probekit.engines.engine import Drafting
 from probekit.errors import InputError
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, silent
 from probekit.validation.engine_rounds import EngineRounds, Turn
 
 NO_TOKEN = -1  # as padding: transformers' drafter takes every such token of the text for padding and masks it
@@ -140,7 +140,8 @@ def _counted(
     ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     candidates: list[tuple[int, Tensor]] = []  # of each round: the length before it, and the text with its drafts
     lengths: list[int] = []  # after each round
-    with _plain_generation(loaded.model, settings, eos), _watched(loaded.model, candidates, lengths):
+    # It warns of settings that it makes for its own drafts.
+    with silent(), _plain_generation(loaded.model, settings, eos), _watched(loaded.model, candidates, lengths):
         try:
             output = loaded.model.generate(
                 input_ids=ids,

@@ -191,7 +191,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         status = run([*map(str, arguments), "--json", "--device", "cpu", "--quiet"])
         captured = capsys.readouterr()
         found = json.loads(captured.out)
-        assert found["schema"] == f"probekit/{name}/1"
+        assert found["schema"] == f"probekit/{'cost-profile' if name == 'costs' else name}/1"
         assert (status == 2) == ("error" in found), (name, found)
         assert captured.err == "", name
         assert name == "compare" or status == 0
