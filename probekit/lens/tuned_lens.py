@@ -49,7 +49,7 @@ def read_tuned_lens(folder: str | Path) -> dict[int, Translator]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"{folder / PARAMETERS} cannot be read as a tuned lens: {first}") from None
-    shapes = {f"{layer}.weight": (width, width) for layer in range(depth)}
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}.weight": (width, width) for layer in range(depth)}
     if biased:
         shapes |= {f"{layer}.bias": (width,) for layer in range(depth)}
     found = {name: tuple(each.shape) for name, each in state.items()} if _is_tensors(state) else {}
