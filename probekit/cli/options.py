@@ -86,7 +86,7 @@ Drafter = Annotated[
 ]
 ExitHeads = Annotated[
     Path | None,
-    typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these; see `probekit fit-heads`."),
+    typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these: `fit-heads`, a tuned lens."),
 ]
 
 

@@ -25,6 +25,7 @@ from probekit.files import atomic_bytes
 from probekit.foreign.json import parse_json
 from probekit.foreign.text import read_bytes
 from probekit.hooks.capture import Capture
+from probekit.lens.tuned_lens import Translator, read_tuned_lens, write_tuned_lens
 from probekit.models.anatomy import Anatomy, anatomy
 
 SCHEMA = "probekit/exit-heads/1"
@@ -193,8 +194,22 @@ def save_heads(path: str | Path, heads: Mapping[int, ExitHead]) -> None:
     atomic_bytes(path, pack_heads(heads))
 
 
+def save_tuned_lens(folder: str | Path, heads: Mapping[int, ExitHead], parts: Anatomy, name: str) -> Path:
+    """Write heads, {exit: head}, as a tuned lens of the model `name`, for `load_heads` and the package `tuned-lens`."""
+    translators = {layer: Translator(each.change, each.offset) for layer, each in check_heads(heads, parts).items()}
+    return write_tuned_lens(folder, translators, name, anatomy(parts).depth)
+
+
 def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
-    """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it."""
+    """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it.
+
+    A folder is read as a tuned lens (`probekit.lens.tuned_lens`); its translator of the embedding is no exit's.
+    """
+    if Path(path).is_dir():
+        translators = read_tuned_lens(path)
+        if len(translators) != anatomy(parts).depth:
+            raise InputError(f"{path} is a lens of {len(translators)} layers; this model has {anatomy(parts).depth}.")
+        return check_heads({layer: ExitHead(*each) for layer, each in translators.items() if layer > 0}, parts)
     try:
         content = read_bytes(Path(path), sys.maxsize)
     except OSError as error:
