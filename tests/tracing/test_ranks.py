@@ -155,6 +155,8 @@ def test_environments_of_launchers(monkeypatch) -> None:
     assert Ranks.of_environment() == Ranks()  # a single command in a SLURM job is one
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    assert Ranks.of_environment() == Ranks()  # and so is one that the batch script does not start with srun
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert Ranks.of_environment() == Ranks(5, 8, 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
