@@ -25,6 +25,7 @@ check: $(VENV)/.checks
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry .
+	$(BIN)/bandit --quiet --recursive probekit --configfile pyproject.toml
 
 clean:
 	rm -rf build $(VENV)

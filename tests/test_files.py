@@ -24,6 +24,7 @@ PAIRS = 20
 WRITES = {
     "files.py": "it is the one place",
     "models/gguf_copies.py": "a cache: a folder that is renamed when it is whole",
+    "foreign/bounded.py": "it is a pipe",
     "models/synthetic.py": "a temporary folder of its own",
 }
 
@@ -200,3 +201,25 @@ def test_a_planted_lock_is_not_followed(tmp_path):
         with locked(tmp_path / "run"):
             pass
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------------- every door
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "~nobody_at_all/x", "\udcff", "/dev/null/x", ""])
+def test_names_that_no_system_holds_are_refused_at_every_door(tiny, name):
+    """Path.is_file and its like raise for names that are too long, on some versions of Python."""
+    from traces.fabricate import fabricate
+
+    from probekit.costs.engine_profile import read_profile
+    from probekit.drafting.imported import import_drafter
+    from probekit.lens.exit_heads import load_heads
+    from probekit.presentation.study_folder import open_study
+
+    for door in (
+        lambda: probekit.load(name), lambda: probekit.load("tales-tied", adapter=name),
+        lambda: probekit.Trace.open(name),
+        lambda: probekit.verify(name), lambda: probekit.load_prompts(name), lambda: probekit.load_log(name),
+        lambda: open_study(name), lambda: read_profile(name), lambda: load_heads(name, tiny.anatomy),
+        lambda: import_drafter(name, fabricate()),
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            door()

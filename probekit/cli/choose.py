@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +90,7 @@ def choose(
         raise InputError("--weight-bits is of a roofline.", "Give --costs roofline.")
     if export is not None:
         check_export(export)  # before minutes of timing
-    if (run / "study.json").is_file():
+    if os.path.isfile(run / "study.json"):
         _choose_of_study(run, export, as_json)
         return
     trace = Trace.open(run)

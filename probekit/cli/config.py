@@ -10,6 +10,7 @@ import tomli_w
 import typer
 
 from probekit.errors import InputError
+from probekit.foreign.text import read_bytes
 
 _NOT_SETTINGS = {"config", "print_config", "as_json", "quiet", "debug", "help"}
 
@@ -23,8 +24,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     names = _names(context)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = tomllib.loads(read_bytes(path).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--config {path} cannot be read as TOML: {error}.") from None
     defaults: dict[str, Any] = {}
     for name, value in document.items():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import pandas as pd
 from probekit.costs.profile import Costs
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
+from probekit.foreign.text import read_bytes
 
 SCHEMA = "probekit/cost-profile/1"
 NEEDED = ("autoregressive", "draft", "verify")
@@ -169,7 +171,7 @@ def read_profile(path: str | Path) -> EngineProfile:
     path = Path(path)
     if path.suffix.lower() == ".csv":
         try:
-            frame = pd.read_csv(path, dtype=str)
+            frame = pd.read_csv(BytesIO(read_bytes(path)), dtype=str)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
         rows: Any = [

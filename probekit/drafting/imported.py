@@ -175,7 +175,7 @@ def import_drafter(
 
 
 def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path} of a drafter.", "Name a .parquet file; the docs give its columns.")
     try:
         schema = pq.read_schema(path)

@@ -10,6 +10,7 @@ One JSON object a line (or one document, an object or a list). A text is read fr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ def read_log(path: str | Path) -> list[LoggedText]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"there is no log file {path}.", "Name a .json or .jsonl file of an engine's answers.")
     if path.suffix.lower() == ".jsonl":
         yield from READERS[".jsonl"](path)

@@ -16,8 +16,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a file holds. Raises OSError, and InputError for more than `most` bytes and for what is no file.
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """What a file holds. Raises OSError, and InputError for more than `most` (MOST_BYTES) bytes and for no file.
 
     A pipe is not waited for, and a device is not read.
     """
@@ -29,6 +29,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path} cannot be read: it is no regular file.", "Write what it gives into a file.")
+        most = MOST_BYTES if most is None else most
         if found.st_size > most:
             raise InputError(f"{path} cannot be read: it has {found.st_size:,} bytes; at most {most:,} are read.")
         return file.read(found.st_size)  # a larger number would be set aside whole

@@ -5,6 +5,7 @@ As with checkpoints, weights come from safetensors only, and no code that comes 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,13 +46,13 @@ class Adapter:
 
 def holds_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return os.path.isfile(folder / CONFIG) and not os.path.isfile(folder / "config.json")
 
 
 def find_adapter(reference: str | Path) -> Adapter:
     """The adapter in a folder, its configuration and files checked. Raises InputError."""
-    folder = Path(reference).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(reference))
+    if not os.path.isdir(folder):
         raise InputError(f"there is no adapter {str(reference)!r}: no folder has that name.", "Give the folder of one.")
     folder = folder.resolve()
     if not (folder / CONFIG).is_file():
@@ -92,13 +93,13 @@ def base_reference(adapter: Adapter) -> str:
             "Name the model, and this folder with --adapter.",
         )
     beside = adapter.folder / base
-    found = beside if beside.is_dir() else Path(base).expanduser()
-    if found.is_dir() and not (found / "config.json").is_file() and (found / CONFIG).is_file():
+    found = beside if os.path.isdir(beside) else Path(os.path.expanduser(base))
+    if os.path.isdir(found) and not (found / "config.json").is_file() and (found / CONFIG).is_file():
         raise InputError(
             f"the adapter {adapter.folder} was made for another adapter ({found}), not for a model.",
             "Merge that one into its model first.",
         )
-    return str(beside.resolve()) if beside.is_dir() else base
+    return str(beside.resolve()) if os.path.isdir(beside) else base
 
 
 def put_in(model: Any, adapter: Adapter) -> Any:

@@ -6,6 +6,7 @@ What can be checked without the weights (family, tokenizer, files, device, dtype
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -240,7 +241,7 @@ def _base_of(adapter: Adapter, base: str | Path) -> Source:
 
 def _adapter_of(reference: str | Path, adapter: str | Path | None) -> tuple[Adapter | None, str | Path]:
     """The adapter to load, if any, and the model to put it into."""
-    alone = holds_adapter(Path(reference).expanduser())
+    alone = holds_adapter(Path(os.path.expanduser(reference)))
     if adapter is None and not alone:
         return None, reference
     if adapter is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass
 from math import prod
@@ -64,11 +65,11 @@ def find_checkpoint(reference: str | Path) -> Source:
                 "Name a model instead: a Hugging Face id, a folder, or a GGUF file.",
             )
         return check_folder(Source(folder, None, text, text))
-    path = Path(text).expanduser()
-    if text and path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if text and os.path.isdir(path):
         path = path.resolve()
         return check_folder(Source(path, None, path.name, str(path)))
-    if path.is_file():
+    if os.path.isfile(path):
         path = path.absolute()
         return check_gguf(Source(path.parent, path.name, path.stem, str(path)))
     hub = _HUB_ID.fullmatch(text)

@@ -14,7 +14,7 @@ from probekit.files import atomic_text
 
 def write_card(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Metadata that hubs read, the recommendations, a table, a picture, and how it was measured."""
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701
         loader=jinja2.PackageLoader("probekit.presentation", "assets"),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # Markdown, which `inline` escapes

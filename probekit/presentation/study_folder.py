@@ -5,6 +5,7 @@ A file is read when it is asked for, checked then, and kept. Each failure is one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -140,10 +141,10 @@ def open_study(folder: str | Path, keys: Sequence[str] = ("trace", "choice", "ti
     Raises InputError when there is no study, when it is not finished, or when another program wrote it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; expected one that `probekit study -o {folder}` wrote.")
     path = folder / "summary.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise _not_finished(folder)
     summary = read_json(path, _RUN_AGAIN)
     schema = summary.get("schema") if isinstance(summary, dict) else None

@@ -6,7 +6,7 @@ and the layer; one of your own goes into LABELS under a name.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pandas as pd
 
 from probekit.drafting.drafters import ExitLayer
 from probekit.errors import InputError
+from probekit.foreign.json import loads
 from probekit.traces.token_text import looped_mask
 from probekit.traces.trace import Trace
 
@@ -112,7 +113,7 @@ def label_named(given: str | Path | Label | pd.DataFrame) -> tuple[str, Label]:
         if str(given) in LABELS:
             return str(given), LABELS[str(given)]
         path = Path(given)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(
                 f"there is no label {str(given)!r}: there are {', '.join(LABELS)}.",
                 "Name one of them, or a file (.csv, .jsonl or .parquet) with prompt, position and a column of labels.",
@@ -127,7 +128,7 @@ def _table(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()
-            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+            return pd.DataFrame([loads(line) for line in lines if line.strip()])
         return pd.read_csv(path)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a table of labels: {error}") from None

@@ -314,11 +314,11 @@ def read_manifest(folder: str | os.PathLike[str], hint: str = "Trace again.") ->
     Raises InputError, with `hint`, when there is none, it is damaged, or of another schema."""
     folder = Path(folder)
     path = folder / "manifest.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(
             f"there is no run folder {folder}.", "Make one with `probekit trace MODEL --prompts FILE -o RUN`."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"{folder} is not a run folder: it has no manifest.json.", "Name the -o of a `probekit trace`."
         )

@@ -105,11 +105,11 @@ def stream_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: b
 
 def _there(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(
             f"there is no prompts file {path}.", "Name a .txt, .jsonl, .csv or .parquet file, or a folder."
         )
-    if not path.is_dir() and path.suffix.lower() not in READERS:
+    if not os.path.isdir(path) and path.suffix.lower() not in READERS:
         raise InputError(
             f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .csv or .parquet, or a dataset folder."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -385,7 +386,7 @@ def recipe_of(trace: Trace) -> Recipe:
 def _training_record(name: str, reference: str) -> dict[str, Any]:
     bundled = files("probekit.models").joinpath("bundled", name, "training.json")
     path = Path(reference) / "training.json"
-    source = path if path.is_file() else bundled if bundled.is_file() else None
+    source = path if os.path.isfile(path) else bundled if bundled.is_file() else None
     if source is None:
         return {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from probekit.checksums import SUMS
@@ -35,7 +36,7 @@ def verify(folder: str | Path) -> Verified:
     (True, 4, 'same')
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}.", "Name the folder of a run, a study or an exported choice.")
     if (folder / LOCK).exists():
         check_unlocked(folder)

@@ -26,7 +26,7 @@ def check_weights(record: ModelRecord, role: str) -> WeightsChecked:
         state, why = _compared(record)
     except _UnreachableError as error:
         state, why = "not reachable", str(error)
-    except (InputError, OSError, RuntimeError) as error:  # the last: a home of nobody
+    except (InputError, OSError) as error:
         state, why = "not reachable", str(error).rstrip(".")
     return WeightsChecked(record.name, role, record.reference, state, why)  # type: ignore[arg-type]
 
@@ -53,10 +53,10 @@ def _files(record: ModelRecord) -> list[Path]:
     reference = record.reference
     if os.sep not in reference and (BUNDLED / reference / "config.json").is_file():
         return weight_files(BUNDLED / reference)
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(reference))
+    if os.path.isdir(path):
         return weight_files(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     if path.is_absolute():
         raise _UnreachableError(f"{path} is not there")

@@ -205,7 +205,8 @@ def main() -> None:
                 print(lines.make_line(Random(f"{asked.seed}:{LINES}:{asked.show}"), lines.places(bases)))
             print(one_input(asked.only, asked.show, asked.seed, bases, place))
             return
-        report(asked, wanted, run_all(asked, wanted, bases))
+        results = run_all(asked, wanted, bases)
+        sys.exit(1 if report(asked, results) else 0)
 
 
 def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -240,6 +241,7 @@ def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[
                     f"{name}: {of['inputs']:,} inputs, {len(of['faults'])} faults, slowest {of['slowest_s']:.2f} s",
                     flush=True,
                 )
+                report(asked, results)  # a run that is ended keeps what it has counted
     return results
 
 
@@ -253,7 +255,8 @@ def warm_up(bases: dict[str, Path]) -> None:
         lines.run_line(["choose", str(bases["residuals"]), "--costs", "roofline", "--device", "h100"])
 
 
-def report(asked: Any, wanted: dict[str, int], results: dict[str, dict[str, Any]]) -> None:
+def report(asked: Any, results: dict[str, dict[str, Any]]) -> int:
+    """Write what was found so far; the number of faults."""
     kinds: Counter[str] = Counter()
     for name, result in results.items():
         kinds[LINES if name == LINES else targets.TARGETS[name].kind] += result["inputs"]
@@ -275,11 +278,11 @@ def report(asked: Any, wanted: dict[str, int], results: dict[str, dict[str, Any]
             for name, result in results.items()
         },
     }  # fmt: skip
-    print(", ".join(f"{number:,} {kind}" for kind, number in kinds.items()), f"inputs: {faults} faults")
+    print(", ".join(f"{number:,} {kind}" for kind, number in kinds.items()), f"inputs: {faults} faults", flush=True)
     if asked.output:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         asked.output.write_text(json.dumps(document, indent=1) + "\n")
-    sys.exit(1 if faults else 0)
+    return faults
 
 
 if __name__ == "__main__":
