@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,6 +106,33 @@ def cannot_write(path: Path, error: OSError) -> ProbekitError:
     if error.errno in _LACKS:
         return ResourceError(said, "Nothing is left half written; make room, and run the same command again.")
     return InputError(said, "Name another place.")
+
+
+@contextmanager
+def built(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A place beside `target` at which a library writes a file, or a folder's files: they are put there at the end.
+
+    A file is replaced whole; a folder that is there keeps its other files. After an exception nothing is left.
+
+    Raises InputError or ResourceError, which name the target, where the system refuses.
+    """
+    target = Path(target)
+    make_folder(target.parent)
+    place = target.parent / f".{secrets.token_hex(8)}{UNFINISHED}"
+    try:
+        yield place
+        if not (place.is_dir() and target.is_dir()):
+            place.replace(target)
+        else:
+            for each in sorted(place.iterdir()):
+                each.replace(target / each.name)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    finally:
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            place.unlink()
 
 
 # -------------------------------------------------------------------------------------------- before the work
@@ -240,7 +268,7 @@ def _holder(path: Path) -> str:
 def _clear(folder: Path) -> None:
     for left in folder.glob(f"*{UNFINISHED}"):
         with suppress(OSError):
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------ checksums

@@ -25,6 +25,7 @@ WRITES = {
     "files.py": "it is the one place",
     "models/gguf_copies.py": "a cache: a folder that is renamed when it is whole",
     "foreign/bounded.py": "it is a pipe",
+    "models/cut.py": "at a place that `files.built` puts in order",
     "models/synthetic.py": "a temporary folder of its own",
 }
 

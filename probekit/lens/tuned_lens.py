@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.files import atomic_bytes, atomic_text
+from probekit.files import atomic_bytes, atomic_text, make_folder
 from probekit.foreign.json import read_json
 
 CONFIG, PARAMETERS = "config.json", "params.pt"
@@ -49,10 +49,14 @@ def read_tuned_lens(folder: str | Path) -> dict[int, Translator]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"{folder / PARAMETERS} cannot be read as a tuned lens: {first}") from None
+    if not _is_tensors(state) or len(state) != depth * (1 + biased):
+        raise InputError(
+            f"{folder / PARAMETERS} is not the lens of {depth} layers of width {width} that {CONFIG} promises."
+        )
     shapes: dict[str, tuple[int, ...]] = {f"{layer}.weight": (width, width) for layer in range(depth)}
     if biased:
         shapes |= {f"{layer}.bias": (width,) for layer in range(depth)}
-    found = {name: tuple(each.shape) for name, each in state.items()} if _is_tensors(state) else {}
+    found = {str(name): tuple(each.shape) for name, each in state.items()}
     if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
         raise InputError(
             f"{folder / PARAMETERS} is not the lens of {depth} layers of width {width} that {CONFIG} promises: "
@@ -82,8 +86,7 @@ def write_tuned_lens(folder: str | Path, translators: Mapping[int, Translator], 
         "base_model_name_or_path": name, "d_model": width, "num_hidden_layers": depth, "bias": True,
         "base_model_revision": None, "unembed_hash": None, "lens_type": TYPE,
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     buffer = BytesIO()
     torch.save(state, buffer)
     atomic_bytes(folder / PARAMETERS, buffer.getvalue())

@@ -7,6 +7,7 @@ written from memory.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from probekit.errors import InputError
-from probekit.files import atomic_text
+from probekit.files import atomic_text, built
 from probekit.models.checkpoint import Source, config_of
 from probekit.models.discovery import text_config
 from probekit.models.loaded import Loaded
@@ -60,13 +61,14 @@ def cut_checkpoint(loaded: Loaded, exit_layer: int, folder: str | Path) -> Path:
             f"the weights of {loaded.name} are quantised in memory, and no checkpoint holds them so.",
             "Load it from its folder, or take the unquantised model.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        _from_memory(loaded, exit_layer, folder)
-    else:
-        _from_folder(source, loaded.depth, exit_layer, folder)
-    for path in folder.glob("*.safetensors"):  # which safetensors writes for its owner only
-        path.chmod((folder / "config.json").stat().st_mode)
+    with built(folder) as place:
+        place.mkdir()
+        if source is None:
+            _from_memory(loaded, exit_layer, place)
+        else:
+            _from_folder(source, loaded.depth, exit_layer, place)
+        for path in place.glob("*.safetensors"):  # which safetensors writes for its owner only
+            path.chmod((place / "config.json").stat().st_mode)
     return folder
 
 
@@ -151,7 +153,10 @@ def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
 def _flush(shards: list[dict[str, torch.Tensor]], folder: Path) -> None:
     """Write the last shard, and let go of it."""
     if shards:
-        save_file(shards[-1], folder / _shard(len(shards) - 1), metadata={"format": "pt"})
+        try:
+            save_file(shards[-1], folder / _shard(len(shards) - 1), metadata={"format": "pt"})
+        except SafetensorError as error:  # what the system said, without its number
+            raise OSError(errno.ENOSPC if "No space" in str(error) else None, str(error)) from None
         shards[-1] = {}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from probekit.errors import InputError
+from probekit.files import built
 from probekit.models.gguf_header import read_header
 
 _LAYER = "blk."
@@ -46,30 +47,33 @@ def cut_gguf(path: str | Path, exit_layer: int | None, target: str | Path, *, pl
         )
     library: Any = import_module("gguf")
     reader = library.GGUFReader(path)
-    writer = library.GGUFWriter(target, header.architecture)
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue  # the writer's own
-        value = field.contents()
-        kind, sub = field.types[0], field.types[-1]
-        if kind != library.GGUFValueType.ARRAY:
-            cut = exit_layer if name == f"{header.architecture}.block_count" else value
-            writer.add_key_value(name, cut, kind)
-        else:
-            cut = value[:exit_layer] if name.startswith(f"{header.architecture}.") and len(value) == depth else value
-            if cut:
-                writer.add_key_value(name, cut, kind, sub)
-    for tensor in reader.tensors:
-        if _layer_of(tensor.name) >= exit_layer:
-            continue
-        if plain:
-            writer.add_tensor(tensor.name, library.quants.dequantize(tensor.data, tensor.tensor_type))
-        else:
-            writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with built(target) as place:
+        writer = library.GGUFWriter(place, header.architecture)
+        for name, field in reader.fields.items():
+            if name.startswith("GGUF.") or name == "general.architecture":
+                continue  # the writer's own
+            value = field.contents()
+            kind, sub = field.types[0], field.types[-1]
+            if kind != library.GGUFValueType.ARRAY:
+                cut = exit_layer if name == f"{header.architecture}.block_count" else value
+                writer.add_key_value(name, cut, kind)
+            else:
+                cut = (
+                    value[:exit_layer] if name.startswith(f"{header.architecture}.") and len(value) == depth else value
+                )
+                if cut:
+                    writer.add_key_value(name, cut, kind, sub)
+        for tensor in reader.tensors:
+            if _layer_of(tensor.name) >= exit_layer:
+                continue
+            if plain:
+                writer.add_tensor(tensor.name, library.quants.dequantize(tensor.data, tensor.tensor_type))
+            else:
+                writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return target
 
 

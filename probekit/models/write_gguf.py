@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from probekit.errors import InputError
+from probekit.files import built
 from probekit.models.cut import adapted, kept
 from probekit.models.loaded import Loaded
 
@@ -57,29 +58,29 @@ def write_gguf(loaded: Loaded, target: str | Path, exit_layer: int | None = None
         raise InputError(f"{loaded.name} scales its rotary embedding or has a window.", CONVERTER)
     vocabulary = tokenizer_fields(loaded)
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    writer = library.GGUFWriter(target, architecture)
-    writer.add_name(loaded.name)
-    writer.add_context_length(parts.context)
-    writer.add_embedding_length(parts.width)
-    writer.add_block_count(depth)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(parts.key_value_heads)
-    writer.add_key_length(parts.head_dim)
-    writer.add_value_length(parts.head_dim)
-    writer.add_rope_dimension_count(parts.head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(parts.vocabulary)
-    for add, value in vocabulary:
-        getattr(writer, add)(value)
-    for name, tensor in _tensors(library, loaded, architecture, depth):
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with built(target) as place:
+        writer = library.GGUFWriter(place, architecture)
+        writer.add_name(loaded.name)
+        writer.add_context_length(parts.context)
+        writer.add_embedding_length(parts.width)
+        writer.add_block_count(depth)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(parts.key_value_heads)
+        writer.add_key_length(parts.head_dim)
+        writer.add_value_length(parts.head_dim)
+        writer.add_rope_dimension_count(parts.head_dim)
+        writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(parts.vocabulary)
+        for add, value in vocabulary:
+            getattr(writer, add)(value)
+        for name, tensor in _tensors(library, loaded, architecture, depth):
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return target
 
 

@@ -117,7 +117,7 @@ def _there(path: str | os.PathLike[str]) -> Path:
 
 
 def _records(path: Path, readers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return read_dataset_folder(path, readers) if path.is_dir() else readers[path.suffix.lower()](path)
+    return read_dataset_folder(path, readers) if os.path.isdir(path) else readers[path.suffix.lower()](path)
 
 
 def _prompts_of(path: Path, records: Iterator[tuple[str, Any]], *, chat: bool, given: bool) -> Iterator[Prompt]:

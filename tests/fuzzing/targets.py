@@ -174,16 +174,18 @@ def tokenizer() -> Any:
 
 
 def read_prompts(folder: Path) -> None:
-    from probekit.tracing.prompts import encode, load_prompts, prompts_hash
+    from probekit.tracing.prompt_store import PromptStore
+    from probekit.tracing.prompts import encode, load_prompts
 
     path = only(folder)
     for options in ({}, {"chat": True}, {"given": True}):
         with suppress(ProbekitError):
             prompts = load_prompts(path, **options)
-            prompts_hash(prompts)
+            store = PromptStore()
             for prompt in prompts[:50]:
                 with suppress(ProbekitError):
-                    encode(prompt, tokenizer(), given="given" in options)
+                    store.add(encode(prompt, tokenizer(), given="given" in options))
+            assert store.hash.startswith("sha256:")
 
 
 @target("prompts.txt", "text")(read_prompts)
