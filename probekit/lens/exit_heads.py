@@ -7,6 +7,7 @@ Fitted in closed form, in one pass over any amount of text: the sums that ridge 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -205,7 +206,7 @@ def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
 
     A folder is read as a tuned lens (`probekit.lens.tuned_lens`); its translator of the embedding is no exit's.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         translators = read_tuned_lens(path)
         if len(translators) != anatomy(parts).depth:
             raise InputError(f"{path} is a lens of {len(translators)} layers; this model has {anatomy(parts).depth}.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.files import atomic_bytes, atomic_text
+from probekit.files import atomic_bytes, atomic_text, make_folder
 from probekit.foreign.json import read_json
 
 CONFIG, PARAMETERS = "config.json", "params.pt"
@@ -82,8 +82,7 @@ def write_tuned_lens(folder: str | Path, translators: Mapping[int, Translator], 
         "base_model_name_or_path": name, "d_model": width, "num_hidden_layers": depth, "bias": True,
         "base_model_revision": None, "unembed_hash": None, "lens_type": TYPE,
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     buffer = BytesIO()
     torch.save(state, buffer)
     atomic_bytes(folder / PARAMETERS, buffer.getvalue())

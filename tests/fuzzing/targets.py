@@ -174,13 +174,14 @@ def tokenizer() -> Any:
 
 
 def read_prompts(folder: Path) -> None:
-    from probekit.tracing.prompts import encode, load_prompts, prompts_hash
+    from probekit.tracing.prompts import encode, load_prompts, stream_prompts
 
     path = only(folder)
     for options in ({}, {"chat": True}, {"given": True}):
         with suppress(ProbekitError):
+            list(stream_prompts(path, **options))
+        with suppress(ProbekitError):
             prompts = load_prompts(path, **options)
-            prompts_hash(prompts)
             for prompt in prompts[:50]:
                 with suppress(ProbekitError):
                     encode(prompt, tokenizer(), given="given" in options)
