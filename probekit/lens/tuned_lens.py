@@ -49,10 +49,8 @@ def read_tuned_lens(folder: str | Path) -> dict[int, Translator]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"{folder / PARAMETERS} cannot be read as a tuned lens: {first}") from None
-    if not _is_tensors(state) or len(state) != depth * (1 + biased):
-        raise InputError(
-            f"{folder / PARAMETERS} is not the lens of {depth} layers of width {width} that {CONFIG} promises."
-        )
+    if not _is_tensors(state) or depth > len(state):  # before a name is made for each layer that is promised
+        raise InputError(f"{folder / PARAMETERS} is not the lens of {depth} layers that {CONFIG} promises.")
     shapes: dict[str, tuple[int, ...]] = {f"{layer}.weight": (width, width) for layer in range(depth)}
     if biased:
         shapes |= {f"{layer}.bias": (width,) for layer in range(depth)}

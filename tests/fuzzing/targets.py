@@ -175,10 +175,12 @@ def tokenizer() -> Any:
 
 def read_prompts(folder: Path) -> None:
     from probekit.tracing.prompt_store import PromptStore
-    from probekit.tracing.prompts import encode, load_prompts
+    from probekit.tracing.prompts import encode, load_prompts, stream_prompts
 
     path = only(folder)
     for options in ({}, {"chat": True}, {"given": True}):
+        with suppress(ProbekitError):
+            list(stream_prompts(path, **options))
         with suppress(ProbekitError):
             prompts = load_prompts(path, **options)
             store = PromptStore()
