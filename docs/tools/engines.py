@@ -1,14 +1,16 @@
-"""The table of rounds counted inside other engines: `python docs/tools/engines.py` writes it into its page."""
+"""Tables of rounds and speedups inside other engines: `python docs/tools/engines.py` writes them into their pages."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent
 PAGE = DOCS / "how-to" / "use-in-another-engine.md"
 RECORDS = DOCS / "results" / "engines"
-BEGIN, END = "<!-- counted: begin -->\n", "<!-- counted: end -->"
+COSTS_PAGE = DOCS / "reference" / "cost-profile.md"
+SPEEDUPS = DOCS / "results" / "engine-speedups"
 
 
 def table() -> str:
@@ -37,11 +39,29 @@ def version_of(record: dict) -> str:
     return packages.split("==")[-1]
 
 
-def page(text: str) -> str:
-    """The page with the table in its place."""
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return before + BEGIN + table() + END + after
+def speedups() -> str:
+    """A row a cell: predicted and measured; none, no table."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SPEEDUPS.glob("*.json"))]
+    if not records:
+        return ""
+    lines = ["| engine | model | drafter and length | predicted | measured | ratio | plain against plain |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [(record, row) for record in records for row in record["rows"]]
+    for record, row in rows:
+        figures = " | ".join(f"{row[name]:.2f}" for name in ("predicted", "measured", "ratio", "plain_against_plain"))
+        name = f"{record['engine']} {version_of(record)}"
+        lines.append(f"| {name} | {row['model']} | {row['drafter']} × {row['draft_length']} | {figures} |")
+    near = sum(abs(row["ratio"] - 1) <= 0.1 for _, row in rows)
+    return "\n".join([*lines, "", f"Within 10 %: {near} of {len(rows)} cells."]) + "\n"
+
+
+def page(text: str, name: str = "counted", made: Callable[[], str] = table) -> str:
+    """A page with the table in its place."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return before + begin + made() + end + after
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    COSTS_PAGE.write_text(page(COSTS_PAGE.read_text(encoding="utf-8"), "speedups", speedups), encoding="utf-8")

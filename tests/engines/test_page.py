@@ -28,8 +28,9 @@ def test_the_table_is_that_of_the_records():
     spec = importlib.util.spec_from_file_location("engines_tool", DOCS / "tools" / "engines.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    text = PAGE.read_text(encoding="utf-8")
-    assert tool.page(text) == text
+    for page, *which in ((PAGE,), (tool.COSTS_PAGE, "speedups", tool.speedups)):
+        text = page.read_text(encoding="utf-8")
+        assert tool.page(text, *which) == text
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "results" / "engines").glob("*.json")), ids=lambda path: path.stem)
