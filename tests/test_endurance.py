@@ -23,6 +23,7 @@ def counted(*words: str) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.second
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_kills_two_writers_and_full_disks(tmp_path):
     found = counted(

@@ -75,6 +75,7 @@ def test_decode(capsys, places):
     assert through["tokens"] == plain["tokens"]
 
 
+@pytest.mark.second
 def test_a_study_fits_counts_and_validates(capsys, places, tmp_path):
     arguments = ["study", places["model"], "--prompts", places["many"], "-o", tmp_path / "study",
                  "--max-new-tokens", 8, "--draft-lengths", "1,2", "--fit-heads", "--draft-rows", 30]  # fmt: skip

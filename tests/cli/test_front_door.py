@@ -312,6 +312,7 @@ def test_a_roofline_is_that_of_a_server(capsys, tiny_folder, prompts, tmp_path):
     assert (costs["dtype"], costs["context"], costs["device"]) == ("bfloat16", 1024, "h100")
 
 
+@pytest.mark.second
 def test_a_study_of_sampled_text_from_end_to_end(capsys, tiny_folder, prompts, tmp_path):
     words = ["study", tiny_folder, "-o", tmp_path / "study", "--prompts", prompts, "--max-new-tokens", 6,
              "--temperature", "0.8", "--exit-layers", "2,3", "--draft-lengths", "1,2", "--context", 16,

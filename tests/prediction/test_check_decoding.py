@@ -42,6 +42,7 @@ def test_prompts_are_distinct_beginnings_of_different_lengths(script, drafter):
     assert len({len(ids) for ids in prompts}) > 20
 
 
+@pytest.mark.second
 def test_a_few_prompts_on_one_model(script, drafter):
     loaded = load("tales-layerskip", device="cpu", dtype="float32")
     found = script.check_greedy(loaded, drafter, 8, 6)

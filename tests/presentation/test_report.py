@@ -317,6 +317,7 @@ def test_markup_in_data_stays_data(tmp_path):
     assert page.data["models"][0]["prompts"][0]["text"] == MARKUP
 
 
+@pytest.mark.second
 def test_a_study_of_default_size_stays_below_five_megabytes(tmp_path):
     folder = fabricate_study(tmp_path / "study", depth=12, prompts=24, tokens=96, draft_lengths=(1, 4, 8))
     page = write_report(folder)

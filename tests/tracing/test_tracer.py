@@ -512,6 +512,7 @@ trace(loaded, texts, sys.argv[1], given=True)
 """
 
 
+@pytest.mark.second
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="address space is limited and read as on Linux")
 def test_a_process_that_really_runs_out_of_memory_goes_on_with_less(tmp_path) -> None:
     """1,616 rows want 100 MB for each activation of the wide layers; no such array can be had."""

@@ -183,6 +183,7 @@ def test_a_server_is_asked_and_its_rounds_are_read(tmp_path):
             session([1], 8, rows=2)
 
 
+@pytest.mark.second
 def test_the_command_writes_a_profile_that_choose_reads(tiny_folder, tmp_path, capsys):
     traced, profile, prompts = tmp_path / "run", tmp_path / "profile.json", tmp_path / "prompts.txt"
     prompts.write_text("abc\nbcd\n")
