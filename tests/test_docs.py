@@ -178,7 +178,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("predict", sampled, "--rounds"),
         ("choose", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "h100"),
         ("choose", greedy, "--costs", "roofline", "--device", "h100", "--rows", "1,8", "--contexts", "64,128"),
-        ("costs", tiny_folder, "--engine", "transformers", "--sweeps", 1, "--draft-lengths", "1,2", "--contexts", 40),
+        ("costs", tiny_folder, "--engine", "transformers", "--clock", "processor", "--sweeps", 1, "--contexts", 40),
         ("export", greedy, "-o", folder / "exported", "--exit-layer", 2, "--draft-length", 2),
         ("rank", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "cpu", "--validate", 1),
         ("probe", greedy, "--label", "entropy", "--layers", 2),

@@ -89,6 +89,8 @@ def costs(
         "Of the whole batch. first: what the first draft of a round takes longer. verify: a pass over so many tokens a "
         "row.",
     )
-    notice(f"Its rounds are these steps to within {100 * profile.details['largest_error']:.1f} %.", quiet=quiet)
+    error = profile.details["largest_error"]
+    if error is not None:
+        notice(f"The texts that were timed took what these steps say to within {100 * error:.1f} %.", quiet=quiet)
     if output is not None:
         out.print(f"{output}: probekit choose RUN --costs {output}", markup=False, highlight=False)

@@ -42,7 +42,7 @@ Open = Callable[[Drafting], AbstractContextManager[Session]]
 class CostPlan:
     """What is timed.
 
-    exit_layers: depths of the draft models. draft_lengths: K of the lookups; draft models have the first and the last.
+    exit_layers: depths of the draft models. draft_lengths: K of the lookups; draft models have three of them.
     rows, contexts: of the batches, and tokens in the cache halfway through a text. sweeps: turns of everything.
     clock: "wall", or "processor": seconds of the engine's processor, for one thread on a busy machine.
     together: all ways of drafting open at once, in turns; otherwise each beside plain decoding, where memory is short.
@@ -77,12 +77,12 @@ class CostPlan:
         return self.contexts[-1] + LONGER + self.draft_lengths[-1]
 
     def ways(self, rule: str) -> Iterator[Drafting]:
-        """Plain decoding, a lookup at every length, each exit at the shortest and the longest."""
+        """Plain decoding, a lookup at every length, each exit at the shortest, a middle and the longest."""
         yield Drafting()
         for length in self.draft_lengths:
             yield Drafting(length, lookup=lookup_of(rule, length))
         for exit_layer in self.exit_layers:
-            for length in sorted({self.draft_lengths[0], self.draft_lengths[-1]}):
+            for length in sorted({self.draft_lengths[at] for at in (0, len(self.draft_lengths) // 2, -1)}):
                 yield Drafting(length, exit_layer)
 
 
@@ -139,14 +139,14 @@ def measure_engine(
                 found[rows, at, way] = replace(each, seconds=each.seconds / slower)
         report("costs", number + 1, len(groups))
     steps: list[Step] = []
-    worst = 0.0
+    errors: list[float] = []
     for rows in plan.rows:
         for at in plan.contexts:
             solved, error = solve([found[rows, at, way] for way in ways], plan, rows, at)
             steps += solved
-            worst = max(worst, error)
+            errors += [] if error is None else [error]
     about = {"sweeps": plan.sweeps, "clock": plan.clock, "together": plan.together, "tokens": [SHORTER, LONGER],
-             "largest_error": worst, **(details or {})}  # fmt: skip
+             "largest_error": max(errors, default=None), **(details or {})}  # fmt: skip
     return EngineProfile(name, device, dtype, tuple(steps), about)
 
 
@@ -201,8 +201,10 @@ def _equation(way: Drafting, pairs: Sequence[Sequence[Turn]], clock: str) -> Equ
     return Equation(way, longer.plain - shorter.plain, dict(rounds), after - before)
 
 
-def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int) -> tuple[list[Step], float]:
+def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int) -> tuple[list[Step], float | None]:
     """(the steps, the largest relative error of an equation) by least squares of relative errors, within bounds.
+
+    The error is None where there are no more equations than steps, which then always hold.
 
     Unknown are a plain step, verifications of K + 1 tokens for each K of the plan, a draft step of each exit, and what
     the first of a round takes longer. Verifications of other widths are read off the line between their neighbours. A
@@ -229,7 +231,7 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
     scaled = least.max() / LEAST  # unknown are multiples of a plain step
     equal = np.ones(len(equations))
     solved = scaled * lsq_linear(table * scaled / seconds[:, None], equal, (least / scaled, np.inf), method="bvls").x
-    error = float(np.abs(table @ solved / seconds - 1).max())
+    error = float(np.abs(table @ solved / seconds - 1).max()) if table.shape[0] > table.shape[1] else None
     at = {"rows": rows, "context": context}
     taken = solved.tolist()
     steps = [Step("autoregressive", taken[0], **at)]

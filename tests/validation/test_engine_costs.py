@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,18 @@ def test_steps_that_are_known_come_out_again():
     check(profile)
     assert profile.details["largest_error"] < 1e-6
     assert profile.details["clock"] == "wall"
+    assert timed(replace(PLAN, draft_lengths=(1, 4))).details["largest_error"] is None  # as many steps as equations
+
+
+def test_a_model_of_steps_that_does_not_fit_says_by_how_much():
+    """Two drafts take longer than their steps: no first and no draft step explains it."""
+
+    @contextmanager
+    def crooked(drafting):
+        yield Fabricated(drafting, slower=1.3 if drafting.exit_layer and drafting.draft_length == 2 else 1.0)
+
+    assert 0.05 < timed(engine=crooked).details["largest_error"] < 0.3
+
     check(timed(replace(PLAN, clock="processor")))
 
 
@@ -184,12 +197,13 @@ def test_a_server_is_asked_and_its_rounds_are_read(tmp_path):
 
 
 @pytest.mark.second
-def test_the_command_writes_a_profile_that_choose_reads(tiny_folder, tmp_path, capsys):
+def test_the_command_writes_a_profile_that_choose_reads(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", time.process_time)  # whatever else this machine does
     traced, profile, prompts = tmp_path / "run", tmp_path / "profile.json", tmp_path / "prompts.txt"
     prompts.write_text("abc\nbcd\n")
     document(capsys, "trace", tiny_folder, "-o", traced, "--prompts", prompts, "--max-new-tokens", 16)
     asked = ("costs", tiny_folder, "--engine", "transformers", "-o", profile, "--sweeps", 1, "--draft-lengths", "1,3",
-             "--contexts", 40)  # fmt: skip
+             "--contexts", 40, "--clock", "processor")  # fmt: skip
     found = document(capsys, *asked)
     assert found == json.loads(profile.read_text())
     assert {step["exit_layer"] for step in found["steps"]} == {None, 1, 4}
