@@ -67,7 +67,7 @@ def row(parameter: Any) -> str:
     spelled = argument_of(parameter)
     if is_option(parameter):
         names = ", ".join(sorted(parameter.opts, key=len, reverse=True))
-        spelled = f"{names} {value_of(parameter)}".strip()
+        spelled = f"{names} {value_of(parameter)}".strip() + "".join(f"`, `{each}" for each in parameter.secondary_opts)
     what, default = help_of(parameter)
     return f"| `{spelled}` | {what} | {default} |"
 
