@@ -18,7 +18,8 @@ def costs(
     model: options.Model,
     engine: Annotated[str, typer.Option("--engine", help="transformers, vllm or llama.cpp.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Receives the profile, which `choose` takes as costs.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Receives the profile, which `choose` takes as costs."),
     ] = None,
     engine_path: Annotated[
         Path | None,

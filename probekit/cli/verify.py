@@ -13,7 +13,7 @@ from probekit.cli.terminal import notice, out, print_json
 
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What `trace`, `study` or `choose --export` wrote: RUN, STUDY or DIR.")
+        Path, typer.Argument(metavar="DIR", help="What `trace`, `study` or `export` wrote: RUN, STUDY or DIR.")
     ],
     device: options.Device = None,
     dtype: options.Dtype = None,
