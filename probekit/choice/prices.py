@@ -32,10 +32,12 @@ class Prices:
 
     def row(self, drafter: Drafter, longest: int) -> np.ndarray:
         """(K + 1,) of one drafter."""
-        asked = (drafter.key, longest)
+        # The row of a shorter draft is the beginning of a longer one's, but where recorded rounds draft all of theirs.
+        whole = longest if self.costs.engine == "cuda" else max(longest, self.longest)
+        asked = (drafter.key, whole)
         if asked not in self._known:
-            self._known[asked] = self.costs.rounds_seconds_of(drafter, longest)
-        return self._known[asked]
+            self._known[asked] = self.costs.rounds_seconds_of(drafter, whole)
+        return self._known[asked][: longest + 1]
 
     def watching(self, policy: Policy, drafters: Sequence[Drafter], longest: int) -> np.ndarray:
         """(K + 1,) seconds that a policy's look at exits takes after a round with 0, 1, .. drafts: a norm and head for
