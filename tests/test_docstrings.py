@@ -9,8 +9,12 @@ import pytest
 
 import probekit
 
+NAMES = [
+    pytest.param(name, marks=pytest.mark.second if name == "run_study" else ()) for name in sorted(probekit.__all__)
+]
 
-@pytest.mark.parametrize("name", sorted(probekit.__all__))
+
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_run(name):
     shown = getattr(probekit, name)
     [test] = doctest.DocTestFinder(recurse=False).find(shown, name, globs={})

@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 
 import probekit
 from probekit.cli import commands, options
-from probekit.cli.signals import Stopped
+from probekit.cli.signals import Stopped, undisguised
 from probekit.cli.terminal import err, out, print_json, warnings_as_notices
 from probekit.errors import ProbekitError, Remark
 from probekit.ranks import ElsewhereError, Ranks
@@ -161,7 +161,7 @@ def run(arguments: Sequence[str]) -> int:
     for library in ("torchao", "torch.utils._pytree"):  # torchao warns of other devices' kernels when it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        with warnings_as_notices("--quiet" in line.words, Remark):
+        with undisguised(), warnings_as_notices("--quiet" in line.words, Remark):
             status = typer.main.get_command(app).main(args=line.words, prog_name="probekit", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0

@@ -11,6 +11,9 @@ from types import FrameType
 _SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal closed (SIGHUP)"}
 
 
+_received: list[int] = []  # the signals that `stoppable` raised
+
+
 class Stopped(BaseException):
     """A signal asked the process to end. Not an Exception, so that nothing on the way takes it for a failure.
 
@@ -42,6 +45,7 @@ def stoppable() -> Iterator[None]:
     Signals that are ignored stay ignored (a shell's background jobs, `nohup`).
     """
     before: dict[int, object] = {}
+    _received.clear()
 
     def restore() -> None:
         for number, handler in before.items():
@@ -49,6 +53,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         restore()
+        _received.append(number)
         raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():
@@ -60,6 +65,22 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         restore()
+        _received.clear()
+
+
+@contextmanager
+def undisguised() -> Iterator[None]:
+    """Whatever a signal's exception became on its way is `Stopped` again.
+
+    In an import it may come out as another: Python itself makes a RuntimeError of what is raised in `__set_name__`, and
+    modules written in C make what they like of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _received:
+            raise Stopped(_received[-1]) from error
+        raise
 
 
 @contextmanager

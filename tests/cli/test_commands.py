@@ -82,7 +82,7 @@ def test_choose(capsys, run_folder, tmp_path):
     assert roofline["costs"]["source"] == "roofline"
 
 
-@pytest.mark.parametrize("costs", ["measured", "roofline"])
+@pytest.mark.parametrize("costs", [pytest.param("measured", marks=pytest.mark.second), "roofline"])
 def test_choose_ranks_long_drafts_and_the_draft_model(capsys, tiny_folder, tiny_draft, prompts, tmp_path, costs):
     drafter = tmp_path / "drafter"
     tiny_draft.model.save_pretrained(drafter)

@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import probekit
+from probekit.cli import main
 from probekit.cli.app import run
 from probekit.errors import InputError
 from probekit.presentation.study_folder import open_study
@@ -165,6 +166,22 @@ def test_a_signal_while_it_starts():
         _, said = process.communicate(timeout=60)
         assert process.returncode in (0, 143, -signal.SIGTERM)
         assert "Traceback" not in said
+
+
+def test_a_signal_that_an_import_made_another_error_of(capsys, monkeypatch):
+    class Field:
+        def __set_name__(self, owner, name):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    def imported_late(*_, **__):
+        type("Of a library", (), {"field": Field()})  # Python 3.11 makes a RuntimeError of what is raised in there
+
+    monkeypatch.setattr("probekit.models.loaded.load", imported_late)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "tales-tied"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.startswith("probekit inspect: asked to end (SIGTERM). Nothing was kept.")
 
 
 # ------------------------------------------------------------------------------------------ no wasted runs

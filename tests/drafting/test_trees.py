@@ -174,6 +174,7 @@ def test_in_a_batch_rows_end_and_budgets_differ(dialled, run):
             assert all(each.drafted[-1:] != [] or budget == 1 for each in together)
 
 
+@pytest.mark.second
 def test_windows_and_odd_families_see_what_they_should():
     """Past their windows, with several kinds of layers, scaled logits: the texts are the models' own."""
     from models.test_families import ODD, PROMPTS, small

@@ -129,6 +129,7 @@ def spared_on(loaded, ids: torch.Tensor) -> WorkSkipped:
     return witnesses.savings
 
 
+@pytest.mark.second
 def test_smollm2(smollm2):
     savings = spared_on(smollm2, greedy_text(smollm2, "Once upon a time", 24))
     assert savings.products_avoided > 0.4  # calibration and all

@@ -143,6 +143,7 @@ def test_nnsight_reads_a_model_without_a_tokenizer(tiny) -> None:
         assert torch.equal(nnsight.read(inputs, rows).residuals, hooks.read(inputs, rows).residuals)
 
 
+@pytest.mark.second
 def test_nnsight_is_imported_only_when_asked_for() -> None:
     code = "import sys, probekit.tracing.backends; sys.exit('nnsight' in sys.modules or hasattr(object(), 'save'))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -51,7 +51,10 @@ def alone(tmp_path_factory) -> dict[str, dict[str, bytes]]:
     return found
 
 
-@pytest.mark.parametrize(("size", "kind"), [(2, "sampled, with a draft model"), (4, "given, with residuals")])
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [pytest.param(2, "sampled, with a draft model", marks=pytest.mark.second), (4, "given, with residuals")],
+)
 def test_any_number_of_processes_writes_the_same_bits(size, kind, alone, tmp_path) -> None:
     assert job(size, tmp_path / "run", KINDS[kind]) == [0] * size
     assert unlike(bits(tmp_path / "run"), alone[kind]) == []

@@ -75,6 +75,7 @@ def test_a_difference_by_hand():
     assert found["depth of half agreement, share of the depth"]["difference"] == pytest.approx(4 / 9 - 1 / 3)
 
 
+@pytest.mark.second
 def test_clear_is_said_of_all_differences_together():
     """Two models of one kind: by themselves some intervals leave out 0 by chance, all together hardly ever."""
     comparisons = [
