@@ -22,10 +22,18 @@ def decode(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
     method: Annotated[
-        str, typer.Option("--method", help="autoregressive, self-speculative, speculative or early-exit.")
-    ] = "autoregressive",
+        str | None,
+        typer.Option(
+            "--method",
+            help="autoregressive, self-speculative, speculative or early-exit. [default: as the other options say]",
+        ),
+    ] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit-layer", help="Layer that drafts, 1..L-1.")] = None,
     draft_length: Annotated[int | None, typer.Option("--draft-length", help="Tokens drafted in a round.")] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option("--drafter", help="Who drafts, if no exit or model: ngram:N, suffix; or tree:2x1 from the exit."),
+    ] = None,
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
     draft_rows: options.DraftRows = None,
@@ -56,7 +64,7 @@ def decode(
     if (draft_vocabulary is None) != (draft_rows is None):
         raise InputError("--draft-vocabulary and --draft-rows belong together: an order of tokens, and how many.")
     loaded = load(model, adapter=adapter, device=device, dtype=dtype)
-    drafter = load(draft_model, device=device, dtype=dtype) if draft_model else None
+    second = load(draft_model, device=device, dtype=dtype) if draft_model else None
     silent = not Ranks.of_environment().first  # processes that share a model decode in step; the first one speaks
     with warnings_as_notices(quiet or as_json or silent):
         decoded = decode_prompt(
@@ -65,7 +73,8 @@ def decode(
             method=method,
             exit_layer=exit_layer,
             draft_length=draft_length,
-            draft_model=drafter,
+            drafter=drafter,
+            draft_model=second,
             draft_vocabulary=None
             if draft_rows is None or draft_vocabulary is None
             else _kept(draft_vocabulary, draft_rows, loaded),

@@ -110,7 +110,7 @@ def show(value: Any) -> str:
             return "-"
         return f"[{value[0]:.2f}, {value[1]:.2f}]"
     if isinstance(value, (list, tuple)):
-        return " ".join(show(part) for part in value)
+        return " ".join(show(part) for part in value) or "-"
     return str(value)
 
 

@@ -13,6 +13,7 @@ from probekit.decoding.device_decoding import on_engine
 from probekit.decoding.results import Decoded, Piece
 from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import Drafter, ExitLayer, equipped
+from probekit.drafting.named import drafter_named
 from probekit.drafting.policies import Policy
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
@@ -25,12 +26,12 @@ METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "autoregressive": (),
     "self-speculative": ("exit_layer", "draft_length"),
-    "speculative": ("draft_length", "draft_model"),
+    "speculative": ("draft_length",),
     "early-exit": ("exit_layer",),
 }
 _DRAFTING: Mapping[str, tuple[str, ...]] = {
     "self-speculative": ("draft_vocabulary", "exit_heads", "policy"),
-    "speculative": ("policy",),
+    "speculative": ("draft_model", "drafter", "exit_layer", "policy"),
 }
 """What each method needs, and what else it can be given."""
 
@@ -66,6 +67,7 @@ def decode(
     method: str | None = None,
     exit_layer: int | None = None,
     draft_length: int | None = None,
+    drafter: Drafter | str | None = None,
     draft_model: Loaded | None = None,
     draft_vocabulary: Sequence[int] | None = None,
     exit_heads: Mapping[int, ExitHead] | str | Path | None = None,
@@ -83,9 +85,11 @@ def decode(
     prompt: a text, encoded as `tokenizer(prompt)` does by default, or token ids.
     choice: what `probekit.choose` or `probekit.rank` found best: its drafter, draft length and policy, or plain
         decoding where it says not to speculate. A chosen draft model is to be given too. Without a choice:
-    method: one of METHODS, autoregressive by default. "self-speculative" needs exit_layer and draft_length,
-        "speculative" draft_model and draft_length, "early-exit" exit_layer; a setting that the method has no use for is
-        refused.
+    method: one of METHODS; by default what the settings say: "speculative" with a drafter or a draft model,
+        "self-speculative" with an exit layer, else "autoregressive". "self-speculative" needs exit_layer and
+        draft_length, "speculative" draft_length and drafter or draft_model, "early-exit" exit_layer; a setting that the
+        method has no use for is refused.
+    drafter: any Drafter, or the name of one: "ngram:2", "suffix", "tree:2x1" (which drafts from exit_layer).
     draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
     exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.exit_heads`), of which the exit
         layer's is put before norm and head when drafting; none by default.
@@ -104,7 +108,7 @@ def decode(
     Examples
     --------
     >>> import probekit
-    >>> how = {"method": "self-speculative", "exit_layer": 3, "draft_length": 3}
+    >>> how = {"exit_layer": 3, "draft_length": 3}
     >>> drafted = probekit.decode("tales-layerskip", "Once upon a time", max_new_tokens=12, **how)
     >>> plain = probekit.decode("tales-layerskip", "Once upon a time", max_new_tokens=12)
     >>> drafted.tokens == plain.tokens, drafted.rounds < plain.rounds
@@ -114,11 +118,11 @@ def decode(
     if draft_model is not None:
         draft_model = as_loaded(draft_model)
     given = {
-        "exit_layer": exit_layer, "draft_length": draft_length, "draft_model": draft_model,
+        "exit_layer": exit_layer, "draft_length": draft_length, "drafter": drafter, "draft_model": draft_model,
         "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,
     }  # fmt: skip
     if choice is None:
-        run = _by_method(loaded, method or "autoregressive", given)
+        run = _by_method(loaded, method or _method_of(given), given)
     else:
         run = _as_chosen(loaded, choice, given | {"method": method})
     run = on_engine(run, engine)
@@ -145,7 +149,7 @@ def decode(
 
 
 def _as_chosen(loaded: Loaded, choice: ChoiceLike, given: Mapping[str, Any]) -> Decoder:
-    for name in ("method", "exit_layer", "draft_length", "draft_vocabulary", "policy"):
+    for name in ("method", "exit_layer", "draft_length", "drafter", "draft_vocabulary", "policy"):
         if given[name] is not None:
             raise InputError(f"a choice and {name} were both given.", "Give one of the two.")
     best = choice.best
@@ -157,6 +161,16 @@ def _as_chosen(loaded: Loaded, choice: ChoiceLike, given: Mapping[str, Any]) -> 
     return Speculative(loaded, drafters, best.draft_length, policy=choice.policy)
 
 
+def _method_of(given: Mapping[str, Any]) -> str:
+    """What the settings say where no method is named."""
+    named = {name for name, value in given.items() if value is not None}
+    if named & {"drafter", "draft_model"}:
+        return "speculative"
+    return (
+        "self-speculative" if named & {"exit_layer", "draft_length", "draft_vocabulary", "exit_heads"} else METHODS[0]
+    )
+
+
 def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder:
     if method not in _NEEDS:
         raise InputError(f"no method is named {method!r}; there are {', '.join(METHODS)}.")
@@ -166,9 +180,20 @@ def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder
         if name not in (*_NEEDS[method], *_DRAFTING.get(method, ())) and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
     if method in _DRAFTING:
-        drafter = given["draft_model"] or _exit_drafter(loaded, given)
+        drafter = _exit_drafter(loaded, given) if method == "self-speculative" else _any_drafter(given)
         return Speculative(loaded, drafter, given["draft_length"], policy=given["policy"])
     return EarlyExit(loaded, given["exit_layer"]) if method == "early-exit" else Autoregressive(loaded)
+
+
+def _any_drafter(given: Mapping[str, Any]) -> Drafter | Loaded:
+    drafter, draft_model, exit_layer = given["drafter"], given["draft_model"], given["exit_layer"]
+    if (drafter is None) == (draft_model is None):
+        raise InputError("speculative decoding needs a drafter, or a draft_model.", "Give one of the two.")
+    if isinstance(drafter, str):
+        return drafter_named(drafter, exit_layer)
+    if exit_layer is not None:
+        raise InputError("an exit_layer was given beside another drafter.", "Leave one of the two out.")
+    return drafter if draft_model is None else draft_model
 
 
 def _exit_drafter(loaded: Loaded, given: Mapping[str, Any]) -> Drafter:

@@ -57,6 +57,30 @@ def drafters_named(
     return [lookup]
 
 
+def drafter_named(text: str, exit_layer: int | None = None) -> Drafter:
+    """The one drafter that a name means by itself: a lookup; `exit` or `tree:SHAPE` from a layer that is given.
+
+    Raises InputError for other names, for a layer that is missing, and for one that a lookup has no use for.
+
+    Examples
+    --------
+    >>> drafter_named("tree:2x1", 3).key.label, drafter_named("ngram:2").key.label
+    ('layer 3, tree:2x1', 'ngram:2')
+    """
+    kind, _, rest = text.partition(":")
+    if text == EXIT or (kind == TREE and rest):
+        if exit_layer is None:
+            raise InputError(f"{text} drafts from an exit layer, and none was given.", "Name the exit layer.")
+        drafter = ExitLayer(exit_layer)
+        return drafter if text == EXIT else TreeDrafts(drafter, tree_shape_named(rest))
+    lookup = lookup_named(text)
+    if lookup is None:
+        raise InputError(f"{text!r} names no drafter that needs no trace.", "Write ngram:2, suffix or tree:4x2x1.")
+    if exit_layer is not None:
+        raise InputError(f"{text} drafts from no exit, and an exit layer was named.", "Leave the exit layer out.")
+    return lookup
+
+
 def levels_of(drafters: Iterable[Drafter], lengths: Iterable[int] | None) -> list[int]:
     """Draft lengths as a table needs them: 1..8 by default, and of trees no more than they have levels.
 

@@ -120,3 +120,13 @@ def test_a_run_without_a_draft_model(tiny_folder, tmp_path, capsys):
     assert run(["trace", str(tiny_folder), *words]) == 0
     assert run(["predict", str(folder), "--drafter", "model"]) == 2
     assert "no draft model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--drafter", "ngram:2"], ["--drafter", "tree:2x1", "--exit-layer", 2], ["--exit-layer", 2]]
+)
+def test_decode_drafts_as_it_is_told(capsys, tiny_folder, words):
+    found = document(capsys, "decode", tiny_folder, "aaa bbb aaa", "--draft-length", 2, "--max-new-tokens", 16, *words)
+    plain = document(capsys, "decode", tiny_folder, "aaa bbb aaa", "--max-new-tokens", 16)
+    assert found["tokens"] == plain["tokens"]
+    assert sum(found["drafted"]) > 0

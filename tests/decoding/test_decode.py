@@ -1,6 +1,11 @@
 import pytest
 
 from probekit.decoding.decode import METHODS, decode
+from probekit.decoding.speculative import Speculative
+from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.text_drafters import PromptLookup
+from probekit.drafting.tree_drafters import TreeDrafts
+from probekit.drafting.trees import tree_shape_named
 from probekit.errors import InputError
 
 SETTINGS = {
@@ -45,15 +50,40 @@ def test_every_method_continues_a_text_and_streams_it(tiny, setting, method):
     [
         ({"method": "magic"}, "no method is named 'magic'; there are autoregressive, self-speculative"),
         ({"method": "self-speculative", "exit_layer": 2}, "self-speculative decoding needs draft_length"),
-        ({"method": "speculative", "draft_length": 2}, "speculative decoding needs draft_model"),
+        ({"method": "speculative", "draft_length": 2}, "speculative decoding needs a drafter, or a draft_model"),
         ({"method": "early-exit"}, "early-exit decoding needs exit_layer"),
-        ({"exit_layer": 2}, "autoregressive decoding has no exit_layer"),
+        ({"method": "autoregressive", "exit_layer": 2}, "autoregressive decoding has no exit_layer"),
+        ({"exit_layer": 2}, "self-speculative decoding needs draft_length"),
+        ({"draft_length": 2}, "self-speculative decoding needs exit_layer"),
+        ({"drafter": "ngram:2"}, "speculative decoding needs draft_length"),
+        ({"drafter": "magic", "draft_length": 2}, "'magic' names no drafter that needs no trace"),
+        ({"drafter": "ngram:2", "draft_length": 2, "exit_layer": 2}, "ngram:2 drafts from no exit"),
+        ({"drafter": "tree:2x1", "draft_length": 2}, "tree:2x1 drafts from an exit layer, and none was given"),
+        ({"drafter": PromptLookup(2), "draft_length": 2, "exit_layer": 2}, "an exit_layer was given beside"),
         ({"method": "early-exit", "exit_layer": 2, "draft_length": 3}, "early-exit decoding has no draft_length"),
     ],
 )
 def test_settings_must_fit_the_method(tiny, given, message):
     with pytest.raises(InputError, match=message):
         decode(tiny, "hello", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "drafter"),
+    [
+        ({"exit_layer": 2}, ExitLayer(2)),
+        ({"drafter": "exit", "exit_layer": 2}, ExitLayer(2)),
+        ({"drafter": "ngram:2"}, PromptLookup(2)),
+        ({"drafter": PromptLookup(2)}, PromptLookup(2)),
+        ({"drafter": "tree:2x1", "exit_layer": 2}, TreeDrafts(ExitLayer(2), tree_shape_named("2x1"))),
+    ],
+)
+def test_settings_say_the_method_and_a_name_the_drafter(tiny, given, drafter):
+    done = decode(tiny, "aaa bbb aaa bbb", draft_length=2, max_new_tokens=20, **given)
+    ids = tiny.tokenizer("aaa bbb aaa bbb")["input_ids"]
+    [meant] = Speculative(tiny, drafter, 2).decode([ids], max_new_tokens=20)
+    assert (done.tokens, done.drafted, done.accepted) == (meant.tokens, meant.drafted, meant.accepted)
+    assert sum(done.drafted) > 0
 
 
 def test_a_text_needs_a_tokenizer(tiny):

@@ -89,7 +89,13 @@ def _changed(random: Random, document: Any) -> Any:
         holder.extend([copy.deepcopy(holder[key])] * random.choice([1, 3, 200]))
     elif action == 3 and isinstance(holder[key], (int, float)):
         holder[key] = random.choice(
-            [-holder[key], holder[key] + 1, holder[key] * 10**6, holder[key] + 0.5, str(holder[key])]
+            [
+                -holder[key],
+                holder[key] + 1,
+                holder[key] * 10**6,
+                holder[key] + (0.5 if abs(holder[key]) < 2**1000 else 2),
+                str(holder[key]),
+            ]
         )
     elif action == 4:
         other, place = random.choice(places)

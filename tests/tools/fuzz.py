@@ -2,7 +2,7 @@
 
 Inputs are made from a seed, so that each can be made again by its number. They are read in worker processes that may
 take 10 s of processor time and 1 GB of memory for each; what raises anything but ProbekitError, takes more, or ends its
-process, is a fault. The inputs at fault are kept with --keep, for tests/fuzzing/test_corpus.py.
+process, is a fault. The inputs at fault are kept with --keep, for tests/fuzzing/test_fuzzing.py.
 """
 
 from __future__ import annotations
