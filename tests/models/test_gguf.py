@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.test_loaded import logits, write_gguf
+from transformers import Gemma2Config, Gemma3TextConfig, Phi3Config
 
 from probekit.errors import InputError, Remark
 from probekit.models import gguf as gguf_room
@@ -308,3 +309,33 @@ def test_two_processes_at_once(small, tmp_path):
     assert len(hashes) == 1
     assert [path.name for path in (tmp_path / "gguf").iterdir() if path.name.startswith("partial-")] == []
     assert torch.equal(logits(load(small[1], cache=tmp_path)), logits(small[0]))
+
+
+# ---------------------------------------------------------------------------------- what transformers leaves out
+def number(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+def test_a_window_that_only_the_file_knows(tmp_path):
+    """Phi-3's: transformers reads the other settings of its GGUF files, and not this one."""
+    phi = [string("general.architecture", "phi3"), number("phi3.block_count", 2)]
+    windowed = written(tmp_path / "windowed.gguf", *phi, number("phi3.attention.sliding_window", 2047))
+    whole = written(tmp_path / "whole.gguf", *phi)
+    for path, window in ((windowed, 2047), (whole, None)):
+        config = Phi3Config(num_hidden_layers=2, sliding_window=None, pad_token_id=0)
+        gguf_room._complete(config, read_header(path))
+        assert config.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "heads", "scale"),
+    [("gemma2", 46, 32, 144), ("gemma3", 62, 32, 168), ("gemma2", 42, 16, 256), ("gemma3", 34, 8, 256)],
+)
+def test_the_scale_of_the_largest_gemmas(tmp_path, architecture, layers, heads, scale):
+    """The published config.json of 27B: 144 (Gemma 2) and 168 (Gemma 3), and 256 in the smaller ones."""
+    config_of = {"gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}[architecture]
+    width = {144: 4608, 168: 5376}.get(scale, 2560)
+    config = config_of(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+    entries = [string("general.architecture", architecture), number(f"{architecture}.attention.key_length", 128)]
+    gguf_room._complete(config, read_header(written(tmp_path / "gemma.gguf", *entries)))
+    assert (config.query_pre_attn_scalar, config.head_dim) == (scale, 128)
