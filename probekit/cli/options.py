@@ -47,7 +47,8 @@ TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tok
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set of this probability; 1 keeps all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random draw.")]
 Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help=".txt, .jsonl, .csv, .parquet or a dataset folder. [default: bundled]")
+    Path | None,
+    typer.Option("--prompts", help=".txt, .jsonl, .json, .csv, .parquet or a dataset folder. [default: bundled]"),
 ]
 ExitLayers = Annotated[str | None, typer.Option("--exit-layers", help="As 2,4,8 or 1-11. [default: all]")]
 DraftLengths = Annotated[str | None, typer.Option("--draft-lengths", help="As 1,2,4 or 1-8. [default: 1-8]")]

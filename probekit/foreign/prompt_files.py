@@ -1,4 +1,4 @@
-"""Records of prompts from files and folders of others: .txt, .jsonl, .csv, .parquet, .arrow, local datasets."""
+"""Records of prompts from files and folders of others: .txt, .jsonl, .json, .csv, .parquet, .arrow, local datasets."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def _read_jsonl(path: Path) -> Records:
             what = "is empty" if not line.strip() else f"is not JSON: {error}"
             raise InputError(f"{path}, line {number} {what}.", 'Each line is an object: {"prompt": ".."}') from None
         yield f"line {number}", record
+
+
+def _read_json(path: Path) -> Records:
+    """An array of objects, or of texts."""
+    try:
+        records = loads(_text_of(path))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.", "A file of one object a line ends in .jsonl.") from None
+    if not isinstance(records, list):
+        raise InputError(f"{path} is no array of prompts.", 'Write [{"prompt": ".."}, ..].')
+    for number, record in enumerate(records, start=1):
+        yield f"entry {number}", {"prompt": record} if isinstance(record, str) else record
 
 
 def _read_csv(path: Path) -> Records:
@@ -137,8 +149,11 @@ def _batches(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
 
 
 def read_dataset_folder(folder: Path, readers: Mapping[str, Callable[[Path], Records]] | None = None) -> Records:
-    """A local dataset: data files of one kind in the folder or its `data`, or what `save_to_disk` wrote."""
-    readers = {suffix: read for suffix, read in (readers or READERS).items() if suffix != ".txt"}
+    """A local dataset: data files of one kind in the folder or its `data`, or what `save_to_disk` wrote.
+
+    Texts and JSON documents that lie beside them are about the data.
+    """
+    readers = {suffix: read for suffix, read in (readers or READERS).items() if suffix not in (".txt", ".json")}
     places = [folder, folder / "data"]
     found = next(
         (found for place in places if (found := sorted(p for p in place.glob("*") if p.suffix in readers))), []
@@ -164,6 +179,7 @@ def read_dataset_folder(folder: Path, readers: Mapping[str, Callable[[Path], Rec
 READERS: dict[str, Callable[[Path], Records]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,

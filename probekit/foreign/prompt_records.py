@@ -2,7 +2,8 @@
 
 - `turns` (Spec-Bench, MT-Bench, SPEED-Bench): the first is the prompt; later ones would need an answer before them.
 - `category` is the kind of text.
-- `conversations` (ShareGPT): {"from": "human" or "gpt", "value"} are messages.
+- `conversations` (ShareGPT): {"from": "human" or "gpt", "value"} are messages, and the answer at the end the response.
+- `body` (a request of OpenAI's batch files): what it holds.
 - messages whose content is a list of parts (OpenAI): the texts, one after the other.
 """
 
@@ -23,6 +24,8 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 def normalised(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The record with `prompt` or `messages`, `response` and `kind`. Raises InputError, which names the place."""
     made = {name: record[name] for name in record if record[name] is not None}
+    if not set(PROMPTS) & set(made) and isinstance(made.get("body"), Mapping):
+        made |= {name: value for name, value in made["body"].items() if value is not None}
     if "kind" not in made and "category" in made:
         made["kind"] = made["category"]
     if "prompt" in made or "messages" in made:
@@ -30,7 +33,10 @@ def normalised(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     elif "turns" in made:
         made["prompt"] = _first_turn(made["turns"], where)
     elif "conversations" in made:
-        made["messages"] = [_message(each, where) for each in _listed(made["conversations"], "conversations", where)]
+        messages = [_message(each, where) for each in _listed(made["conversations"], "conversations", where)]
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            made.setdefault("response", messages.pop()["content"])
+        made["messages"] = messages
     if isinstance(made.get("messages"), Sequence) and not isinstance(made["messages"], str):
         made["messages"] = [_joined(message, where) for message in made["messages"]]
     return made

@@ -165,6 +165,7 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
         **options,
     )
     model, report = loaded
+    model.config.return_dict = True  # False, and transformers' own models do not find their parts' outputs (5.23)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{source.path} lacks {len(missing)} of the model's weights, among them {missing[0]}.")
     strange = sorted(key for key in report["unexpected_keys"] if ".layers." in key and "rotary_emb" not in key)

@@ -26,7 +26,15 @@ from probekit.models.device_map import DeviceMap, chosen_map, dealt_out, is_spli
 from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
-from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
+from probekit.models.states import (
+    MEMORY,
+    hash_in_memory,
+    in_training,
+    prompt_learning,
+    signature,
+    unwrapped,
+    without_weights,
+)
 from probekit.models.weight_files import hash_files
 
 # Settings of a generation_config that change the logits, with the values that change nothing.
@@ -266,7 +274,8 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
 
     Raises
     ------
-    InputError: for a model in training mode, and for what is no causal language model of a known family.
+    InputError: for a model in training mode, without weights or with nameless outputs (`return_dict=False`), and for
+        what is no causal language model of a known family.
 
     Examples
     --------
@@ -292,6 +301,13 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
     if training := in_training(inner):
         raise InputError(
             f"{name} is in training mode ({training}), in which it is another model.", "Call model.eval() first."
+        )
+    if nowhere := without_weights(inner):
+        raise InputError(f"{name} holds no weights: {nowhere} is on the meta device.", "Load them first.")
+    if getattr(inner.config, "return_dict", True) is False:
+        raise InputError(
+            f"the config of {name} says return_dict=False, with which its parts do not find each other's outputs.",
+            "Set model.config.return_dict = True; no number depends on it.",
         )
     check_finite(inner, f"{name} has")
     return Loaded(

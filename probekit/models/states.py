@@ -56,6 +56,17 @@ def in_training(model: nn.Module) -> str | None:
     return None
 
 
+def without_weights(model: nn.Module) -> str | None:
+    """The name of a tensor that is nowhere: on torch's meta device, and no hook of accelerate's fetches it."""
+    hooked = {name for name, part in model.named_modules() if hasattr(part, "_hf_hook")}
+    for name, parameter in model.named_parameters():
+        pieces = name.split(".")
+        owners = {".".join(pieces[:depth]) for depth in range(len(pieces))}
+        if parameter.device.type == "meta" and not owners & hooked:
+            return name
+    return None
+
+
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether a module's weight is an ordinary tensor at hand: no other class of tensor, no function of others.
 

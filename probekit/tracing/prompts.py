@@ -66,7 +66,8 @@ def load_prompts(path: str | os.PathLike[str], *, chat: bool = False, given: boo
     Parameters
     ----------
     path: `.txt` (a prompt a line), `.jsonl` (objects with `prompt` or `messages`, and perhaps `kind` and
-        `response`), `.csv` or `.parquet` (a `prompt` column, and perhaps those), or a folder with a local dataset.
+        `response`), `.json` (an array of such objects, or of texts),
+        `.csv` or `.parquet` (a `prompt` column, and perhaps those), or a folder with a local dataset.
     chat: make each plain prompt the message of a user.
     given: a closing message of the assistant is the response; it and `response` are what is scored.
 
@@ -107,11 +108,11 @@ def _there(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not os.path.exists(path):
         raise InputError(
-            f"there is no prompts file {path}.", "Name a .txt, .jsonl, .csv or .parquet file, or a folder."
+            f"there is no prompts file {path}.", "Name a .txt, .jsonl, .json, .csv or .parquet file, or a folder."
         )
     if not os.path.isdir(path) and path.suffix.lower() not in READERS:
         raise InputError(
-            f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .csv or .parquet, or a dataset folder."
+            f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .json, .csv or .parquet, or a dataset folder."
         )
     return path
 
@@ -174,6 +175,7 @@ def as_prompts(
 ) -> list[Prompt]:
     """Prompts from Python: texts, lists of token ids, records as in a `.jsonl` file, or Prompts (indices kept).
 
+    A Path is a file of them, as `load_prompts` reads it.
     A list of chat messages is one prompt, a list of such lists as many, as in transformers' pipelines. A DataFrame and
     a `datasets.Dataset` are records, with the columns of a `.jsonl` file's objects.
     """
@@ -187,6 +189,9 @@ def each_prompt(
     prompts: Iterable[Prompt | str | Sequence[int] | Mapping[str, Any]], *, chat: bool = False, given: bool = False
 ) -> Iterator[Prompt]:
     """The same, one after the other, as the prompts come: from a generator or a streamed `datasets` set, too."""
+    if isinstance(prompts, os.PathLike):
+        yield from stream_prompts(prompts, chat=chat, given=given)
+        return
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
         raise InputError(f"prompts are a list of texts, not {what}.", 'Write ["..."].')
@@ -261,7 +266,10 @@ def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> 
     text, messages = record.get("prompt"), record.get("messages")
     response, kind = record.get("response"), record.get("kind") or ""
     if text is None and messages is None:
-        raise InputError(f"{where}: there is no `prompt`; it has {', '.join(map(str, given_names)) or 'nothing'}.")
+        raise InputError(
+            f"{where}: there is no `prompt`; it has {', '.join(map(str, given_names)) or 'nothing'}.",
+            "Rename one." if given_names else "",
+        )
     if messages is None:
         if not isinstance(text, str):
             raise InputError(f"{where}: `prompt` is {_short(text)}; expected a text.")

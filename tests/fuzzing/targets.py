@@ -202,6 +202,12 @@ def _(random: Random, _: Path) -> Changed:
     return {"prompts.jsonl": odd_file(random, b"\n".join(lines))}
 
 
+@target("prompts.json", "JSON")(read_prompts)
+def _(random: Random, _: Path) -> Changed:
+    records = [*random.sample(RECORDS, random.randrange(1, 4)), "Once"]
+    return {"prompts.json": odd_file(random, mutate.of_json(random, records))}
+
+
 @target("prompts.csv", "text")(read_prompts)
 def _(random: Random, _: Path) -> Changed:
     text = 'prompt,kind,response\n"Once, upon",tale,"a ""time"""\nThe king,,x\n'

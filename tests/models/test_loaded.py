@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+import probekit
 from probekit.errors import InputError
 from probekit.hooks.sites import open_hooks
 from probekit.models import checkpoint, reference, weight_files
@@ -124,6 +125,20 @@ def test_end_tokens_come_from_the_generation_config_first(folder):
     (folder / "generation_config.json").unlink()
     rewrite(folder / "config.json", eos_token_id=7)
     assert load(folder).eos_ids == frozenset({7})
+
+
+@pytest.mark.parametrize(
+    "told", [{"return_dict": False}, {"output_hidden_states": True, "output_attentions": True, "use_cache": False}]
+)
+def test_how_outputs_are_handed_over_changes_nothing(folder, tiny, told):
+    rewrite(folder / "config.json", **told)
+    loaded = load(folder, device="cpu")
+    assert (
+        probekit.decode(loaded, "abc", max_new_tokens=6).tokens == probekit.decode(tiny, "abc", max_new_tokens=6).tokens
+    )
+    found, meant = (probekit.trace(each, ["abc"], max_new_tokens=6) for each in (loaded, tiny))
+    assert found.layers.equals(meant.layers)
+    assert probekit.inspect_prompt(loaded, "abc") is not None
 
 
 def test_processors_of_the_generation_config_are_named(folder):

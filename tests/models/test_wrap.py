@@ -330,11 +330,19 @@ def test_two_states_of_one_model_have_two_hashes():
     assert len({plain.weights_hash, scaled.weights_hash, probekit.wrap(fresh("qwen3"), name="m").weights_hash}) == 3
 
 
+def with_nameless_outputs():
+    model = fresh()
+    model.config.return_dict = False
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "name", "message"),
     [
         (lambda: fresh().train(), "mine", "is in training mode"),
         (with_dropout_in_training, "mine", r"is in training mode \(model.layers.0"),
+        (lambda: fresh().to("meta"), "mine", r"holds no weights: model\.embed_tokens\.weight is on the meta device"),
+        (with_nameless_outputs, "mine", "says return_dict=False"),
         (lambda: "a path", "mine", "is a str, not a model"),
         (fresh, "two/words", "a word that can be a folder's name"),
         (lambda: nn.Linear(2, 2).eval(), "mine", "a 'Linear' model"),

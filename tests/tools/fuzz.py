@@ -45,8 +45,8 @@ LINES = "command lines"
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 # Inputs of each target, in parts of --inputs (the first three kinds) and --folders.
 SHARES = {
-    "prompts.txt": 14, "prompts.jsonl": 14, "prompts.csv": 14, "prompts.parquet": 10, "prompts.arrow": 4,
-    "manifest": 2, "parts": 1,
+    "prompts.txt": 14, "prompts.jsonl": 12, "prompts.json": 2, "prompts.csv": 14, "prompts.parquet": 10,
+    "prompts.arrow": 4, "manifest": 2, "parts": 1,
     "sampled parts": 0.5, "study": 0.2, "study tables": 0.2, "kept phases": 3, "costs": 2, "checksums": 6,
     "profile.json": 7, "profile.csv": 4,
     "drafter.parquet": 4, "log.json": 5, "log.jsonl": 5, "study.toml": 1,

@@ -137,7 +137,7 @@ def test_a_local_dataset_folder(tmp_path) -> None:
         ("a.csv", 'prompt,kind\n"one\ntwo",a\n,b\n', "line 4: the prompt is empty"),
         ("a.csv", b"prompt\n\xe9\n", r"not UTF-8 \(line 2, byte 7\)"),
         ("a.parquet", "no", "is not a Parquet file"),
-        ("a.docx", "one", r"ends in '\.docx'; expected \.txt, \.jsonl, \.csv or \.parquet"),
+        ("a.docx", "one", r"ends in '\.docx'; expected \.txt, \.jsonl, \.json, \.csv or \.parquet"),
     ],
 )
 def test_what_is_no_prompts_file_is_named(tmp_path, name: str, content: str | bytes, message: str) -> None:
