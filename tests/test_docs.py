@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 
 import probekit
+from probekit.engines.known import ENGINES
 from probekit.lens.statistics import registered, unregister
 from probekit.models.families import unregister as unregister_family
 
@@ -52,6 +53,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
                     assert status_of(shlex.split(line, comments=True), monkeypatch) == 0, capsys.readouterr().err
     finally:  # a page that registers a statistic or a family is not to change the other tests
         unregister_family("nanochat")
+        ENGINES.pop("turbo", None)
         for statistic in registered():
             unregister(statistic.name)
         plt.close("all")

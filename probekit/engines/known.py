@@ -1,4 +1,4 @@
-"""The engines that a choice can be exported to. Adding one is one file with an `Engine`, and its name here."""
+"""The engines that a choice can be exported to. Another is a file with an `Engine`, and `register` or its name here."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def engine_named(name: str) -> Engine:
     if found is None:
         raise InputError(f"there is no export to {name!r}; there are {', '.join(ENGINES)}.")
     return found
+
+
+def register(engine: Engine) -> None:
+    """Offer an engine of your own to exports from now on. Raises InputError for a name that is taken."""
+    if engine.name in ENGINES:
+        raise InputError(f"there is an engine {engine.name!r} already.", "Choose another name.")
+    ENGINES[engine.name] = engine

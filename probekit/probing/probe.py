@@ -103,7 +103,7 @@ def probe(
     Parameters
     ----------
     label: a name (`probekit.probing.labels.LABELS`: accepted, agrees, entropy, token-class, looped, position); a file
-        or or a table with `prompt`, `position` and a column; or a function of trace, rows and layer.
+        or a table with `prompt`, `position` and a column; or a function of trace, rows and layer.
     layers: those that were kept by default; of `accepted` the exits among them.
     estimator: "logistic", "mlp" (classes) or "ridge" (also taken for numbers); or any of scikit-learn.
     grid: {parameter: values} that are chosen among within the training part; by default the estimator's own.

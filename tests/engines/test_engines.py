@@ -21,7 +21,7 @@ from probekit.drafting.text_drafters import PromptLookup, SuffixLookup
 from probekit.engines.acceptance import AcceptanceProfile, simulated
 from probekit.engines.engine import Drafting, Entry, Pretrained, check_drafting, ranges
 from probekit.engines.export import Export, profile_of, readme, schedule_document, write_export
-from probekit.engines.known import ENGINES, engine_named
+from probekit.engines.known import ENGINES, engine_named, register
 from probekit.engines.tensorrt_llm import schedule as draft_len_schedule
 from probekit.engines.transformers import lines
 from probekit.errors import InputError
@@ -301,3 +301,12 @@ def test_transformers_settings_are_written_in_one_place():
     assert snippet.splitlines() == lines(EXIT)
     page = readme(Export(ENGINES["transformers"], EXIT, PLACES, "toy", "words", None, None, ()))
     assert all(line in page for line in snippet.splitlines()[:-1])
+
+
+def test_an_engine_of_ones_own_is_known_from_then_on(monkeypatch):
+    monkeypatch.setattr("probekit.engines.known.ENGINES", dict(ENGINES))
+    own = replace(ENGINES["vllm"], name="turbo")
+    register(own)
+    assert engine_named("turbo") is own
+    with pytest.raises(InputError, match="there is an engine 'turbo' already"):
+        register(own)
