@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import InputError
+from probekit.html_tables import facts_html
 from probekit.models import families
 from probekit.models.discovery import family_of, locate, text_config
 from probekit.models.families import FAMILIES
@@ -55,6 +56,14 @@ class Anatomy:
     tied: bool
     family: Family
     sizes: Sizes | None = None
+
+    def __repr__(self) -> str:
+        shape = f"{self.depth} layers x {self.width}, vocabulary {self.vocabulary}"
+        return f"Anatomy({self.family.model_type}: {shape}, {'tied' if self.tied else 'untied'})"
+
+    def _repr_html_(self) -> str:
+        names = ("depth", "width", "vocabulary", "embeddings", "context", "sites", "exits", "dtype", "device")
+        return facts_html("probekit anatomy", {"family": self.family.model_type} | {n: getattr(self, n) for n in names})
 
     @property
     def config(self) -> Any:

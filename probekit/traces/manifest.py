@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from probekit.errors import InputError
 from probekit.foreign.json import read_json
+from probekit.html_tables import facts_html
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.ledger import LedgerEntry, ledger_entries
@@ -142,8 +143,12 @@ class BatchPlan:
     reads; None: all of them.
     """
 
-    batches: tuple[tuple[Count, ...], ...]
+    batches: tuple[tuple[Count, ...], ...] = field(repr=False)
     segment_rows: Least1 | None = None
+
+    @property
+    def prompts(self) -> int:
+        return sum(map(len, self.batches))
 
     def __post_init__(self) -> None:
         planned = [prompt for batch in self.batches for prompt in batch]
@@ -170,13 +175,13 @@ class Measured:
 
     noise: Finite | None = None
     drafter_noise: Finite | None = None
-    backoffs: tuple[Mapping[str, Any], ...] = ()
+    backoffs: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     savings: Mapping[str, int | float] | None = None
-    logged: tuple[Mapping[str, int | float], ...] = ()
+    logged: tuple[Mapping[str, int | float], ...] = field(default=(), repr=False)
     timings: Mapping[str, int | float] = field(
         default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
     )
-    files: Mapping[str, str] | None = None
+    files: Mapping[str, str] | None = field(default=None, repr=False)
 
     def with_entries(self, entries: Iterable[LedgerEntry]) -> Measured:
         """The same with what ledgers add to it; what is in it already is not counted twice."""
@@ -219,6 +224,11 @@ _COMPARED = (
 )  # fmt: skip
 
 
+def _in_short(value: Any, most: int = 120) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything that a run was made with, and what it found out about itself."""
@@ -228,6 +238,16 @@ class Manifest:
     plan: BatchPlan
     measured: Measured = Measured()
     schema: str = SCHEMA
+
+    def __repr__(self) -> str:
+        how = self.settings
+        return (
+            f"Manifest({self.model.name}: {self.plan.prompts} prompts, {how.text}, {how.max_new_tokens} tokens each, "
+            f"{how.dtype} on {how.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        return facts_html("probekit manifest", {name: _in_short(value) for name, value in self.to_json().items()})
 
     @classmethod
     def of(cls, **values: Any) -> Manifest:

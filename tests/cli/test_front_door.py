@@ -274,13 +274,18 @@ def test_reprs_are_short_and_every_result_shows_itself(tiny_folder, sampled_run)
         model, trace, prediction, costs, probekit.choose(prediction, costs),
         probekit.validate(model, trace, [(2, 2)], limit=1, costs=costs),
         probekit.decode(model, "abc", max_new_tokens=40), probekit.inspect_prompt(model, "abc", max_new_tokens=3),
-        compare_traces([trace, trace]),
+        compare_traces([trace, trace]), trace.manifest, model.anatomy,
     ]  # fmt: skip
     for result in results:
         assert len(repr(result)) <= 2000
         assert repr(result).startswith(type(result).__name__)
         assert "<t" in result._repr_html_() or "<p" in result._repr_html_()
     assert len(repr(prediction.cells[0])) < 200
+    batches = tuple((prompt,) for prompt in range(1000))
+    large = trace.manifest.but(batches=batches, files={f"tokens-{part}": "0" * 64 for part in range(1000)})
+    for part in (large, large.plan, large.measured):
+        assert len(repr(part)) <= 2000
+    assert len(large._repr_html_()) < 20_000
 
 
 # ------------------------------------------------------------------------------------------ settings
