@@ -26,9 +26,9 @@ ROOMS = (
 ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header", "gguf_copies", "gguf",
-        "reference", "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
+        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "transformers_facts", "discovery",
+        "anatomy", "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header",
+        "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (

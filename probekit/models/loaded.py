@@ -27,6 +27,7 @@ from probekit.models.gguf import read_gguf
 from probekit.models.gguf_copies import cache_folder
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import MEMORY, hash_in_memory, in_training, prompt_learning, signature, unwrapped
+from probekit.models.transformers_facts import check_facts
 from probekit.models.weight_files import hash_files
 
 # Settings of a generation_config that change the logits, with the values that change nothing.
@@ -166,6 +167,7 @@ def load(
     ------
     InputError: in one line, for anything that is wrong with the reference, its files, the device or the dtype.
     ResourceError: where the memory does not suffice.
+    SelfCheckError: where this release of transformers does not do what probekit relies on; it names the fact.
 
     Examples
     --------
@@ -195,6 +197,7 @@ def load(
             else:
                 model, tokenizer, files = read_folder(source, place, asked, _deal(dealing, tensor_parallel))
                 weights_hash, remark = hash_files(files), None
+            check_facts(model)
             check_finite(model, f"{source.path} holds")
             if added is not None:
                 model = put_in(model, added)
@@ -267,6 +270,7 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
     Raises
     ------
     InputError: for a model in training mode, and for what is no causal language model of a known family.
+    SelfCheckError: where this release of transformers does not do what probekit relies on; it names the fact.
 
     Examples
     --------
@@ -288,6 +292,8 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
             "Wrap the model without it, or with an adapter in its layers (LoRA and the like).",
         )
     inner = unwrapped(model)
+    with silent():
+        check_facts(inner)
     parts = anatomy(inner)
     if training := in_training(inner):
         raise InputError(
