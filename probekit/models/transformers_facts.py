@@ -1,35 +1,29 @@
 """What probekit relies on in transformers, fact by fact, and a check of each when a model is loaded.
 
-Nothing here looks at a version. A model of one layer is made of the loaded model's class and configuration, on torch's
-meta device, which computes shapes and no numbers; it runs, with notes of who was called with what (some 30 ms, once for
-each class of model). So a release that moves a part, renames a keyword or returns something else is named by the
-first model that is loaded, and not by wrong figures. `tests/models/test_transformers_facts.py` breaks each fact.
+Nothing here looks at a version: a model of one layer (`one_layer`) runs once for each class of model. So a release that
+moves a part, renames a keyword or returns something else is named by the first model that is loaded, and not by wrong
+figures. `tests/models/test_transformers_facts.py` breaks each fact.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import cached_property
 from inspect import signature
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from probekit.errors import SelfCheckError
 from probekit.models.families import FAMILIES
-from probekit.models.family import Family
+from probekit.models.one_layer import TOKENS, OneLayer, first_of
 
 TESTED = {"transformers": ("5.17.0", "5.23.0"), "torch": ("2.11.0", "2.13.0")}
 """The oldest and the newest releases that the tests pass with (docs/results/tests/versions.json)."""
-TOKENS, SLOTS = 3, 7  # of the pass; and of the cache that it sees, more than it writes
 _UNKNOWN = ("meta", "data-dependent")  # what an error says that only stands for the lack of numbers
 
 
@@ -39,208 +33,40 @@ class Fact(NamedTuple):
     name: str
     says: str
     used_by: str
-    holds: Callable[[Seen], bool]
-
-
-class Seen:
-    """A model of one layer, of a given model's class and configuration, and what its parts did in a pass each."""
-
-    def __init__(self, model: Any, family: Family) -> None:
-        self.family, self._kind = family, type(model)
-        self.config = copy.deepcopy(model.config)
-        self.config.num_hidden_layers = 1
-        if self.config._attn_implementation != "sdpa":
-            self.config._attn_implementation = "eager"
-
-    @cached_property
-    def model(self) -> Any:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # some draw a number for their beginning
-            return self._kind(self.config).to(torch.bfloat16).eval()
-
-    @property
-    def decoder(self) -> Any:
-        return getattr(self.model, self.family.names.decoder)
-
-    def part(self, name: str) -> Any:
-        return getattr(self.decoder, getattr(self.family.names, name))
-
-    @cached_property
-    def rotated(self) -> tuple[Tensor, Tensor]:
-        """What the family's call of the rotary embedding gives; it alone lies on the CPU, for it looks at positions."""
-        rotary = self.part("rotary").to_empty(device="cpu")
-        for buffer in rotary.buffers():
-            buffer.zero_()
-        kind = self.family.kinds(self.config)[0]
-        return self.family.rotary(rotary, torch.zeros(1, TOKENS, 1), torch.arange(TOKENS)[None], kind)
-
-    @cached_property
-    def whole(self) -> Pass:
-        """A pass of the whole model on token ids, with a cache and an additive mask, and one of its decoder."""
-        _ = self.rotated
-        names, decoder = self.family.names, self.decoder
-        layers, norm = self.part("layers"), _Noted(self.part("norm"))
-        layer = layers[0] = _Noted(layers[0])
-        setattr(decoder, names.norm, norm)
-        setattr(decoder, names.rotary, _NotedRotary(self.part("rotary")))
-        cache, mask = DynamicCache(config=self.config), _meta(1, 1, TOKENS, TOKENS)
-        given = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        with torch.no_grad():
-            output = self.model(input_ids=_ids(), logits_to_keep=1, return_dict=True, **given)
-            cached = cache.layers[0].keys, cache.get_seq_length()
-            embedded = self.part("embedding")(_ids())
-            last = decoder(inputs_embeds=embedded, position_ids=_ids(), attention_mask=mask, use_cache=False)
-        return Pass(output.logits, last.last_hidden_state, mask, cached, layer.last, norm.last)
-
-    @cached_property
-    def alone(self) -> tuple[Any, list[tuple[Any, ...]], bool]:
-        """The layer called as the engine calls it: its output, or the error; what its cache was given; whether the
-        instance's own forward ran."""
-        layer, cache = self.part("layers")[0], _NotedCache()
-        layer, ran = getattr(layer, "inner", layer), []
-        runs = layer.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            ran.append(True)
-            return runs(*args, **kwargs)
-
-        vars(layer)["forward"] = forward
-        inputs = {
-            "attention_mask": _meta(1, 1, TOKENS, SLOTS),
-            "position_ids": _ids(),
-            "position_embeddings": tuple(_meta(*each.shape) for each in self.rotated),
-            self.family.names.cache: cache,
-            "use_cache": True,
-        }
-        try:
-            with torch.no_grad():
-                output = layer(_meta(1, TOKENS, self.width), **inputs)
-        except Exception as error:  # which fact that breaks is seen by what happened before
-            output = error
-        return output, cache.calls, bool(ran)
-
-    @property
-    def width(self) -> int:
-        return self.part("embedding").embedding_dim
-
-    @property
-    def cached_shape(self) -> tuple[int, int, int, int]:
-        """Of the keys of the pass, by the configuration: (rows, key-value heads, tokens, head width)."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 1, heads, TOKENS, head_width
-
-
-class Call(NamedTuple):
-    """A call of a module."""
-
-    args: tuple[Any, ...]
-    named: dict[str, Any]
-    output: Any
-
-
-class Pass(NamedTuple):
-    """What came of a pass. cached: keys, and how many tokens the cache says it holds. layer, norm: their last calls."""
-
-    logits: Tensor
-    last: Tensor
-    mask: Tensor
-    cached: tuple[Tensor, int]
-    layer: Call
-    norm: Call
-
-
-class _Noted(nn.Module):
-    """Stands in a module's place and notes its calls."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.calls = inner, list[Call]()
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
-
-    @property
-    def last(self) -> Call:
-        return self.calls[-1] if self.calls else Call((), {}, None)
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        output = self.inner(*args, **named)
-        self.calls.append(Call(args, named, output))
-        return output
-
-
-class _NotedRotary(_Noted):
-    """A rotary embedding on the CPU among parts that are on the meta device."""
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        args = tuple(map(_here, args))
-        found = self.inner(*args, **{name: _here(value) for name, value in named.items()})
-        return tuple(each.to("meta", torch.bfloat16) for each in found)
-
-
-class _NotedCache(Cache):
-    """Gives back more slots than it was given, as a cache does that holds a text already."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.calls: list[tuple[Any, ...]] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((key_states, value_states, layer_idx))
-        return tuple(_meta(*each.shape[:2], SLOTS, each.shape[3]) for each in (key_states, value_states))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return SLOTS - TOKENS
-
-
-def _meta(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16, device="meta")
-
-
-def _ids() -> Tensor:
-    return torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-
-
-def _here(value: Any) -> Any:
-    return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) else value
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
+    holds: Callable[[OneLayer], bool]
 
 
 # ------------------------------------------------------------------------------------------------------ the facts
-def _has_parts(seen: Seen) -> bool:
+def _has_parts(seen: OneLayer) -> bool:
     names = seen.family.names
     inner = (names.embedding, names.layers, names.norm, names.rotary)
     there = all(getattr(seen.decoder, name, None) is not None for name in inner) and len(seen.part("layers")) == 1
     return there and getattr(seen.model, names.head, None) is not None
 
 
-def _rotates(seen: Seen) -> bool:
+def _rotates(seen: OneLayer) -> bool:
     cos, sin = seen.rotated
     return cos.shape == sin.shape == (1, TOKENS, cos.shape[-1]) and cos.shape[-1] <= seen.cached_shape[-1]
 
 
-def _calls_layer(seen: Seen) -> bool:
+def _calls_layer(seen: OneLayer) -> bool:
     args, named, _ = seen.whole.layer
     first = args[0] if args else named.get("hidden_states")
     known = {"attention_mask", "position_ids", "position_embeddings", seen.family.names.cache}
     return isinstance(first, Tensor) and first.shape == (1, TOKENS, seen.width) and known <= set(named)
 
 
-def _gives_residual(seen: Seen) -> bool:
-    output = _first(seen.whole.layer.output)
+def _gives_residual(seen: OneLayer) -> bool:
+    output = first_of(seen.whole.layer.output)
     return isinstance(output, Tensor) and output.shape == (1, TOKENS, seen.width)
 
 
-def _norms_last(seen: Seen) -> bool:
+def _norms_last(seen: OneLayer) -> bool:
     args, _, output = seen.whole.norm
-    return bool(args) and args[0] is _first(seen.whole.layer.output) and seen.whole.last is output
+    return bool(args) and args[0] is first_of(seen.whole.layer.output) and seen.whole.last is output
 
 
-def _fills_cache(seen: Seen) -> bool:
+def _fills_cache(seen: OneLayer) -> bool:
     output, calls, _ = seen.alone
     shapes = [(tuple(keys.shape), tuple(values.shape), number) for keys, values, number in calls]
     if shapes != [(seen.cached_shape, seen.cached_shape, 0)]:
@@ -250,22 +76,22 @@ def _fills_cache(seen: Seen) -> bool:
     return True
 
 
-def _keeps_cache(seen: Seen) -> bool:
+def _keeps_cache(seen: OneLayer) -> bool:
     keys, length = seen.whole.cached
     return tuple(keys.shape) == seen.cached_shape and length == TOKENS
 
 
-def _has_branches(seen: Seen) -> bool:
+def _has_branches(seen: OneLayer) -> bool:
     layer = seen.part("layers")[0]
     layer = getattr(layer, "inner", layer)
     return seen.family.branches is None or all(layer.get_submodule(path) is not None for path in seen.family.branches)
 
 
-def _names_attention(seen: Seen) -> bool:
+def _names_attention(seen: OneLayer) -> bool:
     return seen.config._attn_implementation in ("sdpa", "eager") and "sdpa" in ALL_ATTENTION_FUNCTIONS
 
 
-def _has_llama_attention(_: Seen) -> bool:
+def _has_llama_attention(_: OneLayer) -> bool:
     kind = modeling_llama.LlamaAttention
     with torch.device("meta"):
         made = kind(transformers.LlamaConfig(hidden_size=8, num_attention_heads=2), layer_idx=0)
@@ -274,7 +100,7 @@ def _has_llama_attention(_: Seen) -> bool:
     return all(hasattr(made, name) for name in own) and set(asked) <= set(signature(kind.forward).parameters)
 
 
-def _rotates_halves(_: Seen) -> bool:
+def _rotates_halves(_: OneLayer) -> bool:
     numbers = torch.arange(1.0, 5.0).view(1, 1, 1, 4)
     cos, sin = torch.arange(2.0, 6.0).view(1, 1, 4), torch.arange(3.0, 7.0).view(1, 1, 4)
     turned = torch.tensor([-3.0, -4.0, 1.0, 2.0])
@@ -283,7 +109,7 @@ def _rotates_halves(_: Seen) -> bool:
     return torch.equal(found[0], expected) and torch.equal(found[1], 2 * expected)
 
 
-def _norms_by_squares(_: Seen) -> bool:
+def _norms_by_squares(_: OneLayer) -> bool:
     norm = modeling_llama.LlamaRMSNorm(4, eps=1e-3)
     numbers = torch.arange(1.0, 5.0)
     return torch.equal(norm(numbers), torch.rms_norm(numbers, (4,), norm.weight, norm.variance_epsilon))
@@ -400,14 +226,14 @@ def check_facts(model: Any) -> None:
     own = kind.__module__.startswith("transformers.models.")
     if family is None or not own or kind in _held or getattr(kind.config_class, "model_type", None) != model_type:
         return
-    seen = Seen(model, family)
+    seen = OneLayer(model, family)
     for fact in FACTS:
         if problem := _problem(fact, seen):
             raise _broken(fact, kind.__name__, problem)
     _held.add(kind)
 
 
-def _problem(fact: Fact, seen: Seen) -> str:
+def _problem(fact: Fact, seen: OneLayer) -> str:
     """What is wrong with a fact; empty where it holds, or where a pass without numbers cannot tell."""
     try:
         return "" if fact.holds(seen) else "it does something else"

@@ -20,7 +20,8 @@ import probekit
 from probekit.errors import SelfCheckError
 from probekit.models import transformers_facts as facts
 from probekit.models.families import FAMILIES
-from probekit.models.transformers_facts import FACTS, TESTED, Seen, check_facts
+from probekit.models.one_layer import OneLayer
+from probekit.models.transformers_facts import FACTS, TESTED, check_facts
 
 ROOT = Path(__file__).parents[2]
 NAMES = [fact.name for fact in FACTS]
@@ -41,7 +42,7 @@ def test_every_fact_is_seen_to_hold_of_every_family(name: str, record_property: 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL | ODD[name]))
     config, drawn = model.config.to_dict(), torch.get_rng_state()
-    seen = Seen(model, FAMILIES[name])
+    seen = OneLayer(model, FAMILIES[name])
     assert [fact.name for fact in FACTS if fact.holds(seen) is not True] == []
     check_facts(model)
     assert model.config.to_dict() == config
@@ -57,7 +58,7 @@ def test_every_fact_is_seen_to_hold_of_every_family(name: str, record_property: 
 def test_rotary_embeddings_that_look_at_positions_are_seen_too(rope: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, rope_parameters=rope))
-    seen = Seen(model, FAMILIES["llama"])
+    seen = OneLayer(model, FAMILIES["llama"])
     assert [fact.name for fact in FACTS if fact.holds(seen) is not True] == []
 
 
