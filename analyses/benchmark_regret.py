@@ -16,6 +16,11 @@ of a text's median round, so that a slow moment of the machine, which meets one 
 The best of many noisy speedups is too good, so beside it stands the honest one: the best pair is looked for on half of
 the prompts, and compared on the other half, for every way to halve them. Noise: the same for two runs of one method,
 autoregressive decoding against itself.
+
+Started by torchrun (`torchrun --nproc-per-node 2 analyses/benchmark_regret.py ...`), the processes share the prompts:
+the first one's choice is everybody's, tokens and rounds are those of one process, and times are only worth something
+where each has a device, or a core, of its own. What a process has measured is kept beside the record until all are
+done, so that the same command goes on with the rest, with any number of processes, also after one of them was killed.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads
 from probekit.models.loaded import Loaded
 from probekit.prediction.intervals import drawn_indices, spread
 from probekit.prediction.predict import predict
+from probekit.ranks import Ranks, joined
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
@@ -74,38 +80,82 @@ def main(
     dtype: bench.Dtype = None,
 ) -> None:
     began = perf_counter()
-    loaded = bench.opened_with(model, threads, device, dtype)
-    prompts = bundled_prompts_for(loaded.name)
+    with joined(Ranks.of_environment()) as ranks:
+        loaded = ranks.agreed(lambda: bench.opened_with(model, threads, ranks.device(device), dtype))
+        prompts = bundled_prompts_for(loaded.name)
+        drafting, record, raw = ranks.from_first_of(
+            lambda: begun(loaded, prompts, output, max_new_tokens, longest, draft_rows, heads)
+        )
+        todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
+        methods = methods_of(loaded, longest, drafting)
+        for place, prompt in enumerate(ranks.share(todo)):
+            if place and perf_counter() - began > 60 * minutes:
+                break
+            keep(output, ranks.rank, measured(loaded, prompt, methods, max_new_tokens))
+        ranks.all("measured")
+        if not ranks.first:
+            return
+    raw = whole(raw, kept(output), prompts)
+    record["regret"] = regret(raw, record["choice"])
+    bench.write_record(output, record, raw)
+    for path in parts_of(output):
+        path.unlink()
+    Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
+
+
+def begun(
+    loaded: Loaded, prompts: Sequence[Prompt], output: Path, budget: int, longest: int, draft_rows: int | None,
+    heads: bool,
+) -> tuple[Drafting, dict[str, Any], pd.DataFrame]:  # fmt: skip
+    """What exit layers draft with, the choice, and what an earlier run of the same settings has measured."""
     learns = heads or draft_rows is not None
-    drafting = Drafting.learned(loaded, prompts[::4], max_new_tokens, draft_rows, heads) if learns else Drafting()
-    record_path, raw_path = output.with_suffix(".json"), output.with_suffix(".csv")
+    drafting = Drafting.learned(loaded, prompts[::4], budget, draft_rows, heads) if learns else Drafting()
     settings = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": budget,
         "longest": longest,
         "weights_hash": loaded.weights_hash,
         "threads": torch.get_num_threads(),
         "draft_rows": draft_rows,
         "exit_heads": fingerprint(drafting.heads) if drafting.heads else None,
     }
+    record_path, nothing = output.with_suffix(".json"), pd.DataFrame(columns=list(RAW))
     if record_path.is_file() and json.loads(record_path.read_text())["settings"] == settings:
-        record, raw = json.loads(record_path.read_text()), pd.read_csv(raw_path)
-    else:
-        traced = trace(
-            loaded, prompts[2::4] if learns else prompts[::2], max_new_tokens=max_new_tokens, statistics="agreement",
-            draft_vocabulary=drafting.ids, exit_heads=drafting.heads,
-        )  # fmt: skip
-        record = described(loaded, choice_on(loaded, traced, longest, drafting), settings)
-        raw = pd.DataFrame(columns=list(RAW))
-    todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
-    methods = methods_of(loaded, longest, drafting)
-    for place, prompt in enumerate(todo):
-        if place and perf_counter() - began > 60 * minutes:
-            break
-        rows = measured(loaded, prompt, methods, max_new_tokens)
-        raw = rows if raw.empty else pd.concat([raw, rows], ignore_index=True)
-    record["regret"] = regret(raw, record["choice"])
-    bench.write_record(output, record, raw)
-    Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
+        raw = pd.read_csv(output.with_suffix(".csv"))
+        return drafting, json.loads(record_path.read_text()), whole(raw, kept(output), prompts)
+    for path in parts_of(output):
+        path.unlink()  # of other settings
+    traced = trace(
+        loaded, prompts[2::4] if learns else prompts[::2], max_new_tokens=budget, statistics="agreement",
+        draft_vocabulary=drafting.ids, exit_heads=drafting.heads,
+    )  # fmt: skip
+    record = described(loaded, choice_on(loaded, traced, longest, drafting), settings)
+    bench.write_record(output, record, nothing)  # so that what the processes keep from here on is of this choice
+    return drafting, record, nothing
+
+
+def parts_of(output: Path) -> list[Path]:
+    """What processes have measured and nobody has put into the record."""
+    return sorted(output.parent.glob(f"{output.name}.part-*.csv"))
+
+
+def keep(output: Path, rank: int, rows: pd.DataFrame) -> None:
+    """A prompt's rows, whole or not at all."""
+    path = output.with_name(f"{output.name}.part-{rank}-{rows['prompt'].iloc[0]}.csv")
+    rows.to_csv(path.with_suffix(".new"), index=False, float_format="%.6g")
+    path.with_suffix(".new").replace(path)
+
+
+def kept(output: Path) -> list[pd.DataFrame]:
+    return [pd.read_csv(path) for path in parts_of(output)]
+
+
+def whole(raw: pd.DataFrame, more: Sequence[pd.DataFrame], prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """All rows, prompt after prompt in their order, whoever measured them; each prompt once."""
+    known = {int(prompt) for prompt in raw["prompt"]}
+    more = [rows for rows in more if int(rows["prompt"].iloc[0]) not in known]
+    rows = pd.concat([each for each in (raw, *more) if not each.empty] or [raw], ignore_index=True)
+    order = {prompt.index: place for place, prompt in enumerate(prompts)}
+    return rows.sort_values("prompt", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from probekit.errors import InputError, ProbekitError, ResourceError
 
 T = TypeVar("T")
+U = TypeVar("U")
 PATIENCE = timedelta(days=7)  # a process may read for long before the others hear of it
 # (rank, number of processes, rank on this machine), as launchers name them.
 _LAUNCHERS = (
@@ -89,6 +90,18 @@ class Ranks:
         """Every size-th, from its rank on: neighbours are of like length, so that all have as much to do."""
         return things if self.in_step else things[self.rank :: self.size]
 
+    def shared_out(self, things: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+        """What `work` makes of each thing, in their order, for all: every process works on its share.
+
+        work: a share of the things -> as many results, which can be pickled. Raises as `agreed`.
+        """
+        mine = self.share(things)
+        made = list(self.agreed(lambda: work(mine) if mine else ()))
+        if self.size == 1 or self.in_step:
+            return made
+        shares = self.all(made)
+        return [shares[place % self.size][place // self.size] for place in range(len(things))]
+
     # ------------------------------------------------------------------------------------------- what all must hear
     def from_first(self, value: T) -> T:
         """The first process's value, for all; anything that can be pickled."""
@@ -97,6 +110,14 @@ class Ranks:
     def all(self, value: T) -> list[T]:
         """Every process's value, by rank, for all. It waits for the slowest."""
         return self._talk(lambda distributed: _gather(distributed, value, self)) if self.size > 1 else [value]
+
+    def from_first_of(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process, for all; only there it is called. Raises as `agreed`."""
+        made = self.agreed(lambda: make() if self.first else None)
+        found = self.from_first(made)
+        if found is None:
+            raise RuntimeError("the first process told of nothing")
+        return found
 
     def agreed(self, make: Callable[[], T]) -> T:
         """What `make` gives, once it has given something in every process.
@@ -124,7 +145,7 @@ class Ranks:
         except RuntimeError as error:  # what gloo raises when a connection ends
             raise ResourceError(
                 f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
-                "What was written is kept: run the same command again with --resume, with any number of processes.",
+                "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
             ) from None
 
 

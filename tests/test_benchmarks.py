@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from tracing.jobs import job
 
 from probekit.tracing.prompts import bundled_prompts
 
@@ -221,3 +225,40 @@ def test_regret_is_resumed_with_what_it_learned(room, tiny_folder, tmp_path, dra
     assert (begun["regret"]["prompts"], whole["regret"]["prompts"]) == (1, 4)
     assert whole["regret"]["pairs"] == 4 * 2
     assert whole["regret"]["chosen_rank"] >= 1
+
+
+def regret_in_a_job(ranks, folder, settings):
+    """The regret benchmark as one of several processes; the first may be killed behind its second prompt."""
+    sys.path.insert(0, str(ANALYSES))
+    script = importlib.import_module("benchmark_regret")
+    script.bundled_prompts_for = lambda name: bundled_prompts("general")[:12]
+    keep, seen = script.keep, []
+
+    def keep_or_die(*given):
+        keep(*given)
+        seen.append(1)
+        if settings["dies"] and ranks.rank == 0 and len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    script.keep = keep_or_die
+    script.main(settings["model"], folder, 6, 2, None, False, 60, 1, "cpu", "float32")
+
+
+def test_processes_share_the_prompts_of_a_regret(tiny_folder, tmp_path):
+    """Rounds and tokens of one process, whoever ran them, also where one was killed and others went on."""
+    asked = {"model": str(tiny_folder), "dies": False}
+
+    def rows(name):
+        return pd.read_csv(tmp_path / f"{name}.csv").drop(columns=["seconds", "round_s"])
+
+    assert job(1, tmp_path / "one", asked, work=regret_in_a_job) == [0]
+    assert rows("one")["prompt"].nunique() == 6
+    for size in (2, 3, 4):
+        name = f"all-{size}"
+        killed = job(size, tmp_path / name, {**asked, "dies": True}, work=regret_in_a_job)
+        assert killed[0] == -9 and 0 not in killed
+        done = {path.stem for path in tmp_path.glob(f"{name}.part-*.csv")}
+        assert len(done) >= 2
+        assert job(size, tmp_path / name, asked, work=regret_in_a_job) == [0] * size
+        assert rows(name).equals(rows("one"))
+        assert not list(tmp_path.glob(f"{name}.part-*"))

@@ -26,9 +26,10 @@ ROOMS = (
 ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "discovery", "anatomy",
-        "quantised", "configuration", "weight_files", "checkpoint", "device_map", "gguf_header", "gguf_copies", "gguf",
-        "reference", "adapters", "loaded", "synthetic", "cut", "cut_gguf", "write_gguf",
+        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "one_layer",
+        "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "checkpoint",
+        "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic", "cut",
+        "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
     "lens": (
@@ -53,8 +54,8 @@ ROWS = {
         "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "prompt_store", "backend", "nnsight_backend", "backends", "self_check", "plan", "continuation",
-        "logged_text", "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
+        "prompts", "prompt_store", "backend", "remote_service", "nnsight_backend", "backends", "self_check", "plan",
+        "continuation", "logged_text", "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": (
         "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",

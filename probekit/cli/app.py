@@ -100,8 +100,8 @@ def _with_option(
 
 
 LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
-SHARED = {"trace", "validate"}  # these share their work among the processes of a job
-SPLIT = {"trace", "decode"}  # these run a model that is split over them
+SHARED = {"trace", "validate", "rank"}  # these share their work among the processes of a job
+SPLIT = {"trace", "decode", "validate"}  # these run a model that is split over them
 for command in commands.ALL:
     name = commands.name_of(command)
     command = _with_tensor_parallel(command) if name in SPLIT else command

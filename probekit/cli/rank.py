@@ -43,28 +43,33 @@ def rank(
     from probekit.choice.rank import rank as rank_ways
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
+    from probekit.ranks import Ranks
     from probekit.traces.trace import Trace
 
     context = context_of(costs, context)
     if validate < 0:
         raise InputError(f"--validate is {validate}; expected 0 or more.")
-    trace = Trace.open(run)
+    ranks = Ranks.of_environment()
+    if not (validate or ranks.first):
+        return  # a ranking is seconds of replay: only what the decoder runs is shared
+    trace, quiet, device = Trace.open(run), quiet or not ranks.first, ranks.device(device)
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
     exits = options.integers(exit_layers, "--exit-layers")
     policies = STOPPING if policy is None else {**STOPPING, policy: policy_named(policy)}
     others = [import_drafter(path, trace) for path in imported or ()]
-    with progress_bars(quiet or as_json) as bars:
+
+    def ranked() -> Ranking:
         widest = with_trees(trace, lengths, context)
         timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
-    ranking = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others, policies=policies)
-    checked = None
-    if validate:
-        from probekit.validation.ways import validate_ways
+        return rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others, policies=policies)
 
-        loaded, drafter = models_of(trace, device, dtype)
-        ways = [each.way for each in ranking.shortlist(validate) if each.way is not None]
-        with progress_bars(quiet or as_json) as bars:
-            checked = validate_ways(loaded, trace, ways, draft_model=drafter, limit=limit, costs=timed, progress=bars)
+    with progress_bars(quiet or as_json) as bars:
+        if validate:
+            ranking, checked = _validated(trace, ranked, validate, limit, device, dtype, ranks, bars)
+        else:
+            ranking, checked = ranked(), None
+    if ranking is None:
+        return  # the first process says it
     if as_json:
         document = ranking.to_json()
         if checked is not None:
@@ -74,6 +79,23 @@ def rank(
         _show(ranking, checked)
     if checked is not None and not checked.holds:
         raise typer.Exit(1)
+
+
+def _validated(trace, ranked, best, limit, device, dtype, ranks, bars):
+    """The first process's ranking, None in others, and its best ways, run by all processes, each a share of them."""
+    from probekit.ranks import joined
+    from probekit.validation.ways import validate_ways
+
+    with joined(ranks) as ranks:
+        ranking = ranks.agreed(lambda: ranked() if ranks.first else None)
+        costs, ways = ranks.from_first_of(
+            lambda: (ranking.costs, [each.way for each in ranking.shortlist(best) if each.way is not None])
+        )
+        loaded, drafter = ranks.agreed(lambda: models_of(trace, device, dtype))
+        checked = validate_ways(
+            loaded, trace, ways, draft_model=drafter, limit=limit, costs=costs, ranks=ranks, progress=bars
+        )
+    return ranking, checked
 
 
 def _show(ranking: Ranking, checked: WaysValidation | None) -> None:

@@ -53,7 +53,9 @@ def trace(
     draft_model: options.DraftModel = None,
     draft_vocabulary: options.DraftVocabulary = None,
     exit_heads: options.ExitHeads = None,
-    backend: Annotated[str, typer.Option("--backend", help="hooks or nnsight.")] = "hooks",
+    backend: Annotated[
+        str, typer.Option("--backend", help="hooks, nnsight, or nnsight:ndif, where a service runs the model.")
+    ] = "hooks",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
     skip_long: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -34,20 +35,20 @@ def validate(
     """Run the decoder and hold it against the prediction, round by round and token by token."""
     from probekit.drafting.named import drafters_named, levels_of
     from probekit.drafting.policies import policy_named
+    from probekit.models.device_map import is_splitting
     from probekit.ranks import Ranks
     from probekit.traces.trace import Trace
     from probekit.validation.run import validate as validate_cells
 
-    ranks = Ranks.of_environment()
-    if ways and not ranks.first:
-        return  # ways are not shared: the first process runs them
+    ranks = replace(Ranks.of_environment(), in_step=is_splitting())
     trace, quiet = Trace.open(run), quiet or not ranks.first
     if limit is not None:
         options.at_least_one(limit, "--limit")
     if ways:
         if drafter is not None or policy != "fixed":
             raise InputError("--ways ranks every drafter and policy; one was named.", "Leave one of them out.")
-        _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, as_json, quiet)
+        asked = exit_layers, draft_lengths, draft_rows, limit
+        _validate_ways(trace, *asked, ranks.device(device), dtype, ranks, as_json, quiet)
         return
     exits = options.integers(exit_layers, "--exit-layers")
     named = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
@@ -91,23 +92,37 @@ def validate(
         raise typer.Exit(1)
 
 
-def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, as_json, quiet):
-    """Rank with costs of this device at the context of these texts, run the best and a spread of others."""
+def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, ranks, as_json, quiet):
+    """Rank with costs of this device at the context of these texts, run the best and a spread of others.
+
+    Of several processes the first one's costs, and its ranking, are everybody's; where they share a model, all measure.
+    """
     from probekit.choice.rank import rank, with_trees
     from probekit.drafting.policies import FIXED
+    from probekit.ranks import joined
     from probekit.validation.ways import validate_ways
 
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
-    loaded, draft_model = models_of(trace, device, dtype)
+    exits = options.integers(exit_layers, "--exit-layers")
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
-    with progress_bars(quiet or as_json) as bars:
-        widest = with_trees(trace, lengths, middle)
-        costs = costs_of(trace, "measured", middle, widest, draft_rows, FIXED, device, dtype, bars)
-        ranking = rank(trace, costs, options.integers(exit_layers, "--exit-layers"), lengths, draft_rows=draft_rows)
-        chosen = [each.way for each in ranking.to_run() if each.way is not None]
+    with joined(ranks) as ranks, progress_bars(quiet or as_json) as bars:
+
+        def timed():
+            widest = with_trees(trace, lengths, middle)
+            return costs_of(trace, "measured", middle, widest, draft_rows, FIXED, device, dtype, bars)
+
+        def chosen(costs):
+            ranking = rank(trace, costs, exits, lengths, draft_rows=draft_rows)
+            return costs, [each.way for each in ranking.to_run() if each.way is not None]
+
+        loaded, draft_model = ranks.agreed(lambda: models_of(trace, device, dtype))
+        mine = ranks.agreed(timed) if ranks.in_step else None
+        costs, run = ranks.from_first_of(lambda: chosen(mine or timed()))
         checked = validate_ways(
-            loaded, trace, chosen, draft_model=draft_model, limit=limit, costs=costs, progress=bars
+            loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs, ranks=ranks, progress=bars
         )  # fmt: skip
+    if not ranks.first:
+        return
     if as_json:
         print_json({"schema": "probekit/validate/1", "cells": [], "ways": [each.to_json() for each in checked.ways]})
     else:

@@ -61,7 +61,8 @@ def measure_costs(
     exit_heads: {exit: head} that drafts go through (`traced_heads`); none by default.
     sampling: how tokens are chosen; greedy by default.
     policy: asked after each draft as in a decoder, which takes its time; by default none.
-    repeats: sweeps over all steps; by default as many as take a few seconds.
+    repeats: sweeps over all steps; by default as many as take a few seconds, and a few of a model that is split over
+        processes, which go in step.
     engine: who runs the rounds, one of `decoding.device_decoding.ENGINES`; "cuda" times whole recorded rounds of exit
         layers, without a draft model and a policy.
     progress: called as `progress("costs", percent, 100)`.
@@ -149,7 +150,7 @@ def measure_costs(
                 times[step] += each
                 blocks[step].append(float(np.median(each)))
             sweeps += 1
-            if repeats is None:
+            if repeats is None and loaded.anatomy.split_over == 1:  # else all processes make the same passes
                 planned = int(np.clip(CALIBRATION_S * sweeps / (time.perf_counter() - began), FEWEST, MOST))
             share = max(share, min(1.0, sweeps / planned))  # the plan is made again after every sweep
             report("costs", round(100 * share), 100)

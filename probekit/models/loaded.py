@@ -35,6 +35,7 @@ from probekit.models.states import (
     unwrapped,
     without_weights,
 )
+from probekit.models.transformers_facts import check_facts
 from probekit.models.weight_files import hash_files
 
 # Settings of a generation_config that change the logits, with the values that change nothing.
@@ -174,6 +175,7 @@ def load(
     ------
     InputError: in one line, for anything that is wrong with the reference, its files, the device or the dtype.
     ResourceError: where the memory does not suffice.
+    SelfCheckError: where this release of transformers does not do what probekit relies on; it names the fact.
 
     Examples
     --------
@@ -203,6 +205,7 @@ def load(
             else:
                 model, tokenizer, files = read_folder(source, place, asked, _deal(dealing, tensor_parallel))
                 weights_hash, remark = hash_files(files), None
+            check_facts(model)
             check_finite(model, f"{source.path} holds")
             if added is not None:
                 model = put_in(model, added)
@@ -276,6 +279,7 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
     ------
     InputError: for a model in training mode, without weights or with nameless outputs (`return_dict=False`), and for
         what is no causal language model of a known family.
+    SelfCheckError: where this release of transformers does not do what probekit relies on; it names the fact.
 
     Examples
     --------
@@ -297,6 +301,8 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str) -> Loaded:
             "Wrap the model without it, or with an adapter in its layers (LoRA and the like).",
         )
     inner = unwrapped(model)
+    with silent():
+        check_facts(inner)
     parts = anatomy(inner)
     if training := in_training(inner):
         raise InputError(

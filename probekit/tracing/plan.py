@@ -93,7 +93,7 @@ def plan_trace(
     budget = max(tokens - context for tokens, context in sizes.values()) if given else max_new_tokens
     rows = {index: tokens + (0 if given else max_new_tokens) - 1 for index, (tokens, _) in sizes.items()}
     row_budget = _row_budget(loaded)
-    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend == "nnsight" else []))
+    libraries = ("torch", "transformers", "numpy", *(["nnsight"] if settings.backend.startswith("nnsight") else []))
     if find_spec(libraries[-1]) is None:
         raise InputError(f"{libraries[-1]} is not installed.", f"pip install {libraries[-1]}, or use --backend hooks.")
     decoding = Sampling(temperature=1.0) if settings.given else sampling

@@ -77,7 +77,8 @@ def trace(
         that order: `predict` then answers for heads of any number of rows. Greedy text only.
     exit_heads: {exit: head}, or a file of them (`probekit.lens.exit_heads`): the final-norm lens is read through them,
         so that predictions are for a decoder that drafts through them. They stay with the run.
-    backend: "hooks" or "nnsight".
+    backend: "hooks" or "nnsight"; "nnsight:ndif" where NDIF runs the model, "nnsight:http://.." another service of its
+        kind, "nnsight:local" nnsight's simulation of one.
     resume: go on with the run in `folder`, by its own batch plan.
     chat: put plain prompts through the chat template, as a user's message.
     batch_size: most prompts in a batch; by default from the memory at hand.

@@ -79,7 +79,8 @@ def validate(
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
     engine: who decodes, and whose costs are measured here, as for `probekit.decode`.
     ranks: processes that share the cells, each of which makes this same call; each measures speedups against its own
-        autoregressive decoding. All get the whole result.
+        autoregressive decoding. All get the whole result. Of a model that is split over them (`load(..,
+        tensor_parallel=True)`) all run all cells, in step: `replace(ranks, in_step=True)`.
     progress: called as `progress("validate", done, total)`.
 
     Raises
@@ -110,19 +111,14 @@ def validate(
                 else list(predict(chosen, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
             )
         )
-        mine = ranks.share(predicted)
-        ran = ranks.agreed(
-            lambda: (
-                _ran(loaded, chosen, mine, len(predicted), drafter, policy, costs, repeats, engine, progress)
-                if mine
-                else []
-            )
+        ran = ranks.shared_out(
+            predicted,
+            lambda mine: _ran(loaded, chosen, mine, len(predicted), drafter, policy, costs, repeats, engine, progress),
         )
-        shares = ranks.all(ran)
     return Validation(
         trace.manifest.model.name,
         trace.manifest.settings.text,
-        tuple(shares[place % len(shares)][place // len(shares)] for place in range(len(predicted))),
+        tuple(ran),
         draft_rows,
         trace.manifest.heads_name,
         policy,

@@ -19,6 +19,7 @@ from probekit.errors import InputError
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.prediction.replay import WayRounds, replay
 from probekit.progress import Progress
+from probekit.ranks import Ranks, joined
 from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
@@ -113,6 +114,7 @@ def validate_ways(
     limit: int | None = None,
     costs: Costs | None = None,
     repeats: int = 1,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> WaysValidation:
     """Decode the trace's prompts by every way, one prompt at a time and in turns, and compare round by round.
@@ -122,6 +124,7 @@ def validate_ways(
     loaded, draft_model: the models that were traced. limit: only the first prompts of the trace.
     costs: for the predicted speedup.
     repeats: how often each prompt is decoded. progress: called as `progress("validate", done, total)`.
+    ranks: processes that share the ways, or go in step, as for `validate`.
 
     Raises InputError for text that is not greedy, for other models than the traced ones, and without a way.
 
@@ -145,6 +148,21 @@ def validate_ways(
         if number is not None:
             whole_number(f"{what} must be", number)
     chosen = trace.select(trace.prompts[:limit])
+    with joined(ranks) as ranks:
+        ran = ranks.shared_out(ways, lambda mine: _ran(loaded, chosen, mine, draft_model, costs, repeats, progress))
+    return WaysValidation(trace.manifest.model.name, tuple(ran))
+
+
+def _ran(
+    loaded: Loaded,
+    trace: Trace,
+    ways: Sequence[Way],
+    draft_model: Loaded | None,
+    costs: Costs | None,
+    repeats: int,
+    progress: Progress | None,
+) -> list[WayValidation]:
+    """Some ways, run beside autoregressive decoding."""
     heads = traced_heads(trace, loaded)
     decoders = [
         Speculative(
@@ -155,11 +173,8 @@ def validate_ways(
         )
         for way in ways
     ]
-    plain, *runs = decode_all(chosen, [Autoregressive(loaded), *decoders], repeats, progress)
-    return WaysValidation(
-        trace.manifest.model.name,
-        tuple(_compared(chosen, way, plain, own, costs) for way, own in zip(ways, runs, strict=True)),
-    )
+    plain, *runs = decode_all(trace, [Autoregressive(loaded), *decoders], repeats, progress)
+    return [_compared(trace, way, plain, own, costs) for way, own in zip(ways, runs, strict=True)]
 
 
 def _compared(

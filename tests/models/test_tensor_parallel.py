@@ -36,6 +36,12 @@ def decoded(loaded: probekit.Loaded) -> list[Any]:
     return found
 
 
+def validated(loaded: probekit.Loaded, folder: Path, ranks: Ranks) -> list[Any]:
+    """Counts and equalities of two cells, and every round that was run."""
+    cells = probekit.validate(loaded, folder, [(4, 3), (8, 2)], ranks=ranks).cells
+    return [[cell.measured, cell.rounds_equal, cell.tokens_equal, list(map(list, cell.rounds))] for cell in cells]
+
+
 def in_step(ranks: Ranks, folder: Path, settings: dict[str, Any]) -> None:
     """What each process of a job does with a model that it shares; its answer goes beside the run."""
     os.environ["LOCAL_RANK"] = str(ranks.rank)
@@ -43,7 +49,8 @@ def in_step(ranks: Ranks, folder: Path, settings: dict[str, Any]) -> None:
     parts = loaded.anatomy
     probekit.trace(loaded, TEXTS, folder, ranks=replace(ranks, in_step=True), **ASKED)
     seen = [parts.split_over, parts.parameters, parts.bytes, parts.tied, parts.plain_head]
-    folder.with_suffix(f".step-{ranks.rank}").write_text(json.dumps([seen, decoded(loaded)]))
+    said = [seen, decoded(loaded), validated(loaded, folder, replace(ranks, in_step=True))]
+    folder.with_suffix(f".step-{ranks.rank}").write_text(json.dumps(said))
 
 
 @pytest.mark.second
@@ -63,10 +70,12 @@ def test_processes_that_share_a_model_read_and_decode_as_one(name, tmp_path) -> 
     assert {path.suffix for path in entries(folder)} == {".parquet", ".json"}
     parts = loaded.anatomy
     for rank in range(2):
-        seen, rounds = json.loads(folder.with_suffix(f".step-{rank}").read_text())
+        seen, rounds, cells = json.loads(folder.with_suffix(f".step-{rank}").read_text())
         assert seen[1:4] == [parts.parameters, parts.bytes, parts.tied]
         assert (seen[0], seen[4]) == (2, False)
         assert rounds == decoded(loaded)
+        assert cells == json.loads(json.dumps(validated(loaded, folder, Ranks())))
+        assert all(cell[1:3] == [True, True] for cell in cells)
 
 
 @pytest.mark.second
@@ -76,6 +85,11 @@ def test_commands_of_a_split_model_print_once(tmp_path) -> None:
     assert ran.returncode == 0, ran.stderr
     alone = probekit.decode(probekit.load("tales-untied", device="cpu"), TEXTS[0], max_new_tokens=6)
     assert json.loads(ran.stdout)["text"] == alone.text
+    probekit.trace("tales-untied", TEXTS, tmp_path / "run", max_new_tokens=6)
+    words = ["validate", str(tmp_path / "run"), "--exit-layers", "4", "--draft-lengths", "1,3", "--json"]
+    ran = torchrun(2, *words, "--tensor-parallel")  # the run of one process, decoded by two that share the model
+    assert ran.returncode == 0, ran.stderr
+    assert [cell["rounds_equal"] for cell in json.loads(ran.stdout)["cells"]] == [True, True]
 
 
 def test_one_process_splits_nothing(monkeypatch) -> None:

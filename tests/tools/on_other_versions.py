@@ -4,7 +4,7 @@
     python tests/tools/on_other_versions.py oldest -- tests/hooks tests/tracing
 
 Environments are made under build/versions, once, and kept. What follows `--` goes to pytest. At the end it prints, and
-writes to docs/results/scale/versions.json, for each pair how many tests passed, failed and were skipped.
+writes to docs/results/tests/versions.json, for each pair how many tests passed, failed and were skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / "build" / "versions"
-RECORD = ROOT / "docs" / "results" / "scale" / "versions.json"
+RECORD = ROOT / "docs" / "results" / "tests" / "versions.json"
 PAIRS = {
     "oldest": {"torch": "2.11.0", "transformers": "5.17.0"},
     "newest": {"torch": "2.13.0", "transformers": "5.23.0"},
