@@ -27,6 +27,7 @@ from probekit.hooks.edit import Edit
 from probekit.lens.exit_heads import ExitHead, check_heads
 from probekit.lens.jacobian_lens import write_jacobian_lens
 from probekit.models.anatomy import Anatomy, anatomy
+from probekit.models.states import in_training
 
 SKIP = 16  # tokens; these numbers are `jlens`'s
 LONGEST = 128  # tokens
@@ -62,9 +63,11 @@ def fit_jacobian(
         (`seed`), which cancel between places on the average: exact in the mean, with noise.
     centred: expand about the mean residual of the same places.
 
-    Raises InputError where no text is long enough.
+    Raises InputError where no text is long enough, or the model is in training mode.
     """
     parts = anatomy(parts)
+    if (training := in_training(parts.model)) is not None:
+        raise InputError(f"{training} is in training mode: its derivative is not that of its drafts.", "Call .eval().")
     chosen = tuple(sorted(set(parts.exits if exits is None else map(parts.check_exit, exits))))
     if not chosen:
         raise InputError("there is no exit to fit a head for.")

@@ -93,6 +93,24 @@ def test_other_families(family):
         torch.testing.assert_close(matrix(head), expected, atol=1e-5 * expected.abs().max(), rtol=1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_models(name, request, unchanged):
+    """Along random directions of the last residual, by one backward pass each."""
+    loaded = request.getfixturevalue(name)
+    unchanged(loaded.model)
+    text, layer = "The wolf came to the forest and asked the king for bread and for a bed.", loaded.depth - 2
+    ids = torch.tensor(loaded.tokenizer(text)["input_ids"][:12])
+    found = matrix(fit_jacobian(loaded.anatomy, [ids[None]], [layer], skip=SKIP, at_once=32)[layer])
+    h = at_site(loaded.anatomy, ids, layer).requires_grad_()
+    last = by_edit(loaded, ids, h, layer)
+    for seed in range(3):
+        direction = torch.randn(loaded.anatomy.width, generator=torch.Generator().manual_seed(seed))
+        (slope,) = torch.autograd.grad((last[SKIP:-1] @ direction).sum(), h, retain_graph=True)
+        expected = slope[SKIP:-1].mean(0)
+        torch.testing.assert_close(direction @ found, expected, atol=2e-4 * expected.abs().max(), rtol=1e-3)
+
+
 def test_one_place_is_the_derivative_at_that_place(tiny):
     """With one place there are no later ones: both kinds are the same, and the signs cancel exactly."""
     texts = IDS[:1, : SKIP + 2]
@@ -159,6 +177,10 @@ def test_wrong_use(tiny):
         fit_jacobian(tiny.anatomy, [IDS], [5])
     with pytest.raises(InputError, match="no exit to fit"):
         fit_jacobian(tiny.anatomy, [IDS], [])
+    model = synthetic("tiny", seed=1)
+    model.model.train()
+    with pytest.raises(InputError, match="in training mode"):
+        fit_jacobian(model.anatomy, [IDS], [1], skip=SKIP)
     for wrong in ({"skip": -1}, {"skip": 6, "longest": 7}, {"at_once": 0}):
         with pytest.raises(InputError, match="reads places from"):
             fit_jacobian(tiny.anatomy, [IDS], **wrong)
