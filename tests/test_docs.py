@@ -253,7 +253,7 @@ def is_part(path: str, key: str) -> bool:
 def test_the_files_page_has_the_tables_of_a_study(documents):
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
     tables = sorted((documents["study folder"][0] / "tables").glob("*.csv"))
-    assert len(tables) == 7
+    assert len(tables) == 8
     for path in tables:
         row = re.search(rf"^\| `{re.escape(path.name)}` \| (.*) \|$", page, re.MULTILINE)
         assert row is not None, f"{path.name} is not on the page"

@@ -18,7 +18,13 @@ def fit_heads(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `probekit trace` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Receives the heads, safetensors.")],
     exit_layers: options.ExitLayers = None,
-    ridge: Annotated[float, typer.Option("--ridge", help="Pull towards the plain lens; above 0.")] = 1e-2,
+    ridge: Annotated[
+        float | None, typer.Option("--ridge", help="Pull towards the plain lens; above 0, 0.01 by default.")
+    ] = None,
+    jacobian: Annotated[
+        bool,
+        typer.Option("--jacobian", help="A Jacobian lens: the model's own average derivative, in place of a fit."),
+    ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -28,10 +34,14 @@ def fit_heads(
     import torch
 
     from probekit.files import check_file_target
-    from probekit.lens.exit_heads import fingerprint, fit_heads, save_heads
+    from probekit.lens.exit_heads import RIDGE, fingerprint, fit_heads, save_heads
+    from probekit.lens.jacobian import fit_jacobian
     from probekit.traces.trace import Trace
 
     check_file_target(output, "--output")
+    if jacobian and ridge is not None:
+        raise InputError("a Jacobian lens is no fit, and has no --ridge.", "Leave one of the two out.")
+    pull = RIDGE if ridge is None else ridge
     traces = [Trace.open(run) for run in runs]
     record = traces[0].manifest.model
     if other := next((each for each in traces if each.manifest.model.weights_hash != record.weights_hash), None):
@@ -44,7 +54,10 @@ def fit_heads(
     texts = [[*each.prompt_ids(prompt), *each.outputs(prompt)] for each in traces for prompt in each.prompts]
     with progress_bars(quiet or as_json) as bars:
         batches = _counted((torch.tensor([text]) for text in texts), len(texts), "reading texts", bars)
-        heads = fit_heads(loaded.anatomy, batches, layers, ridge=ridge)
+        if jacobian:
+            heads = fit_jacobian(loaded.anatomy, batches, layers)
+        else:
+            heads = fit_heads(loaded.anatomy, batches, layers, ridge=pull)
     save_heads(output, heads)
     tokens = sum(map(len, texts))
     if as_json:
@@ -58,12 +71,14 @@ def fit_heads(
                 "runs": [str(run) for run in runs],
                 "texts": len(texts),
                 "tokens": tokens,
-                "ridge": ridge,
+                "method": "jacobian" if jacobian else "ridge",
+                "ridge": None if jacobian else pull,
             }
         )
         return
     exits = len(heads)
-    notice(f"fitted heads for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
+    kind = "a Jacobian lens" if jacobian else "heads"
+    notice(f"fitted {kind} for {exits} exit layers of {record.name} on {tokens:,} tokens into {output}.", quiet=quiet)
     notice(f"Next: probekit trace {record.reference} --exit-heads {output} -o RUN, on other prompts.", quiet=quiet)
 
 

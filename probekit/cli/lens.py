@@ -23,6 +23,7 @@ def lens(
     attribution: Annotated[
         bool, typer.Option("--attribution", help="Also: which layer's attention and MLP wrote the model's token.")
     ] = False,
+    exit_heads: options.ExitHeads = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the table as a self-contained page.")] = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
@@ -44,7 +45,9 @@ def lens(
     with progress_bars(quiet or as_json) as bars:
         # The row of a prompt's last token says the first new one: a budget of 1 reads the prompt alone.
         budget = max(1, max_new_tokens)
-        trace = trace_prompts(loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, progress=bars)
+        trace = trace_prompts(
+            loaded, [Prompt(0, prompt)], max_new_tokens=budget, top_prompts=1, exit_heads=exit_heads, progress=bars
+        )
     say_remarks(trace.manifest, quiet)
     if loaded.remark:
         notice(loaded.remark, quiet=quiet)
@@ -59,9 +62,9 @@ def lens(
         notice(f"wrote {html}", quiet=quiet)
     if as_json:
         extra = {} if shares is None or not attribution else {"attribution": shares.to_json()}
-        print_json({"schema": "probekit/lens/1", **table.to_json(), **extra})
+        print_json({"schema": "probekit/lens/1", **table.to_json(), "exit_heads": trace.manifest.heads_name, **extra})
     else:
-        _print_lens(table)
+        _print_lens(table, "" if exit_heads is None or raw else ", exits through their heads")
         if shares is not None and attribution:
             _print_shares(shares, len(trace.prompt_ids(0)) - 1)
 
@@ -102,7 +105,7 @@ def _print_shares(shares: Any, first: int) -> None:
     out.print(Text("Shares of the token's logit, the final norm's scale held: each column adds up.", style="dim"))
 
 
-def _print_lens(table: Any) -> None:
+def _print_lens(table: Any, through: str = "") -> None:
     """Layers from the last to the first, positions from left to right, folded to the window."""
     cells = table.cells  # (layers, positions): token shown, probability
     texts = [[table.inputs[place], *(row[place][0] for row in cells)] for place in range(len(cells[0]))]
@@ -117,7 +120,7 @@ def _print_lens(table: Any) -> None:
         first = last
     out.print(
         Text(
-            f"{table.lens} lens, {table.convention}. Columns: the token that is read; rows: layers. "
+            f"{table.lens} lens, {table.convention}{through}. Columns: the token that is read; rows: layers. "
             "Brighter is more probable; a dot marks agreement with the last layer; prompt columns are grey.",
             style="dim",
         )

@@ -87,7 +87,9 @@ Drafter = Annotated[
 ]
 ExitHeads = Annotated[
     Path | None,
-    typer.Option("--exit-heads", metavar="FILE", help="Exit layers draft through these: `fit-heads`, a tuned lens."),
+    typer.Option(
+        "--exit-heads", metavar="FILE", help="Exit layers draft through these: `fit-heads`, a tuned or a Jacobian lens."
+    ),
 ]
 
 

@@ -26,10 +26,12 @@ from probekit.files import atomic_bytes
 from probekit.foreign.json import parse_json
 from probekit.foreign.text import read_bytes
 from probekit.hooks.capture import Capture
+from probekit.lens.jacobian_lens import BEGINS, read_jacobian_lens
 from probekit.lens.tuned_lens import Translator, read_tuned_lens, write_tuned_lens
 from probekit.models.anatomy import Anatomy, anatomy
 
 SCHEMA = "probekit/exit-heads/1"
+RIDGE = 1e-2  # relative to the mean square of the residual's median component
 _NAME = re.compile(r"([1-9]\d{0,4})\.(?:change|offset)")
 
 
@@ -104,7 +106,7 @@ class HeadFit:
             self._products[layer] += (x.T @ wanted).double()
         self.rows += len(last)
 
-    def solve(self, ridge: float = 1e-2) -> dict[int, ExitHead]:
+    def solve(self, ridge: float = RIDGE) -> dict[int, ExitHead]:
         """The head of each exit. ridge: relative to the mean square of the residual's median component; above 0."""
         if not ridge > 0:
             raise InputError(f"the ridge must exceed 0, not {ridge}.", "Without one the fit is not determined.")
@@ -121,7 +123,7 @@ class HeadFit:
 
 
 def fit_heads(
-    parts: Anatomy, batches: Iterable[Tensor], exits: Iterable[int] | None = None, *, ridge: float = 1e-2
+    parts: Anatomy, batches: Iterable[Tensor], exits: Iterable[int] | None = None, *, ridge: float = RIDGE
 ) -> dict[int, ExitHead]:
     """Fit a head for each exit on the text of `batches`.
 
@@ -204,7 +206,8 @@ def save_tuned_lens(folder: str | Path, heads: Mapping[int, ExitHead], parts: An
 def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
     """Read the heads that `save_heads` wrote, {exit: head}, for a model: onto its device, and checked against it.
 
-    A folder is read as a tuned lens (`probekit.lens.tuned_lens`); its translator of the embedding is no exit's.
+    A folder is read as a tuned lens (`probekit.lens.tuned_lens`); its translator of the embedding is no exit's. A file
+    that torch.save wrote is read as a Jacobian lens (`probekit.lens.jacobian_lens`).
     """
     if os.path.isdir(path):
         translators = read_tuned_lens(path)
@@ -215,4 +218,9 @@ def load_heads(path: str | Path, parts: Anatomy) -> dict[int, ExitHead]:
         content = read_bytes(Path(path), sys.maxsize)
     except OSError as error:
         raise InputError(f"{path} cannot be read as exit heads: {error.strerror or error}") from error
+    if content.startswith(BEGINS):
+        parts = anatomy(parts)
+        plain, none = torch.eye(parts.width), torch.zeros(parts.width)
+        jacobians = read_jacobian_lens(content, parts.depth, parts.width, str(path))
+        return check_heads({layer: ExitHead(each - plain, none) for layer, each in jacobians.items()}, parts)
     return unpack_heads(content, parts, str(path))

@@ -128,6 +128,13 @@ def _page(
     script, style, dark_style = joined_scripts(), _asset("report.css"), _asset("dark.css")
     with_lens = sum(prompt["lens"] is not None for model in data["models"] for prompt in model["prompts"])
     prompts = sum(len(model["prompts"]) for model in data["models"])
+    shared = sum(prompt["attribution"] is not None for model in data["models"] for prompt in model["prompts"])
+    notes = [
+        f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",
+        f"Of {shared} texts it also says which layer's attention and MLP wrote the logit of the model's token "
+        "(the final norm's scale held; what all of them wrote adds up to it)." if shared else "",
+        heads_note,
+    ]  # fmt: skip
     return _environment().get_template("report.html.j2").render(
         title=title,
         standfirst=standfirst,
@@ -142,7 +149,7 @@ def _page(
         stills={name: stills.get(name) for name in STILLS},
         has_lens=with_lens > 0,
         heads_note=heads_note,
-        lens_note=f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",
+        lens_note=" ".join(filter(None, notes)),
         definitions=DEFINITIONS,
         measures=MEASURES.items(),
         first_rounds=FIRST_ROUNDS.items(),
@@ -231,4 +238,5 @@ def _source(study: StudyFolder, model: str) -> Source:
         asked = study.summary.get("settings") or {}
         lengths = asked.get("draft_lengths") or sorted(set(cells["draft_length"].tolist()))
         ways = played_ways(trace, costs, asked.get("exit_layers"), lengths, costs.draft_rows)
-    return Source(study.label(model), trace, cells, costs, study.chosen(model), ways)
+    shares = study.attributions(model)
+    return Source(study.label(model), trace, cells, costs, study.chosen(model), ways, shares)

@@ -22,6 +22,7 @@ from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
 
 if TYPE_CHECKING:
+    from probekit.presentation.study_folder import Written
     from probekit.probing.attribution import Attribution
 
 LIMIT_BYTES = 5_000_000
@@ -54,7 +55,7 @@ class Source:
     costs: Costs | None = None
     pair: tuple[int | None, int] | None = None
     ways: Sequence[Played] = ()
-    attributions: Mapping[int, Attribution] = field(default_factory=dict)
+    attributions: Mapping[int, Attribution | Written] = field(default_factory=dict)
 
     @property
     def draft_rows(self) -> int | None:
@@ -138,7 +139,7 @@ class _Packer:
         found = self.source.attributions.get(prompt)
         if found is None:
             return None
-        rows, depth = len(found.tokens), self.trace.depth
+        rows, depth = len(found.logits), self.trace.depth
         written = {name: np.zeros((depth + 1, rows), np.float32) for name in ("embedding", "attention", "mlp")}
         other = np.zeros(rows, np.float32)
         for term, values in zip(found.terms, found.values.T, strict=True):

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from probekit.errors import InputError
@@ -34,11 +35,23 @@ TABLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The study's tables, and the columns without which a file is another program's, or an older version's."""
 
-TEXTS = ("model", "lens", "drafter", "first_round", "step")
-WHOLE = ("layer", "draft_length", "run", "rows", "prompt", "round", "drafted", "prompts")
+MORE_TABLES: dict[str, tuple[str, ...]] = {"attribution": ("model", "prompt", "position", "term", "logit")}
+"""Tables that a study may lack, or that may say nothing of some of its models."""
+
+TEXTS = ("model", "lens", "drafter", "first_round", "step", "term")
+WHOLE = ("layer", "draft_length", "run", "rows", "prompt", "round", "drafted", "prompts", "position")
 """Columns that hold texts, and whole numbers everywhere; all others hold numbers, or nothing."""
 
 MAY_BE_EMPTY = ("rounds",)  # sampled text has expected rounds only
+
+
+class Written(NamedTuple):
+    """Shares of the logits of one text: values (positions, terms), logits (positions,); terms as in `Attribution`."""
+
+    terms: tuple[str, ...]
+    values: np.ndarray
+    logits: np.ndarray
+
 
 _RUN_AGAIN = "Run `probekit study` on that folder again: finished steps are kept."
 
@@ -79,7 +92,10 @@ class StudyFolder:
         return (choice["exit_layer"], choice["draft_length"]) if choice.get("speculate") else None
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of TABLES, models under their labels. Raises InputError when it is missing, foreign or incomplete."""
+        """One of TABLES or MORE_TABLES, models under their labels.
+
+        Raises InputError when it is missing, foreign or incomplete.
+        """
         if name not in self._tables:
             self._tables[name] = self._read_table(name)
         return self._tables[name].copy()
@@ -88,6 +104,29 @@ class StudyFolder:
         """The rows of one model in a table."""
         table = self.table(name)
         return table[table["model"] == self.label(model)]
+
+    def attributions(self, model: str) -> dict[int, Written]:
+        """{prompt: who wrote the logits of the model's tokens}, of the texts that the study keeps it of.
+
+        Raises InputError for shares that are not those of the run's texts.
+        """
+        if not (self.folder / "tables" / "attribution.csv").is_file():
+            return {}
+        run, found = self.trace(model), {}
+        for prompt, rows in self.of("attribution", model).groupby("prompt"):
+            at, terms = int(str(prompt)), tuple(dict.fromkeys(rows["term"]))
+            positions = len(run.prompt_ids(at)) + len(run.outputs(at)) - 1 if at in run.prompts else 0
+            grid = rows.drop_duplicates(["position", "term"]).pivot(index="position", columns="term", values="logit")
+            values = grid.reindex(columns=list(terms)).to_numpy(float)
+            if (
+                len(rows) != values.size or grid.index.tolist() != list(range(positions))
+                or not np.isfinite(values).all() or not all(_is_term(term, run.depth) for term in terms)
+            ):  # fmt: skip
+                raise InputError(
+                    f"tables/attribution.csv in {self.folder} is not of prompt {at} of {model}.", _RUN_AGAIN
+                )
+            found[at] = Written(terms, values, values.sum(axis=1))
+        return found
 
     def trace(self, model: str) -> Trace:
         """The model's trace. Raises InputError when it is missing or not finished."""
@@ -110,17 +149,26 @@ class StudyFolder:
             table = pd.read_csv(BytesIO(read_bytes(path)))
         except (ValueError, OSError, OverflowError) as error:
             raise InputError(f"{path} cannot be read: {str(error).strip()}.", _RUN_AGAIN) from None
-        missing = [column for column in TABLES[name] if column not in table.columns]
+        columns = (TABLES | MORE_TABLES)[name]
+        missing = [column for column in columns if column not in table.columns]
         if missing:
             raise InputError(f"{path} has no column {', '.join(missing)}.", _RUN_AGAIN)
-        for column in TABLES[name]:
+        for column in columns:
             if column not in TEXTS and not table.empty and (wrong := _no_numbers(table[column])):
                 raise InputError(f"{path} has {wrong} in its column {column}.", _RUN_AGAIN)
-        unknown = sorted(set(self.models) - set(table["model"]))
+        unknown = sorted(set(self.models) - set(table["model"])) if name in TABLES else []
         if unknown and not (name in MAY_BE_EMPTY and table.empty):
             raise InputError(f"{path} says nothing of {', '.join(unknown)}.", _RUN_AGAIN)
         table["model"] = table["model"].map({model: self.label(model) for model in self.models})
         return table.dropna(subset=["model"])
+
+
+def _is_term(term: Any, depth: int) -> bool:
+    """Whether a share's name is one of `Attribution` in a model of `depth` layers."""
+    kind, _, layer = str(term).partition(":")
+    if kind in ("attention", "mlp"):
+        return layer.isdecimal() and layer.isascii() and int(layer[:9]) < depth
+    return term in ("embedding", "norm bias", "head bias", "soft cap")
 
 
 def _no_numbers(column: pd.Series[Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 from probekit.choice.choose import Choice, choose
@@ -19,7 +21,7 @@ from probekit.choice.ranking import Ranking
 from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.drafting.keys import DrafterKey
-from probekit.errors import InputError
+from probekit.errors import InputError, Remark, SelfCheckError
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.progress import Progress
@@ -167,6 +169,25 @@ def trace_prompts(
         draft_vocabulary=drafting.vocabulary, exit_heads=drafting.heads, chat=settings.chat, top_prompts=3,
         resume=True, progress=progress,
     )  # fmt: skip
+
+
+def attribute_texts(loaded: Loaded, trace: Trace) -> pd.DataFrame:
+    """Who wrote the logits of the model's tokens: a row a prompt, position and term.
+
+    Of the texts whose top ten are kept. Empty for a model whose layers' parts are not known, or whose logits they do
+    not add up to; then it says so.
+    """
+    from probekit.probing.attribution import attribute
+
+    parts = [pd.DataFrame(columns=["prompt", "position", "term", "logit"])]
+    try:
+        for prompt in trace.prompts[: trace.manifest.settings.top_prompts]:
+            shares = attribute(loaded, [*trace.prompt_ids(prompt).tolist(), *trace.outputs(prompt).tolist()][:-1])
+            rows = shares.table()[["position", "term", "logit"]].assign(prompt=prompt)
+            parts.append(rows.assign(logit=rows["logit"].astype("float32")))
+    except (InputError, SelfCheckError) as error:
+        warnings.warn(f"The report does not say who wrote the logits: {error.problem}", Remark, stacklevel=2)
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def even(trace: Trace) -> Trace:

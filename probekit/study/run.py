@@ -101,8 +101,9 @@ class Overall:
     """How far the whole study is: phases that are done, weighed by the share of the time that they usually take."""
 
     SHARES: Mapping[str, float] = {
-        "load_model": 1, "settle_threads": 3, "learn_drafting": 1, "trace_prompts": 9, "predict_rounds": 1,
-        "time_the_trace": 3, "calibrate_costs": 8, "rank_ways": 3, "choose_pair": 1, "validate_choice": 100,
+        "load_model": 1, "settle_threads": 3, "learn_drafting": 1, "trace_prompts": 9, "attribute_texts": 1,
+        "predict_rounds": 1, "time_the_trace": 3, "calibrate_costs": 8, "rank_ways": 3, "choose_pair": 1,
+        "validate_choice": 100,
     }  # fmt: skip
     WRITING = 8.0  # of tables, figures and report, for each model
 
@@ -152,10 +153,11 @@ def study_model(plan: StudyPlan, reference: str, overall: Overall) -> ModelStudy
         heads_file = folder / "exit_heads" / f"{name}.safetensors"
         drafting = run(phases.learn_drafting, loaded, plan.learned, settings, kept, heads_file, say)
         trace = run(phases.trace_prompts, models, plan.traced, drafting, settings, folder / "traces" / name, say)
+        attribution = run(phases.attribute_texts, loaded, trace)
         prediction = run(phases.predict_rounds, trace, settings)
         timings = run(phases.time_the_trace, loaded, plan.traced, drafting, settings, kept, say)
         costs = run(phases.calibrate_costs, models, trace, drafting, settings, kept, say)
         ways = run(phases.rank_ways, trace, costs, settings)
         choice = run(phases.choose_pair, prediction, costs, ways)
         validated = run(phases.validate_choice, models, trace, choice, settings, kept, say)
-    return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds)
+    return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds, attribution)

@@ -25,6 +25,7 @@ from probekit.files import atomic_text, make_folder
 from probekit.prediction.table import Prediction
 from probekit.presentation import tables
 from probekit.presentation.previews import draw_previews
+from probekit.presentation.study_folder import MORE_TABLES
 from probekit.study.phases import Validated
 from probekit.study.plan import SCHEMA, StudyPlan
 from probekit.traces.trace import Trace
@@ -48,7 +49,8 @@ ROUND_COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class ModelStudy:
-    """What the phases made of one model. timings: of its trace beside its text; seconds: of each phase."""
+    """What the phases made of one model. timings: of its trace beside its text; seconds: of each phase; attribution:
+    who wrote the logits of its first texts."""
 
     name: str
     reference: str
@@ -59,6 +61,7 @@ class ModelStudy:
     validated: Validated
     timings: dict[str, float]
     seconds: dict[str, float]
+    attribution: pd.DataFrame
 
     @property
     def pair(self) -> tuple[int | None, int] | None:
@@ -117,6 +120,7 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
             ("rounds", rounds),
             ("run_lengths", tables.run_lengths_table(study.trace, model=study.name)),
             ("costs", tables.costs_table(study.costs, study.name)),
+            ("attribution", study.attribution.assign(model=study.name)[list(MORE_TABLES["attribution"])]),
             ("ways", None if study.choice.ways is None else study.choice.ways.to_pandas().assign(model=study.name)),
         ):
             if table is not None:

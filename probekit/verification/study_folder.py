@@ -36,6 +36,11 @@ def verify_study(folder: Path, notes: Notes) -> None:
                 study.table(table)
             except InputError as error:
                 notes.add(folder / "tables" / f"{table}.csv", error.problem)
+        for model in study.models:
+            try:
+                study.attributions(model)
+            except InputError as error:
+                notes.add(folder / "tables" / "attribution.csv", error.problem)
         there = {path.name for path in (folder / "traces").glob("*")}
         for model in study.models:
             named = PurePosixPath(str(study.entry(model)["trace"]))

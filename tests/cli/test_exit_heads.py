@@ -24,7 +24,7 @@ def document(capsys, *arguments: object) -> dict:
 def places(tiny_folder, tiny_tied_folder, tmp_path_factory):
     """A run to fit on, the heads, and a run through them."""
     folder = tmp_path_factory.mktemp("exit-heads")
-    names = {name: str(folder / name) for name in ("fitted", "heads.safetensors", "run", "other")}
+    names = {name: str(folder / name) for name in ("fitted", "heads.safetensors", "run", "other", "long")}
     (folder / "some.txt").write_text("abc\ndefg\nhij\n")
     (folder / "others.txt").write_text("xyz\nklmn\n")
     (folder / "many.txt").write_text("xyz\nklmn\npq\nrs\ntuv\nwx\n")
@@ -33,6 +33,7 @@ def places(tiny_folder, tiny_tied_folder, tmp_path_factory):
     some, others = ["--prompts", str(folder / "some.txt")], ["--prompts", str(folder / "others.txt")]
     assert run(["trace", str(tiny_folder), *some, "-o", names["fitted"], *common, *sampled]) == 0
     assert run(["trace", str(tiny_tied_folder), *some, "-o", names["other"], *common]) == 0
+    assert run(["trace", str(tiny_folder), *some, "-o", names["long"], *common, "--max-new-tokens", "24"]) == 0
     assert run(["fit-heads", names["fitted"], "-o", names["heads.safetensors"], "--quiet"]) == 0
     through = ["--exit-heads", names["heads.safetensors"]]
     assert run(["trace", str(tiny_folder), *others, "-o", names["run"], *common, *through]) == 0
@@ -51,8 +52,23 @@ def test_fit_heads_says_what_it_did(capsys, places, tmp_path):
     assert found["schema"] == "probekit/fit-heads/1"
     assert (found["exit_layers"], found["texts"], found["ridge"]) == ([2, 4], 3, 0.01)
     assert found["tokens"] > 3 * 12
+    assert found["method"] == "ridge"
     assert run(["fit-heads", *map(str, arguments)]) == 0
     assert "probekit trace" in capsys.readouterr().err
+
+
+def test_a_jacobian_lens_is_fitted_read_through_and_drafted_with(capsys, places, tmp_path):
+    heads = tmp_path / "lens.safetensors"
+    found = document(capsys, "fit-heads", places["long"], "-o", heads, "--jacobian", "--exit-layers", "1,3")
+    assert (found["method"], found["ridge"], found["exit_layers"]) == ("jacobian", None, [1, 3])
+    words = ["lens", places["model"], "abc", "--max-new-tokens", 4]
+    plain, through = document(capsys, *words), document(capsys, *words, "--exit-heads", heads)
+    changed = [one != other for one, other in zip(plain["layers"], through["layers"], strict=True)]
+    assert changed == [False, True, False, True, False, False]
+    assert (plain["exit_heads"], through["exit_heads"]) == (None, found["fingerprint"])
+    how = ["--method", "self-speculative", "--exit-layer", 3, "--draft-length", 3, "--max-new-tokens", 9]
+    drafted = document(capsys, "decode", places["model"], "abc", *how, "--exit-heads", heads)
+    assert drafted["tokens"] == document(capsys, "decode", places["model"], "abc", "--max-new-tokens", 9)["tokens"]
 
 
 def test_trace_predict_choose_and_validate(capsys, places):
@@ -119,6 +135,8 @@ def replays_the_draft_head(folder, model):
         (["fit-heads", "{folder}/none", "-o", "{folder}/x"], "no run folder"),
         (["fit-heads", "{fitted}", "-o", "{folder}/x", "--ridge", "0"], "must exceed 0"),
         (["fit-heads", "{fitted}", "-o", "{folder}/x", "--exit-layers", "7"], "exit layer 7"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/x", "--jacobian"], "no text has 18 tokens"),
+        (["fit-heads", "{fitted}", "-o", "{folder}/x", "--jacobian", "--ridge", "1"], "has no --ridge"),
         (["trace", "{model}", "-o", "{folder}/x", "--exit-heads", "{prompts}"], "cannot be read as exit heads"),
         (["decode", "{model}", "abc", "--exit-heads", "{heads.safetensors}"], "exit_heads"),
         (["study", "{model}", "-o", "{folder}/y", "--prompts", "{many}", "--draft-rows", "0"], "out of range"),

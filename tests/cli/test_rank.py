@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from probekit.cli.app import run
+from probekit.drafting.probe_policy import ProbeThreshold
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,68 @@ def test_what_is_not_ranked_says_why(tiny_folder, tmp_path, capsys):
     assert set(left["lean"]) == {"confidence, entropy, margin, trees", "learned ways"}
     assert run(["rank", str(tmp_path / "sampled"), *WORDS]) == 0
     assert "Not ranked: trees; a tree is verified greedily." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_folder, tmp_path_factory):
+    """A run with the residuals of layer 3, and a file of a probe's policy that lets about half of the drafts pass."""
+    from probekit.traces.trace import Trace
+
+    place = tmp_path_factory.mktemp("probed")
+    (place / "prompts.txt").write_text("a king\naaa bbb aaa\nthe fox\nx = 1; x =\n")
+    words = ["--prompts", str(place / "prompts.txt"), "-o", str(place / "run"), "--max-new-tokens", "16", "--quiet"]
+    assert run(["trace", str(tiny_folder), *words, "--keep-residuals", "3"]) == 0
+    trace = Trace.open(place / "run")
+    x = np.concatenate([trace.residuals_of(prompt, 3) for prompt in trace.prompts])
+    weights = np.random.default_rng(0).normal(size=x.shape[1]) / x.std()
+    return place / "run", ProbeThreshold(3, weights, -float(np.median(x @ weights)), 0.5).save(place / "policy.json")
+
+
+def test_a_probes_policy_is_ranked_at_the_exit_that_it_reads(probed, capsys):
+    folder, policy = probed
+    name = f"probe:{policy}"
+    assert run(["rank", str(folder), *WORDS, "--policy", name, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    own = [way for way in document["ways"] if way["policy"] == name]
+    assert [(way["exit_layer"], way["draft_length"], way["exact"]) for way in own] == [(3, 4, False)]
+    fixed = next(
+        way for way in document["ways"] if (way["policy"], way["exit_layer"], way["draft_length"]) == ("fixed", 3, 4)
+    )
+    assert own[0]["drafted_per_token"] < fixed["drafted_per_token"], "it stops some drafts"
+    assert run(["rank", str(folder), *WORDS, "--policy", f"{name}:0", "--json"]) == 0
+    never = [way for way in json.loads(capsys.readouterr().out)["ways"] if way["policy"] == f"{name}:0"]
+    assert never[0]["tokens_per_round"] == fixed["tokens_per_round"], "a threshold of 0 stops none"
+
+
+def test_a_probes_policy_is_run_by_the_decoder(probed, capsys):
+    folder, policy = probed
+    words = ["--costs", "roofline", "--device", "cpu", "--draft-lengths", "4", "--exit-layers", "3", "--limit", "2"]
+    assert run(["rank", str(folder), *words, "--policy", f"probe:{policy}", "--validate", "40", "--json"]) == 0
+    ran = [way for way in json.loads(capsys.readouterr().out)["validated"] if way["policy"] == f"probe:{policy}"]
+    assert len(ran) == 1 and ran[0]["rounds_equal"] and ran[0]["tokens_equal"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("probe:{nothing}", "cannot be read"),
+        ("probe:{prompts}", "cannot be read"),
+        ("probe:{policy}:2", "must lie in [0, 1]"),
+        ("probe:0.5", "names no file"),
+    ],
+)
+def test_a_probes_policy_that_is_none_is_one_clear_line(probed, capsys, policy, message):
+    folder, file = probed
+    places = {"nothing": file.with_name("nothing.json"), "prompts": file.with_name("prompts.txt"), "policy": file}
+    assert run(["rank", str(folder), *WORDS, "--policy", policy.format(**places)]) == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_a_probes_policy_needs_the_residuals_that_it_reads(folder, probed, capsys):
+    assert run(["rank", str(folder), *WORDS, "--policy", f"probe:{probed[1]}"]) in (0, 2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "residuals" in said and "--keep-residuals" in said
 
 
 def test_as_tables(folder, capsys):

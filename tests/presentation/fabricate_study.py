@@ -46,8 +46,12 @@ def fabricate_study(
     draft_lengths: Sequence[int] = (1, 2, 3, 4),
     text: str = "greedy",
     drafter: bool = False,
+    attributed: int = 0,
 ) -> Path:
-    """Write what `probekit study` leaves behind, but for the previews and the report. Returns the folder."""
+    """Write what `probekit study` leaves behind, but for the previews and the report. Returns the folder.
+
+    attributed: of so many texts of each model it is known who wrote their logits, of the last model of none.
+    """
     entries = []
     parts: dict[str, list[pd.DataFrame]] = {}
     for seed, name in enumerate(models):
@@ -67,6 +71,7 @@ def fabricate_study(
             ("run_lengths", tables.run_lengths_table(trace, model=name) if text == "greedy" else None),
             ("costs", tables.costs_table(costs, name)),
             ("ways", ways.to_pandas().assign(model=name)),
+            ("attribution", fabricate_shares(trace, attributed) if attributed and name != models[-1] else None),
         ):
             if frame is not None:
                 parts.setdefault(table, []).append(frame)
@@ -109,6 +114,25 @@ def fabricate_trace(
     return Trace.from_frames(
         manifest, texts, spoken, trace.layers, top=top.assign(token_text=words[top["token"]]), drafter=trace.drafter
     )
+
+
+def fabricate_shares(trace: Trace, prompts: int) -> pd.DataFrame:
+    """Random shares of the logits of a trace's first texts, as `tables/attribution.csv` has them."""
+    terms = ["embedding", *(f"{kind}:{n}" for n in range(trace.depth) for kind in ("attention", "mlp")), "head bias"]
+    draw, rows = np.random.default_rng(3), []
+    for prompt in trace.prompts[:prompts]:
+        for position in range(len(trace.prompt_ids(prompt)) + len(trace.outputs(prompt)) - 1):
+            rows += [
+                {
+                    "model": trace.manifest.model.name,
+                    "prompt": prompt,
+                    "position": position,
+                    "term": term,
+                    "logit": each,
+                }
+                for term, each in zip(terms, draw.normal(size=len(terms)).round(4).tolist(), strict=True)
+            ]
+    return pd.DataFrame(rows)
 
 
 def fabricate_costs(depth: int, longest: int, drafter: bool = False) -> Costs:

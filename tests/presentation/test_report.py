@@ -350,6 +350,52 @@ def test_who_wrote_a_logit_stands_beside_the_lens(tiny, tmp_path):
     np.testing.assert_allclose(whole, written["logits"][0], atol=1e-4)
 
 
+def test_a_study_says_who_wrote_the_logits_of_its_first_texts(tmp_path):
+    """Two models' first two texts; what the third model's layers add is not known."""
+    folder = fabricate_study(tmp_path / "study", attributed=2)
+    table = pd.read_csv(folder / "tables" / "attribution.csv")
+    page = Page(write_report(folder))
+    known = [[each["attribution"] is not None for each in model["prompts"]] for model in page.data["models"]]
+    assert known == [[True, True, False, False, False, False]] * 2 + [[False] * 6]
+    assert "Of 4 texts it also says" in page.text
+    found = page.data["models"][1]["prompts"][1]["attribution"]
+    own = table[(table["model"] == "tales-tied") & (table["prompt"] == 1)]
+    rows = own["position"].nunique()
+    written = {
+        name: np.frombuffer(base64.b64decode(each["data"]), np.float32).reshape(-1, rows)
+        for name, each in found.items()
+    }
+    for term, kind, layer in (
+        ("embedding", "embedding", 0),
+        ("attention:3", "attention", 4),
+        ("head bias", "other", 0),
+    ):
+        wanted = own[own["term"] == term].sort_values("position")["logit"]
+        np.testing.assert_allclose(written[kind][layer], wanted, rtol=1e-6)
+    np.testing.assert_allclose(written["logits"][0], own.groupby("position")["logit"].sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda table: table.iloc[:-1], "is not of prompt 0 of tales-untied"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "is not of prompt 0"),
+        (lambda table: table.assign(prompt=77), "is not of prompt 77"),
+        (lambda table: table.assign(term=table["term"].str.replace(":5", ":6")), "is not of prompt 0"),
+        (lambda table: table.assign(term=table["term"].replace("embedding", "<script>")), "is not of prompt 0"),
+        (lambda table: table.assign(logit="many"), "other values than numbers"),
+        (lambda table: table.assign(position=table["position"] + 0.5), "other values than whole numbers"),
+        (lambda table: table.drop(columns="logit"), "has no column logit"),
+    ],
+)
+def test_shares_that_are_not_those_of_the_run_are_refused(tmp_path, spoil, message):
+    folder = fabricate_study(tmp_path / "study", models=("tales-untied", "tales-tied"), attributed=1)
+    path = folder / "tables" / "attribution.csv"
+    spoil(pd.read_csv(path)).to_csv(path, index=False)
+    with pytest.raises(InputError, match=message):
+        write_report(folder)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 def _copy(study: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(study, tmp_path / "copy"))

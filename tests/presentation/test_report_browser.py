@@ -627,6 +627,21 @@ def test_who_wrote_the_logit_is_beside_the_lens(greedy, driver, tmp_path):
     assert said == pytest.approx(attention + mlp, abs=0.006) and page.errors() == []
 
 
+def test_a_study_offers_who_wrote_the_logit_for_the_texts_that_it_knows_it_of(driver, tmp_path):
+    page = Report(driver, _study(tmp_path / "study", models=("tales-tied", "tales-layerskip"), attributed=1))
+    statistic = Select(page.control("lens", "statistic"))
+    option = next(each for each in statistic.options if each.get_attribute("value") == "written")
+    assert option.is_enabled()
+    page.select("lens", "statistic", "written")
+    assert "of the logit" in page.all("#lens tbody td")[0].get_attribute("aria-label")
+    page.select("lens", "text", 1)
+    assert not option.is_enabled() and statistic.first_selected_option.get_attribute("value") == "probability"
+    page.select("lens", "text", 0)
+    page.select("lens", "statistic", "written")
+    page.select("lens", "model", 1)  # nothing is known of it
+    assert statistic.first_selected_option.get_attribute("value") == "probability" and page.errors() == []
+
+
 # ------------------------------------------------------------------------------------------------ data is data
 def test_markup_shows_as_text(driver, tmp_path):
     plain = fabricate_trace("tales-tied", prompts=2)

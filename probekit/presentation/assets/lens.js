@@ -70,7 +70,7 @@ export function lensTable(section, models) {
   const read = remembered((model, at, lens) => readText(models[model], models[model].prompts[at], lens));
 
   setOptions(modelSelect, usable.map(([i, model]) => [i, model.label]));
-  const attributed = usable.every(([, model]) => model.prompts.every((prompt) => !prompt.lens || prompt.attribution));
+  const attributed = usable.some(([, model]) => model.prompts.some((prompt) => prompt.lens && prompt.attribution));
   setOptions(statisticSelect, Object.entries(STATISTICS)
     .filter(([name]) => name !== "written" || attributed).map(([name, each]) => [name, each.label]));
 
@@ -82,9 +82,18 @@ export function lensTable(section, models) {
     draw();
   }
 
+  /** Colours by who wrote the logit are there for the texts that the study knows it of. */
+  function offerShares(known) {
+    const option = [...statisticSelect.options].find((each) => each.value === "written");
+    if (!option) return;
+    option.disabled = !known;
+    if (!known && statisticSelect.value === "written") statisticSelect.selectedIndex = 0;
+  }
+
   function draw() {
     const model = models[modelSelect.value];
     const prompt = model.prompts[textSelect.value];
+    offerShares(Boolean(prompt.attribution));
     const text = read(modelSelect.value, textSelect.value, lensSelect.value);
     const statistic = STATISTICS[statisticSelect.value];
     const values = text[statisticSelect.value];
