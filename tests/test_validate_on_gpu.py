@@ -140,7 +140,7 @@ def test_every_way_takes_its_turns_in_the_tutorials_setting(miniature):
         "all statistics", "agreement", "torch: argmax, entropy, KL"
     }  # fmt: skip
     for row in cells["lens"]["rows"]:
-        rate = 2 * 9 * 96 * 32 * row["tokens_per_s"]["p50"]  # sites, vocabulary, width
+        rate = 2 * 9 * 64 * 32 * row["tokens_per_s"]["p50"]  # sites, vocabulary, width
         assert row["share_of_product"]["p50"] == pytest.approx(
             rate / record(miniature, "smoke")["rates"]["product"]["p50"]
         )
