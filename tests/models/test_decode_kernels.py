@@ -206,8 +206,10 @@ def test_activations_are_transformers(name, theirs, inner, dtype):
     found, expected = layer_kernels.activate(gate_up, name), ACT2FN[theirs](gate) * up
     if dtype == torch.float32:
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
-    else:
+    elif name == "silu":
         same(found, expected)
+    else:  # torch's 1 + tanh cancels where gates are far below 0
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=4e-6)
 
 
 @BOTH
