@@ -112,7 +112,7 @@ def timed(ways: list[Callable[[], Any]], loop_s: float, device: torch.device) ->
             began = perf_counter()
             way()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             own.append(perf_counter() - began)
     return [float(np.median(own)) for own in seconds]
 

@@ -188,9 +188,9 @@ def extra_memory(device: torch.device | str) -> Iterator[Callable[[], int | None
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield lambda: torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

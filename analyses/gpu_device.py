@@ -129,6 +129,7 @@ def captured_round(plan: Plan) -> dict[str, Any]:
                 torch.cuda.set_sync_debug_mode("default")
     return {
         "model": name, "recordings": len(held.graphs.recorded), "waits": 0 if strict else None,
+        "fused": held.engine.fused is not None,
         "same_tokens": mine.tokens == theirs.tokens, "same_rounds": mine.accepted == theirs.accepted,
     }  # fmt: skip
 
@@ -174,6 +175,10 @@ def linear_map(plan: Plan, best: bool, sizes: tuple[int, int], known: Mapping[st
         moved = weight.numel() * weight.element_size()
         share = [moved / each / known["smoke"]["rates"]["copy"]["p50"] for each in found]
         rows.append({"rows": width, "seconds": spread(found), "share_of_copy": spread(share)})
+        if best and torch.device(plan.device).type == "cuda":
+            from probekit.models.head_kernel import best_tokens
+
+            rows[-1]["fused"] = spread(seconds_of(plan, partial(best_tokens, inputs, weight)))
     return {"sizes": list(sizes), "rows": rows}
 
 
@@ -186,10 +191,23 @@ def attention(plan: Plan, shape: Shape, context: int, known: Mapping[str, Any]) 
         2, 1, shape.key_value_heads, context, shape.head_dim, device=plan.device
     ).to(dtype)  # fmt: skip
     mask = torch.zeros(1, 1, groups, context, dtype=dtype, device=plan.device)
+    split = {}
+    if torch.device(plan.device).type == "cuda":
+        split = {"in_splits": spread(split_attention(plan, shape, context, key, value))}
     with chosen_kernels(torch.device(plan.device)):
         masked = seconds_of(plan, lambda: functional.scaled_dot_product_attention(query, key, value, mask))
         plain = seconds_of(plan, lambda: functional.scaled_dot_product_attention(query, key, value))
-    return {"context": context, "masked": spread(masked), "without": spread(plain)}
+    return {"context": context, "masked": spread(masked), "without": spread(plain)} | split
+
+
+def split_attention(plan: Plan, shape: Shape, context: int, key: torch.Tensor, value: torch.Tensor) -> list[float]:
+    """Seconds of the same by the split kernel, which reads the length on the device."""
+    from probekit.models.attention_kernel import attend
+
+    heads = shape.heads + 2 * shape.key_value_heads
+    qkv = torch.randn(1, 1, heads * shape.head_dim, device=plan.device).to(key.dtype)
+    position = torch.full((1, 1), context - 1, device=plan.device)
+    return seconds_of(plan, lambda: attend(qkv, key, value, position, context, shape.head_dim**-0.5))
 
 
 @torch.inference_mode()

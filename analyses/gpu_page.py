@@ -31,6 +31,11 @@ def targets(found: Mapping[str, Any], plan: Plan) -> Iterator[dict[str, Any]]:
     if product:
         shares = list(product["share_of_product"].values())
         yield target(f"head's product of {largest}: share of the square product's rate", shares, at_least=0.8)
+    lens = found["peers"].get("lens")
+    if lens:
+        (whole,) = (row for row in lens["rows"] if row["way"] == "all statistics")
+        what = f"lens of {lens['model']}, all statistics: share of the square product's rate"
+        yield target(what, list(whole["share_of_product"].values()), at_least=0.8)
     rows = dialled_rows(found)
     if rows:
         misses = [abs(row["speedup_predicted"] / row["speedup_measured"] - 1) for row in rows]

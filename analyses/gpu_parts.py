@@ -65,10 +65,15 @@ def costs_at(plan: Plan, name: str, wanted: int, known: Mapping[str, Any]) -> di
     copy = known["smoke"]["rates"]["copy"]["p50"]
     shares = sorted(moved / seconds / copy for seconds in found.quantiles["autoregressive"])
     return {
-        "model": name, "context": context, "bytes": moved,
+        "model": name, "context": context, "bytes": moved, "fused": runs_fused(loaded),
         "share_of_copy": dict(zip(("p20", "p50", "p80"), shares, strict=True)),
         "steps": list(steps_of(plan, found, roof, exits)), "costs": found.to_json(),
     }  # fmt: skip
+
+
+def runs_fused(loaded: Loaded) -> bool:
+    """Whether the recorded rounds of a model are those of the fused kernels."""
+    return "recordings" in loaded.kept and loaded.kept["recordings"].engine.fused is not None
 
 
 def steps_of(plan: Plan, found: Costs, roof: Costs, exits: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -207,7 +212,7 @@ def flip_of(every: Mapping[int, Mapping[str, Sequence[float]]], prompt: int, out
 # ------------------------------------------------------------------------------------------------- part 5: peers
 def peers(plan: Plan) -> Iterator[Cell]:
     yield Cell(Part.PEERS, "decoding", lambda known: tutorial(plan))
-    yield Cell(Part.PEERS, "lens", lambda known: lens_beside_peers(plan))
+    yield Cell(Part.PEERS, "lens", partial(lens_beside_peers, plan))
 
 
 def tutorial(plan: Plan) -> dict[str, Any]:
@@ -286,8 +291,11 @@ def their_ways(plan: Plan, loaded: Loaded, drafter: Loaded, ids: list[int]) -> d
 
 
 @torch.inference_mode()
-def lens_beside_peers(plan: Plan) -> dict[str, Any]:
-    """Every layer's statistics of so many rows: ours, and torch's own reductions of each layer's logits."""
+def lens_beside_peers(plan: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Every layer's statistics of so many rows: ours, and torch's own reductions of each layer's logits.
+
+    share_of_product: of the rate of the square product, if each row of each layer is multiplied with the head once.
+    """
     name = next(iter(plan.shapes))
     loaded = MODELS.get(plan, name, plan.tutorial_exit)
     parts = loaded.anatomy
@@ -307,7 +315,15 @@ def lens_beside_peers(plan: Plan) -> dict[str, Any]:
 
     ways = {"all statistics": ours("all"), "agreement": ours("agreement"), "torch: argmax, entropy, KL": plain}
     found = {each: seconds_of(plan, way) for each, way in ways.items()}
-    return {"rows": [{"way": each, "tokens_per_s": spread([rows / s for s in spent])} for each, spent in found.items()]}
+    work = 2 * rows * (parts.depth + 1) * parts.vocabulary * parts.width / known["smoke"]["rates"]["product"]["p50"]
+    return {
+        "model": name,
+        "rows": [
+            {"way": each, "tokens_per_s": spread([rows / s for s in spent]),
+             "share_of_product": spread([work / s for s in spent])}
+            for each, spent in found.items()
+        ],
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- part 6: real weights

@@ -64,7 +64,10 @@ class Plan:
     tutorial_repeats: int = 5
     copied_bytes: int = 2 * GIB
     product_width: int = 8192
-    smoke_tests: tuple[str, ...] = ("tests/lens/test_row_kernel.py", "tests/decoding/test_device_round.py")
+    smoke_tests: tuple[str, ...] = (
+        "tests/lens/test_row_kernel.py", "tests/models/test_decode_kernels.py", "tests/decoding/test_device_round.py",
+        "tests/decoding/test_fused_rounds.py",
+    )  # fmt: skip
     weights: tuple[str, ...] = tuple(TALES)
     weights_tokens: int = 96
 

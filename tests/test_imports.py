@@ -26,12 +26,13 @@ ROOMS = (
 ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "cuda_kernels", "memory", "states", "family", "families", "one_layer",
+        "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
+        "memory", "states", "family", "families", "one_layer",
         "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "checkpoint",
         "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic", "cut",
         "cut_gguf", "write_gguf",
     ),
-    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward"),
+    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward", "fused_layers"),
     "lens": (
         "discovered", "lens", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian", "reductions", "draft_rows",
         "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",

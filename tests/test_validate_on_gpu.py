@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,60 @@ def test_every_way_takes_its_turns_in_the_tutorials_setting(miniature):
     assert {row["way"] for row in cells["lens"]["rows"]} == {
         "all statistics", "agreement", "torch: argmax, entropy, KL"
     }  # fmt: skip
+    for row in cells["lens"]["rows"]:
+        rate = 2 * 9 * 64 * 32 * row["tokens_per_s"]["p50"]  # sites, vocabulary, width
+        assert row["share_of_product"]["p50"] == pytest.approx(
+            rate / record(miniature, "smoke")["rates"]["product"]["p50"]
+        )
+
+
+def test_the_targets(script, miniature):
+    """Each of what the device is judged by has a line: bandwidth, the products, the miss, the speedup."""
+    import gpu_page
+    import gpu_plan
+
+    plan = gpu_plan.miniature("cpu", None)
+    found = {part: json.loads((miniature / f"{part}.json").read_text())["cells"]
+             for part in ("micro", "costs", "cells", "peers")}  # fmt: skip
+    lines = {line["what"].split(":")[0]: line for line in gpu_page.targets(found, plan)}
+    assert [(line["at_least"], line["at_most"]) for line in lines.values()] == [
+        (0.8, None), (0.8, None), (0.8, None), (None, 0.05), (1.7, None)
+    ]  # fmt: skip
+    assert "lens of large, all statistics" in lines and "head's product of large" in lines
+
+
+def test_dials_around_the_alpha_of_the_target_and_margins_above_rounding(script):
+    """alpha .8 lies between the dials .02 and .05; logits as peaked as those of trained models, in untied shapes."""
+    import gpu_device
+    import gpu_plan
+
+    plan = gpu_plan.full("cuda", None)
+    assert plan.dials == (0.02, 0.03, 0.04, 0.05, 0.15) and 3 <= plan.logit_scale <= 4
+    plan = gpu_plan.miniature("cpu", None)
+    for name, deviation in (("large", plan.logit_scale), ("small", 1.0)):
+        weight = gpu_device.MODELS.get(plan, name, 2).anatomy.head.weight
+        assert float(weight.std()) * weight.shape[1] ** 0.5 == pytest.approx(deviation, rel=0.1)
+
+
+def test_one_model_at_a_time(script, monkeypatch):
+    """The one before is gone when the next is built."""
+    import gpu_device
+    import gpu_plan
+
+    plan, alive = gpu_plan.miniature("cpu", None), []
+    gpu_device.MODELS.drop()
+    build = gpu_device.synthetic
+
+    def built(*given, **setting):
+        alive.append([kept() is not None for kept in there])
+        return build(*given, **setting)
+
+    there: list = []
+    monkeypatch.setattr(gpu_device, "synthetic", built)
+    for dial in (0.1, 0.2, 0.3):
+        there.append(weakref.ref(gpu_device.MODELS.get(plan, "large", 2, dial).model))
+    assert alive == [[], [False], [False, False]] and there[-1]() is not None
+    assert gpu_device.MODELS.get(plan, "large", 2, 0.3).model is there[-1]()
 
 
 def test_what_is_on_record_is_not_run_again(run, miniature):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probekit.decoding.device_round import DeviceState, Round, one_place
+from probekit.decoding.device_round import DeviceState, Round, one_draft, one_place
 from probekit.decoding.engine import bucket
 from probekit.decoding.recordings import recordings
 from probekit.decoding.sampling import Sampler
@@ -96,7 +96,7 @@ class RecordedTimer:
     ) -> None:
         residual = self.held.engine.early(tokens, place, exit_layer)
         if head is not None:
-            self.sampler.draft(head(residual), stream, stream)
+            one_draft(head, self.sampler, residual, stream, stream)
 
     def _standing(self, draft_length: int) -> tuple[DeviceState, int]:
         """A state that no round moves on: each row is at its last position."""

@@ -84,6 +84,10 @@ class PositionCache(Cache):
         values.scatter_(2, places.slots, value_states)
         return keys[:, :, : places.visible], values[:, :, : places.visible]
 
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (rows, key-value heads, length, head width) each: views."""
+        return self._views[index]
+
     def slots(self, positions: Tensor) -> Tensor:
         """positions: (rows, tokens) or (1, tokens) for all rows. Returns the slots for PassPositions."""
         heads, width = self.keys.shape[2], self.keys.shape[4]

@@ -11,6 +11,7 @@ slots that the next one sees from that.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,36 @@ from torch import Tensor
 from probekit.decoding.batch import DecodeBatch
 from probekit.decoding.caches import PassPositions
 from probekit.decoding.engine import Engine, bucket
-from probekit.decoding.sampling import Sampler, scatter
+from probekit.decoding.sampling import Sampler, judged, scatter
 from probekit.drafting.proposers import DraftHead
 from probekit.errors import InputError
+from probekit.hooks.fused_layers import copied_bytes, fused_head, fused_layers, reading_of
 from probekit.hooks.sites import unreplayable_hooks
 from probekit.models.anatomy import Anatomy
+from probekit.models.memory import free_bytes
+
+MOST_AT_ONCE = 64  # rows of states that share a fused head: beyond them the plain product wins
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePositions:
+    """Where the tokens of a pass by fused kernels stand, which need no more: (rows, tokens) int64, below `visible`."""
+
+    positions: Tensor
+    visible: int
 
 
 class DeviceEngine(Engine):
     """An engine whose positions are a tensor on the device.
 
+    fused: whether its passes run by fused kernels (`hooks.fused_layers`); by default on a CUDA device, where they know
+    the model to the letter and there is memory for their copies of weights. Then `fused` is there, else it is None.
+
     Raises InputError for a model with hooks that a replay would not call; those of `Capture(into=buffer)` are device
     work like the rest.
     """
 
-    def __init__(self, parts: Anatomy, rows: int, length: int) -> None:
+    def __init__(self, parts: Anatomy, rows: int, length: int, fused: bool | None = None) -> None:
         if hooked := unreplayable_hooks(parts.model):
             raise InputError(
                 f"there is a hook, or a replaced forward, on {', '.join(hooked[:3])}: it would fire while a round is "
@@ -40,16 +56,53 @@ class DeviceEngine(Engine):
                 "Use Capture(model, sites, into=buffer), or decode without recording.",
             )
         super().__init__(parts, rows, bucket(length))
+        wanted = parts.device.type == "cuda" and _has_room(parts) if fused is None else fused
+        self.fused = fused_layers(parts, self._kinds, self._rotary) if wanted else None
+        self._best = None
+        if self.fused is not None:
+            norm: Any = self.fused.norm
+            self.parts = replace(self.parts, norm=norm)
+            self._best = fused_head(parts)
 
-    def places_at(self, positions: Tensor, visible: int) -> PassPositions:
+    def places_at(self, positions: Tensor, visible: int) -> PassPositions | DevicePositions:
         """positions: (rows, tokens) int64 on the device, below `visible`, a number of slots that the host chooses."""
+        if self.fused is not None:
+            return DevicePositions(positions, visible)
+        return self.masked_places_at(positions, visible)
+
+    def masked_places_at(self, positions: Tensor, visible: int) -> PassPositions:
+        """The same for the model's own layers, which take masks and rotary embeddings."""
         rotary = {kind: (cos[0][positions], sin[0][positions]) for kind, (cos, sin) in self._rotary.items()}
         return self._pass_positions(positions, visible, rotary, needs_mask=True)
 
+    def early(self, tokens: Tensor, places: Any, exit_layer: int) -> Tensor:
+        if self.fused is None or isinstance(places, PassPositions):
+            return super().early(tokens, places, exit_layer)
+        return self._run(self.parts.family.embed(self.parts, tokens), places, 0, exit_layer)[0]
 
-def one_place(places: PassPositions, token: int) -> PassPositions:
+    def late(self, residual: Tensor, places: Any, exit_layer: int) -> Tensor:
+        if self.fused is None or isinstance(places, PassPositions):
+            return super().late(residual, places, exit_layer)
+        return self._run(residual, places, exit_layer, self.parts.depth)[1]
+
+    def _run(self, residual: Tensor, places: DevicePositions, first: int, last: int) -> tuple[Tensor, Tensor]:
+        if self.fused is None:
+            raise RuntimeError("these places are for fused kernels, which this engine has not")
+        with self._kernels():
+            return self.fused.run(residual, places.positions, places.visible, self.cache, first, last)
+
+    def best(self, normed: Tensor) -> Tensor:
+        """The argmax of the model's logits. normed: (rows, tokens, width). Returns (rows, tokens)."""
+        if self._best is None or normed.shape[:-1].numel() > MOST_AT_ONCE:
+            return self.logits(normed).argmax(-1)
+        return self._best(normed)
+
+
+def one_place(places: PassPositions | DevicePositions, token: int) -> PassPositions | DevicePositions:
     """The places of one of a pass's tokens: views."""
     here = slice(token, token + 1)
+    if isinstance(places, DevicePositions):
+        return replace(places, positions=places.positions[:, here])
     kinds = {}
     for kind, inputs in places.kinds.items():
         cos, sin = inputs["position_embeddings"]
@@ -163,8 +216,11 @@ class Round:
             drafts, drawn_from, residuals = self._draft(self.exit_layer, places, outputs)
             states = self.engine.late(residuals, places, self.exit_layer)
         limits = (at.final - at.position - 1).clamp(0, self.draft_length)[:, 0]
-        logits = self.engine.logits(states)
-        verdict = self.sampler.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
+        if at.stream is None:
+            verdict = judged(drafts, limits, self.engine.best(states))
+        else:
+            logits = self.engine.logits(states)
+            verdict = self.sampler.verify(drafts, drawn_from, limits, logits, at.stream, outputs)
         run, token = verdict.run[:, None], verdict.token[:, None]
         at.log.index_copy_(0, at.done % len(at.log), torch.cat([run, token, drafts], dim=1)[None])
         at.done.add_(1)
@@ -174,7 +230,7 @@ class Round:
             at.host.copy_(at.log, non_blocking=True)
 
     def _draft(
-        self, exit_layer: int, places: PassPositions, outputs: Tensor | None
+        self, exit_layer: int, places: PassPositions | DevicePositions, outputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drafts (rows, K), what they were drawn from (rows, K, vocabulary), and residuals (rows, K + 1, width)."""
         at, head = self.state, self.head
@@ -185,7 +241,7 @@ class Round:
         for step in range(self.draft_length):
             residuals.append(self.engine.early(tokens[-1], one_place(places, step), exit_layer))
             output = None if outputs is None else outputs + step
-            token, distribution, _ = self.sampler.draft(head(residuals[-1]), at.stream, output)
+            token, distribution = one_draft(head, self.sampler, residuals[-1], at.stream, output)
             if distribution is not None:
                 whole = distribution if ids is None else scatter(distribution, ids, self.engine.parts.vocabulary)
                 distributions.append(whole)
@@ -193,3 +249,19 @@ class Round:
         residuals.append(self.engine.early(tokens[-1], one_place(places, self.draft_length), exit_layer))
         drawn_from = torch.stack(distributions, dim=1) if distributions else None
         return torch.cat(tokens[1:], dim=1), drawn_from, torch.cat(residuals, dim=1)
+
+
+def one_draft(
+    head: DraftHead, sampler: Sampler, residual: Tensor, stream: Tensor | None, output: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A draft for each row, (rows,), and the distribution that it was drawn from, None when greedy."""
+    if stream is None:
+        return head.best(residual), None
+    token, distribution, _ = sampler.draft(head(residual), stream, output)
+    return token, distribution
+
+
+def _has_room(parts: Anatomy) -> bool:
+    """Whether as much memory again stays free beside the fused kernels' copies of weights."""
+    free = free_bytes(parts.device)
+    return reading_of(parts) is not None and (free is None or 2 * copied_bytes(parts) <= free)

@@ -188,7 +188,7 @@ class Engine:
             at = site
         return residual
 
-    def full(self, tokens: Tensor, places: PassPositions) -> Tensor:
+    def full(self, tokens: Tensor, places: Any) -> Tensor:
         """Every layer and the final norm on (rows, tokens): (rows, tokens, width)."""
         return self.late(self.parts.family.embed(self.parts, tokens), places, 0)
 

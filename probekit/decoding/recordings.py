@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from probekit.decoding.device_round import DeviceEngine, DeviceState, Round
 from probekit.decoding.engine import bucket
+from probekit.decoding.self_check import ROUND, checked_length, difference
+from probekit.errors import SelfCheckError
 from probekit.hooks.sites import is_hooked
 from probekit.models.anatomy import Anatomy
 from probekit.models.loaded import Loaded
@@ -117,16 +120,44 @@ def recordings(loaded: Loaded, rows: int, length: int) -> Recordings:
     found = kept(loaded, rows, length)
     if found is not None:
         found.engine.cache.clear()
+        if found.engine.fused is not None:
+            found.engine.fused.refresh()
         return found
     forget(loaded)
     device = loaded.device
+    engine = DeviceEngine(loaded.anatomy, rows, bucket(length))
+    if engine.fused is not None:
+        check_fused(engine)
     made = Recordings(
-        DeviceEngine(loaded.anatomy, rows, bucket(length)), Graphs(device), rows, addresses(loaded.anatomy),
+        engine, Graphs(device), rows, addresses(loaded.anatomy),
         events=[torch.cuda.Event() for _ in range(RING)] if device.type == "cuda" else [],
     )  # fmt: skip
     if not hooked(loaded.model):
         loaded.kept[_KEPT] = made
     return made
+
+
+def check_fused(engine: DeviceEngine) -> None:
+    """Hold a pass by fused kernels against the model's own layers; leaves the cache empty.
+
+    Raises SelfCheckError where they differ by more than rounding.
+    """
+    parts, rows = engine.parts, engine.cache.rows
+    length = min(checked_length(parts), engine.cache.length)
+    first = max(1, length - ROUND)
+    positions = torch.arange(length, device=parts.device).expand(rows, -1)
+    tokens = (positions * 7919 + 13) % parts.vocabulary
+    found: list[Tensor] = []
+    with torch.inference_mode():
+        for places_at in (engine.places_at, engine.masked_places_at):
+            engine.full(tokens[:, :first], engine.places([0], first))
+            states = engine.full(tokens[:, first:], places_at(positions[:, first:], bucket(length)))
+            found.append(engine.logits(states).flatten(0, 1).float())
+            engine.cache.clear()
+        if how := difference(found[0], found[1], parts.dtype):
+            raise SelfCheckError(
+                f"the fused kernels do not compute what this model's layers do: {how}.", "Use --engine host."
+            )
 
 
 def forget(loaded: Loaded) -> None:

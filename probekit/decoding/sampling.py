@@ -145,14 +145,11 @@ class Sampler:
         many of the k count in each row, None: all; logits: (rows, k + 1, vocabulary) of the model; stream, outputs:
         (rows,) random streams and the output index of the first draft, None when greedy.
         """
+        if self.sampling.greedy or stream is None or outputs is None:
+            return judged(drafts, limits, logits.argmax(-1))
+
         length = drafts.shape[1]
         steps = torch.arange(length, device=drafts.device)
-        if self.sampling.greedy or stream is None or outputs is None:
-            chosen = logits.argmax(-1)
-            accepted = drafts == chosen[:, :length]
-            run = _run(accepted, steps, limits)
-            return Verdict(run, chosen.gather(1, run[:, None])[:, 0])
-
         p = warp(logits, self.sampling).exp()
         q = p[:, :0] if drafted_from is None else drafted_from
         u = uniform(keys(stream[:, None], outputs[:, None] + steps, ACCEPT))
@@ -163,6 +160,13 @@ class Sampler:
             rejected = run < (length if limits is None else limits)
             target = torch.where(rejected[:, None], residual(target, missed), target)
         return Verdict(run, draw(target, keys(stream, outputs + run, FINAL)))
+
+
+def judged(drafts: Tensor, limits: Tensor | None, chosen: Tensor) -> Verdict:
+    """Judge a greedy round. drafts: (rows, k); limits: (rows,), None: all; chosen: (rows, k + 1), the model's own."""
+    length = drafts.shape[1]
+    run = _run(drafts == chosen[:, :length], torch.arange(length, device=drafts.device), limits)
+    return Verdict(run, chosen.gather(1, run[:, None])[:, 0])
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

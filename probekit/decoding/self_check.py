@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from probekit.decoding.engine import Engine
 from probekit.errors import InputError, SelfCheckError
 from probekit.hooks.sites import open_hooks
 from probekit.models import families
-from probekit.models.anatomy import check_unchanged
+from probekit.models.anatomy import Anatomy, check_unchanged
 from probekit.models.loaded import Loaded
 from probekit.models.states import devices_of, signature
 
@@ -45,8 +46,7 @@ def check_engine(loaded: Loaded) -> None:
             "cache on one device.",
             "Trace it, or read its lens; to decode it, load it on one device.",
         )
-    windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
-    length = min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])
+    length = checked_length(parts)
     if length > STEPS + ROUND:
         try:
             _compare(loaded, length)
@@ -117,14 +117,25 @@ def _compare(loaded: Loaded, length: int) -> None:
             "Its weights are damaged, or too large for this dtype: try --dtype float32.",
         )
     mine = torch.cat(found, dim=1)[0].float()
-    expected = expected[: len(mine)]
-    allowed = TOLERANCE[parts.dtype] * expected.abs().amax(-1).clamp(min=1.0)
-    apart = (mine - expected).abs().amax(-1)
-    if not (apart <= allowed).all():
-        row = int((apart - allowed).argmax())
+    if how := difference(mine, expected[: len(mine)], parts.dtype):
         raise SelfCheckError(
-            f"the engine does not reproduce {loaded.name}: its logits at token {row} are {apart[row]:.3g} from the "
-            f"model's own, where {allowed[row]:.3g} is allowed.",
+            f"the engine does not reproduce {loaded.name}: {how}.",
             "Its arithmetic may depend on what is computed together, as with dynamic quantisation, or it does what its "
             "family does not: trace it, or read its lens, but do not decode it here.",
         )
+
+
+def difference(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """How logits differ, where they do by more than arithmetic in `dtype` explains. (tokens, vocabulary), float32."""
+    allowed = TOLERANCE[dtype] * expected.abs().amax(-1).clamp(min=1.0)
+    apart = (found - expected).abs().amax(-1)
+    if bool((apart <= allowed).all()):
+        return None
+    row = int((apart - allowed).argmax())
+    return f"its logits at token {row} are {apart[row]:.3g} from the model's own, where {allowed[row]:.3g} is allowed"
+
+
+def checked_length(parts: Anatomy) -> int:
+    """Tokens that a check reads: past the longest window, if that is not too long."""
+    windows = [kind.window for kind in parts.family.kinds(parts.model.config) if kind.window is not None]
+    return min([parts.context, LONGEST, max([SHORT, *(window + PAST for window in windows)])])

@@ -129,6 +129,7 @@ class DraftHead:
         self, parts: Anatomy, exit_head: Callable[[Tensor], Tensor] | None = None, ids: Tensor | None = None
     ) -> None:
         self._norm = parts.norm
+        self._best: Callable[[Tensor], Tensor] | None = None
         self._head: Callable[[Tensor], Tensor] = lambda normed: parts.family.logits(parts, parts.head(normed))
         self._exit_head = exit_head
         # by id, so that equal logits fall to the lowest one, as with the whole head
@@ -162,7 +163,14 @@ class DraftHead:
         made._norm = engine.parts.norm
         if self.ids is None:
             made._head = engine.logits
+            made._best = getattr(engine, "best", None)
         return made
+
+    def best(self, residual: Tensor) -> Tensor:
+        """The argmax of the logits, a place among `ids` where there are some. (rows, 1, width) -> (rows,)."""
+        if self._best is None:
+            return self(residual).argmax(-1)
+        return self._best(self._normed(residual))[:, -1]
 
     def __call__(self, residual: Tensor) -> Tensor:
         """residual: (rows, 1, width). Returns (rows, vocabulary or F)."""
@@ -170,9 +178,12 @@ class DraftHead:
 
     def all_rows(self, residual: Tensor) -> Tensor:
         """residual: (..., width). Returns (..., vocabulary or F)."""
+        return self._head(self._normed(residual))
+
+    def _normed(self, residual: Tensor) -> Tensor:
         if self._exit_head is not None:
             residual = self._exit_head(residual)
-        return self._head(self._norm(residual))
+        return self._norm(residual)
 
 
 def check_draft_vocabulary(ids: Tensor, vocabulary: int) -> Tensor:

@@ -49,7 +49,7 @@ def _hooked_globally() -> bool:
 
 
 def _fast(module: nn.Module) -> Callable[..., Any]:
-    if is_hooked(module) or not _is_known(module):
+    if is_hooked(module) or not is_known(module):
         return module
     if type(module) is nn.Linear:
         return product(module.weight, module.bias) if has_plain_weight(module) else module
@@ -65,7 +65,7 @@ def _fast(module: nn.Module) -> Callable[..., Any]:
     return copied.forward
 
 
-def _is_known(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
     """Whether a module's forward calls its children and reads its weights, and does nothing else with them.
 
     True for linear maps and for what transformers' own models are made of, with the forward that they came with;

@@ -11,14 +11,13 @@ TRITON_INTERPRET=1 was set before Triton was imported.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.models.kernel_language import launched_on, round_to
 
 BLOCK = 2048  # logits that a program holds at once
 WARPS = 8
@@ -83,7 +82,7 @@ def row_statistics(
         "BLOCK": width,
         "num_warps": WARPS,
     }
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():  # Triton asks for the present one
+    with launched_on(logits):
         _model_rows[(tokens,)](model, model.stride(0), own, tops, tokens, **setting)
         _rows[(rows,)](
             logits, logits.stride(0), logits.stride(1), model, model.stride(0), own, tops, text_ids, numbers, counts,
@@ -267,7 +266,7 @@ def _scan(
         first_id = tl.where(leads, at, first_id)
         first = tl.maximum(first, x)
         if ROUNDED is not None:
-            x = _rounded(x, ROUNDED)
+            x = round_to(x, ROUNDED)
             rounded_id = tl.where(x > rounded_first, at, rounded_id)
             rounded_first = tl.maximum(rounded_first, x)
 
@@ -290,13 +289,3 @@ def _leader(values, ids):
 def _read(row, at, vocabulary):
     """A block of a row in float32; -infinity past the end."""
     return tl.load(row + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x rounded to `dtype`, to nearest and to even: bfloat16 by its bits, which Triton's interpreter only cuts off."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    return x.to(dtype).to(tl.float32)

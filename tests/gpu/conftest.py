@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 
 
@@ -16,27 +12,35 @@ def device_guard(tmp_path_factory):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: its own tests are the better ones")
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler, with which a device guard for CUDA is built")
-    root, made = Path(torch.__file__).parent, tmp_path_factory.mktemp("guard") / "libguard.so"
-    command = [
-        compiler, "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(Path(__file__).parent / "guard.cpp"),
-        f"-L{root}/lib", "-lc10", "-o", str(made),
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode:
-        pytest.skip(f"the device guard cannot be built: {built.stderr.strip().splitlines()[-1]}")
-    torch.ops.load_library(str(made))
+    from gpu.guard import register_guard
+
+    if (problem := register_guard(tmp_path_factory.mktemp("guard"))) is not None:
+        pytest.skip(problem)
 
 
 @pytest.fixture
-def cuda(device_guard):
+def cuda(device_guard, monkeypatch):
     """A pretended CUDA device, `cuda:0`, for the length of a test: see `pretend.py`."""
     from gpu.pretend import pretended
 
+    from probekit.decoding import device_round
+
+    monkeypatch.setattr(device_round, "_has_room", lambda parts: False)  # fused kernels are asked for: `fused`
     with pretended() as device:
         yield device
+
+
+@pytest.fixture
+def fused(cuda, monkeypatch):
+    """Rounds run by fused kernels, in Triton's interpreter, where they know the model."""
+    from lens import truth
+
+    from probekit.decoding import device_round
+
+    pytest.importorskip("triton", reason="Triton is not installed")
+    truth.check_interpreter()
+    monkeypatch.setattr(device_round, "_has_room", lambda parts: device_round.reading_of(parts) is not None)
+    return cuda
 
 
 @pytest.fixture

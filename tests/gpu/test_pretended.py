@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from gpu.pretend import LOG
 
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.device_decoding import on_engine
 from probekit.decoding.self_check import check_engine
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.models.memory import free_bytes
 from probekit.models.synthetic import Shape, synthetic
 from probekit.settings import Sampling
 
@@ -65,6 +69,39 @@ def test_torchs_settings_come_back(cuda):
     Autoregressive(model(cuda)).decode(PROMPTS[:1], max_new_tokens=2)
     assert before == (torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction)
     assert before == (True, True)
+
+
+def test_products_add_up_in_float32_while_the_model_runs(cuda, monkeypatch):
+    """Of every pass and every head, by the host's engine and by recorded rounds."""
+    loaded, seen = model(cuda, "bfloat16"), set()
+    linear = torch.nn.functional.linear
+
+    def watched(*given):
+        seen.add(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+        return linear(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    check_engine(loaded)
+    seen.clear()
+    for way in ways(loaded).values():
+        way.decode(PROMPTS[:1], max_new_tokens=3)
+        on_engine(way, "cuda").decode(PROMPTS[:1], max_new_tokens=3)
+    assert seen == {False}
+
+
+def test_memory_that_torch_keeps_for_the_next_array_is_free(cuda):
+    """70 GiB of the device's, and one of the two that torch has reserved."""
+    assert free_bytes(cuda) == 71 * 2**30
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(cuda, monkeypatch):
+    """Triton asks for the present device, which may be another."""
+    kernel_language = pytest.importorskip("probekit.models.kernel_language", reason="Triton is not installed")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    with kernel_language.launched_on(torch.zeros(2, device=cuda)):
+        pass
+    assert asked == [cuda]
 
 
 def moves(way, sampling, tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,17 @@ from probekit.costs.measure import measure_costs
 from probekit.costs.recorded import REPLAYS
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.device_decoding import DeviceAutoregressive, DeviceSelfSpeculative, on_engine
-from probekit.decoding.recordings import RING, Graphs
+from probekit.decoding.device_round import Round
+from probekit.decoding.engine import bucket
+from probekit.decoding.recordings import RING, Graphs, recordings
+from probekit.decoding.sampling import Sampler
 from probekit.decoding.self_check import check_engine
 from probekit.decoding.speculative import SelfSpeculative
+from probekit.drafting.proposers import DraftHead
 from probekit.hooks.capture import Capture
 from probekit.models.anatomy import anatomy
 from probekit.models.synthetic import Shape, synthetic
+from probekit.prediction.rounds import FIRST_START, rounds_of
 from probekit.settings import Sampling
 
 SHAPE = Shape(4, 32, 48, 4, 2, 64, 256, 8)
@@ -96,6 +102,26 @@ def test_one_round_is_under_way_while_the_one_before_is_read(cuda):
     assert sent == waited and len(set(sent)) == RING
 
 
+@pytest.mark.parametrize(
+    ("rows", "draft_length", "sampling"),
+    [(1, 2, SAMPLINGS["greedy"]), *(pytest.param(*each, marks=SECOND) for each in (
+        (3, 3, SAMPLINGS["greedy"]), (3, 2, SAMPLINGS["sampled"]), (1, 0, SAMPLINGS["greedy"])))],
+)  # fmt: skip
+def test_replays_of_fused_kernels_are_the_host_decoders_rounds(fused, rows, draft_length, sampling):
+    """The kernels are in the recording, and read where the rows stand from the device."""
+    loaded = synthetic(replace(SHAPE, layers=2), device=fused, exit_layer=1, dial=0.3)
+    host = SelfSpeculative(loaded, 1, draft_length) if draft_length else Autoregressive(loaded)
+    setting = {"max_new_tokens": 6, "sampling": sampling}
+    expected = host.decode(PROMPTS[:rows], **setting)
+    method = on_engine(host, "cuda")
+    assert method.decode(PROMPTS[:rows], **setting) == expected
+    assert loaded.kept["recordings"].engine.fused is not None
+    replays = Graph.replays
+    LOG.clear()
+    assert method.decode(PROMPTS[:rows], **setting) == expected
+    assert Graph.replays - replays >= max(text.rounds for text in expected)
+
+
 def test_nothing_moves_between_calls_and_the_first_batchs_numbers_do_not_stay(cuda):
     """The same addresses, another text: what a batch left in the cache is gone."""
     loaded = model(cuda)
@@ -147,6 +173,39 @@ def test_longer_texts_other_rows_weights_and_hooks_are_recorded_anew(cuda):
     assert method.decode(PROMPTS[:1], **setting) == [changed] and Graph.made == made
     loaded.model.model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(weight * 2, requires_grad=False)
     assert method.decode(PROMPTS[:1], **setting) == [first] and Graph.made == made + 1
+
+
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(each, marks=SECOND) for each in ("mistral", "gemma3"))])
+@pytest.mark.parametrize("first_round", FIRST_START)
+def test_both_first_round_conventions(cuda, kind, first_round):
+    """Replays that begin at the prompt's last token, or at y[0]: the rounds that each convention predicts."""
+    budget, draft_length, prompt = 40, 3, PROMPTS[0]
+    with torch.utils._python_dispatch._disable_current_modes():
+        loaded = model() if kind == "llama" else windowed(kind)
+        run = probekit.trace(loaded, [prompt], max_new_tokens=budget)
+        expected = rounds_of(run.agreement(0)[1], draft_length, budget, first_round)
+        loaded = replace(loaded, anatomy=anatomy(move(loaded.model)), signature=None)
+    first = FIRST_START[first_round]
+    text = [prompt[-1], *run.outputs(0).tolist()]
+    held = recordings(loaded, 1, len(prompt) + budget + draft_length)
+    state = held.state(1, draft_length, False)
+    tokens = torch.tensor([prompt], device=cuda)
+    held.engine.full(tokens, held.engine.places([0], len(prompt)))
+    for buffer, number in (
+        (state.last, text[first]), (state.position, len(prompt) - 1 + first), (state.before, len(prompt) - 1),
+        (state.final, len(prompt) - 1 + budget),
+    ):  # fmt: skip
+        buffer.fill_(number)
+    found, visible = [], bucket(len(prompt) + budget + draft_length)
+    for number in range(len(expected.start)):
+        make = partial(Round, held.engine, state, Sampler(Sampling()), visible, 1, DraftHead(loaded.anatomy))
+        held.send("round", make, number)
+        held.wait(number)
+        found.append(state.entry(number)[0].tolist())
+    assert Graph.made == 1 and Graph.replays == len(expected.start) - 1 > 5
+    assert [accepted for accepted, *_ in found] == expected.accepted.tolist()
+    assert sum(expected.emitted) == budget - first
+    assert [token for run, token, *drafts in found for token in [*drafts[:run], token]] == text[1 + first :]
 
 
 def windowed(kind):
