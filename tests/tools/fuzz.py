@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--only", help="one target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep what --output has counted with this seed")
     parser.add_argument("--keep", type=Path, help="folder that receives the inputs at fault")
     parser.add_argument("--show", type=int, help="with --only: run this one input here, with its traceback")
     parser.add_argument("-o", "--output", type=Path, help="JSON")
@@ -213,15 +214,18 @@ def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[
     from concurrent.futures import ThreadPoolExecutor
 
     warm_up(bases)
+    kept = counted(asked, wanted) if asked.resume else {}
     context = multiprocessing.get_context("fork")
     chunks = [
         (name, first, min(first + CHUNK, number))
         for name, number in wanted.items()
+        if name not in kept
         for first in range(0, number, CHUNK)
     ]
-    results: dict[str, dict[str, Any]] = {name: {"inputs": 0, "read": 0, "refused": 0, "slowest_s": 0.0,
-    "grown_bytes": 0, "faults": []}
-                                          for name in wanted}  # fmt: skip
+    results: dict[str, dict[str, Any]] = {
+        name: kept.get(name) or {"inputs": 0, "read": 0, "refused": 0, "slowest_s": 0.0, "grown_bytes": 0, "faults": []}
+        for name in wanted
+    }
     with ThreadPoolExecutor(asked.workers) as pool:
         jobs = [pool.submit(run_chunk, context, *chunk, asked.seed, bases) for chunk in chunks]
         for (name, first, last), job in zip(chunks, jobs, strict=True):
@@ -243,6 +247,18 @@ def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[
                 )
                 report(asked, results)  # a run that is ended keeps what it has counted
     return results
+
+
+def counted(asked: Any, wanted: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """The targets that an earlier run with this seed went through, and found no fault in."""
+    if asked.output is None or not asked.output.is_file():
+        return {}
+    before = json.loads(asked.output.read_text())
+    return {
+        name: {**result, "faults": []}
+        for name, result in before["targets"].items()
+        if before["seed"] == asked.seed and not result["faults"] and result["inputs"] >= wanted.get(name, 2**60)
+    }
 
 
 def warm_up(bases: dict[str, Path]) -> None:
@@ -273,8 +289,8 @@ def report(asked: Any, results: dict[str, dict[str, Any]]) -> int:
         "text_json_parquet": sum(kinds[kind] for kind in ("text", "JSON", "Parquet")),
         "faults": faults,
         "targets": {
-            name: {**{key: value for key, value in result.items() if key != "faults"}, "faults": len(result["faults"]),
-                   "first_faults": [what for _, what, _ in result["faults"][:5]]}
+            name: {**{key: result[key] for key in ("inputs", "read", "refused", "slowest_s", "grown_bytes")},
+                   "faults": len(result["faults"]), "first_faults": [what for _, what, _ in result["faults"][:5]]}
             for name, result in results.items()
         },
     }  # fmt: skip
