@@ -61,7 +61,7 @@ ROWS = {
     "costs": (
         "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",
     ),
-    "choice": ("certainty", "prices", "ranking", "choose", "schedule", "robustness", "rank"),
+    "choice": ("certainty", "prices", "ranking", "choose", "schedule", "what_if", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
     ),

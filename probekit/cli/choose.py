@@ -46,6 +46,14 @@ def choose(
     weight_bits: Annotated[
         float | None, typer.Option("--weight-bits", help="Of a roofline: bits of a quantised weight.")
     ] = None,
+    scenarios: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="WHERE",
+            help="Another device, as device=h200,weight-bits=4,rows=8,context=8192; may be repeated.",
+        ),
+    ] = None,
     export: Annotated[
         Path | None, typer.Option("--export", metavar="DIR", help="Hand the choice to an engine, as `probekit export`.")
     ] = None,
@@ -65,6 +73,7 @@ def choose(
     from probekit.choice.rank import rank as rank_ways
     from probekit.choice.rank import with_trees
     from probekit.choice.schedule import schedule
+    from probekit.choice.what_if import BATCHES, Scenario, what_if
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
     from probekit.engines.engine import Drafting, check_drafting
@@ -86,6 +95,7 @@ def choose(
             f"--rows {rows} needs the costs of a batch; this device is measured at one row.",
             "Give --costs roofline, or the profile of an engine.",
         )
+    elsewhere = [Scenario.named(each) for each in scenarios or ()]
     if weight_bits is not None and costs != "roofline":
         raise InputError("--weight-bits is of a roofline.", "Give --costs roofline.")
     if export is not None:
@@ -129,6 +139,7 @@ def choose(
     ):  # a policy that was asked for is the only one, and these costs hold its time
         ways = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
     choice = choose_pair(prediction, timed, ways=ways)
+    answers = what_if(trace, prediction, elsewhere, draft_rows)
     if export is not None:
         drafting = Drafting.of(choice)
         check_drafting(told, drafting)
@@ -138,7 +149,8 @@ def choose(
         )
         write(trace, exported, export)
     if as_json:
-        print_json(choice.to_json() | ({} if plan is None else {"schedule": plan.to_json()}))
+        more = {} if plan is None else {"schedule": plan.to_json()}
+        print_json(choice.to_json() | more | ({"what_if": [each.to_json() for each in answers]} if answers else {}))
         return
     notice(choice.sentence())
     if plan is not None:
@@ -157,6 +169,24 @@ def choose(
                 for (count, at), each in plan.choices.items()
             ],
             "off: no way of drafting is predicted to beat plain decoding of the same batch.",
+        )
+    if answers:
+        print_table(
+            "and elsewhere, by the roofline",
+            ["where", "drafts at", "length", "speedup", "95 %", "stops paying at"],
+            [
+                [
+                    each.scenario.label,
+                    each.choice.best.label if each.choice.speculate else "off",
+                    each.choice.draft_length,
+                    each.choice.speedup,
+                    each.choice.interval,
+                    "-" if each.stops_at is None else f"{each.stops_at} rows",
+                ]
+                for each in answers
+            ],
+            f"rows: in the batch, tried from {BATCHES[0]} to {BATCHES[-1]}. A roofline is the least that each step can "
+            "take; no step was timed there.",
         )
     print_table(
         f"costs: {timed.source}, {timed.device}, {timed.dtype}, context {timed.context}",

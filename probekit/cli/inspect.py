@@ -29,5 +29,9 @@ def inspect(
     print_table(
         f"{description['name']}",
         ["what", "value"],
-        [[key.replace("_", " "), show(value)] for key, value in description.items() if key not in ("schema", "name")],
+        [
+            [key.replace("_", " "), show(value) or "-"]
+            for key, value in description.items()
+            if key not in ("schema", "name")
+        ],
     )

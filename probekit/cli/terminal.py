@@ -81,7 +81,7 @@ def warnings_as_notices(quiet: bool, kind: type[Warning] = UserWarning) -> Itera
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footnote: str = "") -> None:
     """A table whose cells are data, never markup."""
-    table = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False)
     shown = [[show(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
         widest = max((len(row[index]) for row in shown), default=0)
@@ -90,6 +90,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         )
     for row in shown:
         table.add_row(*map(Text, row))
+    out.print(Text(title, style="bold"))  # not the table's own, which would wrap where the table is narrow
     out.print(table)
     if footnote:
         out.print(Text(footnote, style="dim"))
@@ -110,7 +111,7 @@ def show(value: Any) -> str:
             return "-"
         return f"[{value[0]:.2f}, {value[1]:.2f}]"
     if isinstance(value, (list, tuple)):
-        return " ".join(show(part) for part in value) or "-"
+        return " ".join(show(part) for part in value)
     return str(value)
 
 
