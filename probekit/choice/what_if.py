@@ -86,7 +86,7 @@ def _number(given: dict[str, Any], key: str, least: float, most: float) -> float
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What would be chosen there. stops_at: the fewest of `BATCHES` from which on no drafts pay; None: they always do."""
+    """What would be chosen there. stops_at: the fewest of `BATCHES` from which on no drafts pay; None: they do."""
 
     scenario: Scenario
     choice: Choice
