@@ -59,8 +59,8 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("analyses")
 
 
-def test_there_are_eleven():
-    assert [name[:2] for name in NUMBERED] == [f"{number:02}" for number in range(1, 12)]
+def test_there_are_twelve():
+    assert [name[:2] for name in NUMBERED] == [f"{number:02}" for number in range(1, 13)]
 
 
 @pytest.mark.parametrize("name", NUMBERED)
@@ -228,11 +228,12 @@ KEPT_WITH = {
     ),
     "probing": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
     "probing/smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
+    "probing/qwen": (["Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"], 24, 32),
     "probing/together": (["tales-untied", "tales-tied", "tales-layerskip", "SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
 }
 KEPT_ANALYSES = {
-    "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"), "probing": ("08", "09", "10"),
-    "probing/smollm2": ("08", "10"), "probing/together": ("11",),
+    "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"), "probing": ("08", "09", "10", "12"),
+    "probing/smollm2": ("08", "10"), "probing/qwen": ("08",), "probing/together": ("11",),
 }  # fmt: skip
 
 
