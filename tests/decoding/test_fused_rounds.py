@@ -33,7 +33,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOWED = {"sliding_window": 9, "layer_types": MIXED}
 GEMMA = {"query_pre_attn_scalar": 12, **WINDOWED}
 FAMILIES = {
-    "Llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, "sdpa"),
+    "Llama": ("Llama", {"attention_bias": True, "mlp_bias": True}, "sdpa"),
     "Mistral": ("Mistral", {"sliding_window": 9}, "sdpa"),
     "Qwen2": ("Qwen2", {"use_sliding_window": True, **WINDOWED}, "sdpa"),
     "Qwen3": ("Qwen3", {}, "sdpa"),
@@ -78,9 +78,7 @@ def as_they_are(model):
     return {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "name", ["Llama with biases", *(pytest.param(n, marks=pytest.mark.second) for n in [*FAMILIES][1:])]
-)
+@pytest.mark.parametrize("name", ["Llama", *(pytest.param(n, marks=pytest.mark.second) for n in [*FAMILIES][1:])])
 @torch.inference_mode()
 def test_a_pass_is_the_one_of_the_models_own_layers(name):
     """Rows at positions of their own, several tokens, past the window; and the model is left as it was."""
@@ -115,9 +113,7 @@ def test_greedy_rounds_token_by_token(fused):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize(
-    ("name", "sampling"), [*((name, "greedy") for name in FAMILIES), ("Llama with biases", "sampled")]
-)
+@pytest.mark.parametrize(("name", "sampling"), [*((name, "greedy") for name in FAMILIES), ("Llama", "sampled")])
 def test_rounds_token_by_token(fused, name, sampling):
     """Two rows, past the window, one of them over the edge of a bucket; and steps of autoregressive decoding."""
     loaded, how = family(name), {"max_new_tokens": 7, "sampling": SAMPLINGS[sampling]}
@@ -158,7 +154,7 @@ def test_a_family_that_is_read_wrongly_is_found_out(monkeypatch, fused, name):
 
 
 def test_what_is_not_known_to_the_letter_keeps_its_own_layers(monkeypatch):
-    loaded = family("Llama with biases")
+    loaded = family("Llama")
     layer = loaded.anatomy.layers[1]
 
     def kept(why):
@@ -201,7 +197,7 @@ def test_other_families_keep_their_own_layers():
 
 
 def test_the_copies_bytes(fused):
-    loaded = family("Llama with biases")
+    loaded = family("Llama")
     made = DeviceEngine(loaded.anatomy, 1, 64, fused=True).fused
     assert sum(copy.numel() * 4 for copy, _ in made._sources) == copied_bytes(loaded.anatomy)
 
