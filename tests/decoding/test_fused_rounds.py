@@ -33,14 +33,14 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOWED = {"sliding_window": 9, "layer_types": MIXED}
 GEMMA = {"query_pre_attn_scalar": 12, **WINDOWED}
 FAMILIES = {
-    "Llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, "sdpa"),
+    "Llama": ("Llama", {"attention_bias": True, "mlp_bias": True}, "sdpa"),
     "Mistral": ("Mistral", {"sliding_window": 9}, "sdpa"),
     "Qwen2": ("Qwen2", {"use_sliding_window": True, **WINDOWED}, "sdpa"),
     "Qwen3": ("Qwen3", {}, "sdpa"),
     "Gemma2": ("Gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **GEMMA}, "eager"),
     "Gemma3": ("Gemma3Text", GEMMA, "sdpa"),
 }
-PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2], [1] * 12]
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 30, 2, 2]]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
 
 
@@ -78,9 +78,7 @@ def as_they_are(model):
     return {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "name", ["Llama with biases", *(pytest.param(n, marks=pytest.mark.second) for n in [*FAMILIES][1:])]
-)
+@pytest.mark.parametrize("name", ["Llama", *(pytest.param(n, marks=pytest.mark.second) for n in [*FAMILIES][1:])])
 @torch.inference_mode()
 def test_a_pass_is_the_one_of_the_models_own_layers(name):
     """Rows at positions of their own, several tokens, past the window; and the model is left as it was."""
@@ -115,19 +113,16 @@ def test_greedy_rounds_token_by_token(fused):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "sampling"), [*((name, "greedy") for name in FAMILIES), ("Llama", "sampled")])
 def test_rounds_token_by_token(fused, name, sampling):
-    """Three rows, past the window, over the edge of a bucket; and steps of autoregressive decoding."""
-    loaded = family(name)
-    prompts = [*PROMPTS[:2], [7] * 55]
-    how = {"max_new_tokens": 12, "sampling": sampling}
-    method, device = SelfSpeculative(loaded, 1, 3), DeviceSelfSpeculative(loaded, 1, 3)
-    expected = method.decode(prompts, **how)
-    assert device.decode(prompts, **how) == expected
-    steps = DeviceAutoregressive(loaded).decode(prompts[:1], max_new_tokens=6, sampling=sampling)
-    if sampling.greedy:
-        assert steps[0].tokens == expected[0].tokens[:6]
+    """Two rows, past the window, one of them over the edge of a bucket; and steps of autoregressive decoding."""
+    loaded, how = family(name), {"max_new_tokens": 7, "sampling": SAMPLINGS[sampling]}
+    prompts = [PROMPTS[0], [7] * 60]
+    expected = SelfSpeculative(loaded, 1, 2).decode(prompts, **how)
+    assert DeviceSelfSpeculative(loaded, 1, 2).decode(prompts, **how) == expected
+    if name == "Qwen3":
+        (steps,) = DeviceAutoregressive(loaded).decode(prompts[:1], max_new_tokens=4)
+        assert steps.tokens == expected[0].tokens[:4]
     assert fused and all(engine.fused is not None for engine in fused)
 
 
@@ -159,7 +154,7 @@ def test_a_family_that_is_read_wrongly_is_found_out(monkeypatch, fused, name):
 
 
 def test_what_is_not_known_to_the_letter_keeps_its_own_layers(monkeypatch):
-    loaded = family("Llama with biases")
+    loaded = family("Llama")
     layer = loaded.anatomy.layers[1]
 
     def kept(why):
@@ -202,7 +197,7 @@ def test_other_families_keep_their_own_layers():
 
 
 def test_the_copies_bytes(fused):
-    loaded = family("Llama with biases")
+    loaded = family("Llama")
     made = DeviceEngine(loaded.anatomy, 1, 64, fused=True).fused
     assert sum(copy.numel() * 4 for copy, _ in made._sources) == copied_bytes(loaded.anatomy)
 

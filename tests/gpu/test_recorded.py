@@ -105,7 +105,7 @@ def test_one_round_is_under_way_while_the_one_before_is_read(cuda):
 @pytest.mark.parametrize(
     ("rows", "draft_length", "sampling"),
     [(1, 2, SAMPLINGS["greedy"]), *(pytest.param(*each, marks=SECOND) for each in (
-        (3, 3, SAMPLINGS["greedy"]), (3, 2, SAMPLINGS["sampled"]), (1, 0, SAMPLINGS["greedy"])))],
+        (3, 3, SAMPLINGS["greedy"]), (1, 2, SAMPLINGS["sampled"]), (1, 0, SAMPLINGS["greedy"])))],
 )  # fmt: skip
 def test_replays_of_fused_kernels_are_the_host_decoders_rounds(fused, rows, draft_length, sampling):
     """The kernels are in the recording, and read where the rows stand from the device."""
