@@ -1,11 +1,15 @@
 """Texts that another system wrote, as token ids, out of what engines print: vLLM, SGLang, llama.cpp, TensorRT-LLM.
 
 One JSON object a line (or one document, an object or a list). A text is read from the first of these that is there:
-- `token_ids`, or `output_ids` (TensorRT-LLM, SGLang), or `tokens` (llama.cpp with `return_tokens`): a list of ids;
-- `logprobs.content[].token_id`, `completion_probabilities[].id` (llama.cpp), `meta_info.output_token_logprobs[][1]`
-  (SGLang): the ids that come with log-probabilities.
+- `token_ids`, `output_ids` (TensorRT-LLM, SGLang), `response_token_ids` (SGLang's OpenAI server), or `tokens`
+  (llama.cpp with `return_tokens`): a list of ids;
+- `completion_probabilities[].id` (llama.cpp), `logprobs.content[].id` (its OpenAI server) or `.token_id`, and
+  `meta_info.output_token_logprobs[][1]` (SGLang): the ids that come with log-probabilities; or "token_id:5" in place of
+  a token's text, `logprobs.tokens[]` and `logprobs.content[].token` (vLLM with `return_tokens_as_token_ids`).
 `choices` (OpenAI's servers) and `outputs` (vLLM in Python) hold several texts of one prompt. The prompt is
-`prompt_token_ids` or `input_ids`, `meta_info.input_token_logprobs[][1]`, or `prompt`: ids, or a text to be encoded.
+`prompt_token_ids` or `input_ids`, `meta_info.input_token_logprobs[][1]`, or `prompt`: ids, or a text to be encoded; or
+`messages`, for the chat template. An answer may stand in `response` (in its `body`, as OpenAI's batches have it), and
+what was asked in `request`, as proxies log them.
 """
 
 from __future__ import annotations
@@ -20,15 +24,19 @@ from probekit.foreign.json import read_json
 from probekit.foreign.prompt_files import READERS
 
 MOST_ID = 2**31 - 1
-_HINT = "Ask the engine for token ids (vLLM: return_token_ids; SGLang: return_logprob; llama.cpp: return_tokens)."
+_HINT = (
+    "Ask the engine for token ids (vLLM: return_token_ids; SGLang: return_logprob; llama.cpp: return_tokens), and "
+    "write the prompt beside them where its answer has none."
+)
 
 
 class LoggedText(NamedTuple):
-    """A prompt, as ids or as a text, and the ids that followed it. kind: as in a prompts file; may be empty."""
+    """A prompt, as ids, a text or chat messages, and the ids that followed it. kind: as in a prompts file, or empty."""
 
     prompt: tuple[int, ...] | str
     ids: tuple[int, ...]
     kind: str
+    messages: list[dict[str, Any]] | None = None
 
 
 def read_log(path: str | Path) -> list[LoggedText]:
@@ -54,16 +62,44 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 def _texts(record: Any, where: str) -> Iterator[LoggedText]:
     if not isinstance(record, Mapping):
         raise InputError(f"{where}: expected an object, not {type(record).__name__}.", _HINT)
-    several = record.get("choices") or record.get("outputs") or [record]
+    answer, asked = _unpacked(record, "response"), _unpacked(record, "request")
+    several = answer.get("choices") or answer.get("outputs") or [answer]
     if not isinstance(several, Sequence) or not all(isinstance(each, Mapping) for each in several):
         raise InputError(f"{where}: `choices` or `outputs` is no list of objects.", _HINT)
     for each in several:
-        prompt = _first(_PROMPTS, each, where) or _first(_PROMPTS, record, where) or _written(record, where)
+        places = (each, answer, record, asked)
+        prompt = next((ids for place in places if (ids := _first(_PROMPTS, place, where))), None)
+        if isinstance(prompt, tuple):
+            _check_whole(prompt, each, where)
+        else:
+            prompt = next((text for place in places if (text := _written(place, where))), None)
+        messages = None if prompt is not None else (record.get("messages") or asked.get("messages"))
         ids = _first(_TEXTS, each, where)
-        if prompt is None or not ids:
-            lacks = "the prompt" if prompt is None else "the token ids of its text"
+        if (prompt is None and messages is None) or not ids:
+            lacks = "the token ids of its text" if not ids else "the prompt"
             raise InputError(f"{where} lacks {lacks}; it has {', '.join(map(str, record))[:200]}.", _HINT)
-        yield LoggedText(prompt, ids, str(record.get("kind") or record.get("category") or ""))
+        kind = str(record.get("kind") or record.get("category") or "")
+        yield LoggedText(prompt or "", ids, kind, messages)
+
+
+def _unpacked(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The answer, or what was asked, where a record holds it by that name; for an answer else the record itself."""
+    inner = record.get(name)
+    body = inner.get("body", inner) if isinstance(inner, Mapping) else None
+    if isinstance(body, Mapping):
+        return body
+    return record if name == "response" else {}
+
+
+def _check_whole(prompt: tuple[int, ...], answer: Mapping[str, Any], where: str) -> None:
+    """SGLang gives log-probabilities from `logprob_start_len` on: by default none of the prompt's but the last."""
+    meta = answer.get("meta_info")
+    tokens = meta.get("prompt_tokens") if isinstance(meta, Mapping) else None
+    if isinstance(tokens, int) and tokens != len(prompt):
+        raise InputError(
+            f"{where} has the ids of {len(prompt)} of the {tokens} tokens of its prompt.",
+            "Ask SGLang for all of them: logprob_start_len=0; or write them beside the answer, as `input_ids`.",
+        )
 
 
 def _written(record: Mapping[str, Any], where: str) -> tuple[int, ...] | str | None:
@@ -79,7 +115,7 @@ def _first(readers: Sequence[Callable[[Any], Any]], record: Any, where: str) -> 
     for read in readers:
         try:
             found = read(record)
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, IndexError, AttributeError):
             continue
         if found is not None:
             return _ids(found, where)
@@ -89,8 +125,12 @@ def _first(readers: Sequence[Callable[[Any], Any]], record: Any, where: str) -> 
 _TEXTS: tuple[Callable[[Any], Any], ...] = (
     lambda record: record["token_ids"],
     lambda record: record["output_ids"],
+    lambda record: record["response_token_ids"],
     lambda record: record["tokens"] or None,
     lambda record: [each["token_id"] for each in record["logprobs"]["content"]],
+    lambda record: [each["id"] for each in record["logprobs"]["content"]],
+    lambda record: [_named_id(each["token"]) for each in record["logprobs"]["content"]],
+    lambda record: [_named_id(each) for each in record["logprobs"]["tokens"]],
     lambda record: [each["id"] for each in record["completion_probabilities"]],
     lambda record: [each[1] for each in record["meta_info"]["output_token_logprobs"]],
 )
@@ -99,6 +139,14 @@ _PROMPTS: tuple[Callable[[Any], Any], ...] = (
     lambda record: record["input_ids"],
     lambda record: [each[1] for each in record["meta_info"]["input_token_logprobs"]],
 )
+
+
+def _named_id(token: Any) -> int:
+    """5 of "token_id:5"; TypeError for the text of a token."""
+    name, colon, number = token.partition(":")
+    if name != "token_id" or not colon or not number.isdecimal():
+        raise TypeError(f"{token!r} is a token's text")
+    return int(number)
 
 
 def _ids(found: Any, where: str) -> tuple[int, ...]:

@@ -149,7 +149,13 @@ def load_log(path: str | os.PathLike[str]) -> list[Prompt]:
     for index, logged in enumerate(read_log(Path(path))):
         ids = None if isinstance(logged.prompt, str) else logged.prompt
         text = logged.prompt if isinstance(logged.prompt, str) else ""
-        prompts.append(Prompt(index, text, logged.kind, ids=ids, response_ids=logged.ids, source=str(path)))
+        turns = None
+        if logged.messages is not None:
+            record = {"messages": logged.messages}
+            turns = _prompt(index, record, f"{path}, text {index}", chat=False, given=False).messages
+        prompts.append(
+            Prompt(index, text, logged.kind, messages=turns, ids=ids, response_ids=logged.ids, source=str(path))
+        )
     return prompts
 
 

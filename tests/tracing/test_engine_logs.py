@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,28 @@ FORMS = {
 }  # fmt: skip
 
 
+CHOICE = {"token_ids": TEXT, "text": "x"}
+FORMS |= {
+    "vllm, ids for texts": {
+        "prompt": PROMPT, "choices": [{"logprobs": {"tokens": [f"token_id:{id}" for id in TEXT]}, "text": "x"}],
+    },
+    "vllm chat, ids for texts": {
+        "prompt_token_ids": PROMPT,
+        "choices": [{"logprobs": {"content": [{"token": f"token_id:{id}", "logprob": -0.1} for id in TEXT]}}],
+    },
+    "vllm batch": {
+        "custom_id": "7", "error": None,
+        "response": {"status_code": 200, "body": {"choices": [{"prompt_token_ids": PROMPT, **CHOICE}]}},
+    },
+    "a proxy's": {"request": {"prompt": PROMPT, "temperature": 0}, "response": {"choices": [CHOICE]}},
+    "sglang's openai server": {"prompt_token_ids": PROMPT, "choices": [{"response_token_ids": TEXT, "meta_info": {}}]},
+    "sglang, with the prompt's tokens counted": {
+        "output_ids": TEXT,
+        "meta_info": {"prompt_tokens": 3, "input_token_logprobs": [[None, id, None] for id in PROMPT]},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_a_log_of_each_engine_is_read(form, suffix, tmp_path):
@@ -56,6 +79,12 @@ def test_a_log_of_each_engine_is_read(form, suffix, tmp_path):
         ({"prompt_token_ids": PROMPT, "token_ids": "12"}, "whole numbers"),
         ({"prompt_token_ids": PROMPT, "choices": "x"}, "no list of objects"),
         ([1], "expected an object"),
+        ({"prompt": PROMPT, "choices": [{"logprobs": {"tokens": ["a", "b"]}}]}, "lacks the token ids"),
+        ({"request": {}, "response": {"choices": [{"token_ids": TEXT}]}}, "lacks the prompt"),
+        (
+            {"output_ids": TEXT, "meta_info": {"prompt_tokens": 3, "input_token_logprobs": [[-1.0, 9, None]]}},
+            "has the ids of 1 of the 3 tokens of its prompt",
+        ),
     ],
 )
 def test_what_is_no_log_is_refused_with_its_line(record, what, tmp_path):
@@ -63,6 +92,43 @@ def test_what_is_no_log_is_refused_with_its_line(record, what, tmp_path):
     path.write_text(json.dumps(FORMS["plain"]) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(InputError, match=rf"line 2.*{what}"):
         read_log(path)
+
+
+SAMPLES = Path(__file__).parent / "engine_logs"
+COLOUR = [{"role": "user", "content": "Name a colour."}]
+
+
+def test_what_llama_cpp_answers_is_read(tmp_path):
+    """Answers of its server (build 11434) to SmolLM2-135M-Instruct, as they came: by itself, and by OpenAI's ways."""
+    text = (28, 260, 2240, 282, 1315, 27108)  # ", the city of New Haven"
+    for name in ("completion", "completion_ids"):
+        [found] = read_log(SAMPLES / f"llama_cpp_{name}.json")
+        assert found[:2] == ("Once upon a time", text)
+    with pytest.raises(InputError, match="lacks the token ids"):
+        read_log(SAMPLES / "llama_cpp_completion_plain.json")
+    asked = {"v1_completions": {"prompt": "Once upon a time"}, "v1_chat": {"messages": COLOUR}}
+    for name, request in asked.items():
+        answer = json.loads((SAMPLES / f"llama_cpp_{name}.json").read_text())
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(answer))
+        with pytest.raises(InputError, match=r"lacks the prompt.*write the prompt beside them"):
+            read_log(path)
+        path.write_text(json.dumps({"request": request, "response": answer}))
+        [found] = read_log(path)
+        assert found.ids == (text if name == "v1_completions" else (504, 7302, 314, 253, 3861, 284))
+        assert (found.prompt, found.messages) == (request.get("prompt", ""), request.get("messages"))
+    [prompt] = probekit.load_log(tmp_path / "v1_chat.json")
+    assert prompt.messages == tuple(COLOUR) and prompt.text == ""
+
+
+@pytest.mark.long
+def test_a_real_servers_text_is_the_models_own(smollm2, tmp_path):
+    path = tmp_path / "chat.json"
+    answer = json.loads((SAMPLES / "llama_cpp_v1_chat.json").read_text())
+    path.write_text(json.dumps({"request": {"messages": COLOUR}, "response": answer}))
+    read = probekit.trace(smollm2, probekit.load_log(path), logged=True, statistics="agreement")
+    assert len(read.prompt_ids(0)) == answer["usage"]["prompt_tokens"]
+    assert read.manifest.measured.logged[0]["unlike"] == 0
 
 
 def logged(traced, path, change=None):
