@@ -232,7 +232,8 @@ KEPT_WITH = {
     "probing/together": (["tales-untied", "tales-tied", "tales-layerskip", "SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
 }
 KEPT_ANALYSES = {
-    "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"), "probing": ("08", "09", "10", "12"),
+    "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"),
+    "probing": ("08", "09", "10", "12"),
     "probing/smollm2": ("08", "10"), "probing/qwen": ("08",), "probing/together": ("11",),
 }  # fmt: skip
 

@@ -24,7 +24,6 @@ PAIRS = 20
 WRITES = {
     "files.py": "it is the one place",
     "models/gguf_copies.py": "a cache: a folder that is renamed when it is whole",
-    "foreign/bounded.py": "it is a pipe",
     "models/cut.py": "at a place that `files.built` puts in order",
     "validation/llama_cpp.py": "what a server prints, in a temporary folder",
     "validation/vllm.py": "what an engine prints, in a temporary folder",

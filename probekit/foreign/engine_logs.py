@@ -68,7 +68,9 @@ def _texts(record: Any, where: str) -> Iterator[LoggedText]:
         raise InputError(f"{where}: `choices` or `outputs` is no list of objects.", _HINT)
     for each in several:
         places = (each, answer, record, asked)
-        prompt = next((ids for place in places if (ids := _first(_PROMPTS, place, where))), None)
+        prompt: tuple[int, ...] | str | None = next(
+            (ids for place in places if (ids := _first(_PROMPTS, place, where))), None
+        )
         if isinstance(prompt, tuple):
             _check_whole(prompt, each, where)
         else:

@@ -29,7 +29,7 @@ from probekit.traces.manifest import AdapterRecord, ExitHeadsRecord, Manifest, M
 from probekit.traces.trace import Trace
 from probekit.tracing.backends import check_backend
 from probekit.tracing.prompt_store import PromptStore
-from probekit.tracing.prompts import Encoded, Prompt, bundled_prompts_for, each_prompt, encode
+from probekit.tracing.prompts import Encoded, Prompt, bundled_prompts_for, chat_template, each_prompt, encode
 
 # A batch of the plan: at most so many rows, and so many bytes of residuals, and so many prompts.
 MOST_ROWS = 4096
@@ -183,16 +183,19 @@ def _encoded(
     store, twice = PromptStore(), list[int]()
     new = 0 if settings.written else settings.max_new_tokens
     room = min(reader.anatomy.context for reader in (loaded, drafter) if reader is not None) - new
-    for prompt in prompts:
-        if settings.logged and not prompt.response_ids:
-            raise InputError(f"prompt {prompt.index} has no text of token ids, as a log has.", "Read one by load_log.")
-        one = encode(prompt, loaded.tokenizer, given=settings.written)
-        if settings.skip_long and len(one.ids) > room:
-            continue
-        _check_encoded(one, loaded, drafter, settings.max_new_tokens, settings.written)
-        store.add(one)
-        if prompt.ids is None and begins_twice(one.ids, loaded.tokenizer):  # token ids are taken as they are
-            twice.append(prompt.index)
+    with chat_template(loaded.tokenizer) as template:
+        for prompt in prompts:
+            if settings.logged and not prompt.response_ids:
+                raise InputError(
+                    f"prompt {prompt.index} has no text of token ids, as a log has.", "Read one by load_log."
+                )
+            one = encode(prompt, loaded.tokenizer, given=settings.written, template=template)
+            if settings.skip_long and len(one.ids) > room:
+                continue
+            _check_encoded(one, loaded, drafter, settings.max_new_tokens, settings.written)
+            store.add(one)
+            if prompt.ids is None and begins_twice(one.ids, loaded.tokenizer):  # token ids are taken as they are
+                twice.append(prompt.index)
     if not store:
         raise InputError(f"every prompt is longer than the {room} tokens that are left for one.", "Shorten them.")
     return store, twice

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from probekit.errors import InputError
-from probekit.foreign.bounded import bounded_text
+from probekit.foreign.bounded import Bounded
 from probekit.foreign.engine_logs import read_log
 from probekit.foreign.prompt_files import READERS, STREAMS, read_dataset_folder
 from probekit.foreign.prompt_records import normalised
@@ -320,12 +320,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False) -> Encoded:
+def chat_template(tokenizer: Any) -> Bounded:
+    """The tokenizer's chat template, for `encode`: a stranger's program, in a process of its own. A context.
+
+    It is what the tokenizer holds at the first text: a template that is changed later wants another one.
+    """
+    return Bounded(lambda messages: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False, template: Bounded | None = None) -> Encoded:
     """The token ids of a prompt: as `tokenizer(prompt)` makes them, or through the chat template for messages.
 
     With `given`, prompt and response are encoded together, as one text, and what both encodings begin with is the
     context: a token that spans the border is scored. Without a response, all of the text is scored but its first
-    token, which nothing precedes.
+    token, which nothing precedes. template: `chat_template(tokenizer)`, where it is used for several prompts.
     """
     if prompt.ids is not None:
         whole = prompt.ids + (prompt.response_ids or ()) if given else prompt.ids
@@ -336,7 +344,7 @@ def encode(prompt: Prompt, tokenizer: Any, *, given: bool = False) -> Encoded:
     if prompt.messages is None:
         text, special = prompt.text, True
     else:
-        text, special = _through_template(prompt, tokenizer), False
+        text, special = _through_template(prompt, tokenizer, template), False
     ids = _ids(tokenizer, text, special)
     if not given:
         return Encoded(prompt, text, ids, len(ids))
@@ -354,13 +362,14 @@ def _ids(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _through_template(prompt: Prompt, tokenizer: Any) -> str:
+def _through_template(prompt: Prompt, tokenizer: Any, template: Bounded | None) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "this model's tokenizer has no chat template, which messages need.", "Give plain prompts, without --chat."
         )
-    messages = list(prompt.messages or ())
-    return bounded_text(
-        lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-        f"prompt {prompt.index}: the chat template of this model, with these messages,",
-    )
+    what = f"prompt {prompt.index}: the chat template of this model, with these messages,"
+    messages = [dict(message) for message in prompt.messages or ()]
+    if template is not None:
+        return template.text(messages, what)
+    with chat_template(tokenizer) as once:
+        return once.text(messages, what)
