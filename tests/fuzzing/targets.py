@@ -175,7 +175,7 @@ def tokenizer() -> Any:
 
 def read_prompts(folder: Path) -> None:
     from probekit.tracing.prompt_store import PromptStore
-    from probekit.tracing.prompts import encode, load_prompts, stream_prompts
+    from probekit.tracing.prompts import chat_template, encode, load_prompts, stream_prompts
 
     path = only(folder)
     for options in ({}, {"chat": True}, {"given": True}):
@@ -184,9 +184,10 @@ def read_prompts(folder: Path) -> None:
         with suppress(ProbekitError):
             prompts = load_prompts(path, **options)
             store = PromptStore()
-            for prompt in prompts[:50]:
-                with suppress(ProbekitError):
-                    store.add(encode(prompt, tokenizer(), given="given" in options))
+            with chat_template(tokenizer()) as template:
+                for prompt in prompts[:50]:
+                    with suppress(ProbekitError):
+                        store.add(encode(prompt, tokenizer(), given="given" in options, template=template))
             assert store.hash.startswith("sha256:")
 
 
