@@ -173,9 +173,17 @@ def tokenizer() -> Any:
     return made
 
 
+@cache
+def template(process: int) -> Any:
+    """The template of that tokenizer; one for each process, for its answers come through a pipe."""
+    from probekit.tracing.prompts import chat_template
+
+    return chat_template(tokenizer())
+
+
 def read_prompts(folder: Path) -> None:
     from probekit.tracing.prompt_store import PromptStore
-    from probekit.tracing.prompts import chat_template, encode, load_prompts, stream_prompts
+    from probekit.tracing.prompts import encode, load_prompts, stream_prompts
 
     path = only(folder)
     for options in ({}, {"chat": True}, {"given": True}):
@@ -184,10 +192,9 @@ def read_prompts(folder: Path) -> None:
         with suppress(ProbekitError):
             prompts = load_prompts(path, **options)
             store = PromptStore()
-            with chat_template(tokenizer()) as template:
-                for prompt in prompts[:50]:
-                    with suppress(ProbekitError):
-                        store.add(encode(prompt, tokenizer(), given="given" in options, template=template))
+            for prompt in prompts[:50]:
+                with suppress(ProbekitError):
+                    store.add(encode(prompt, tokenizer(), given="given" in options, template=template(os.getpid())))
             assert store.hash.startswith("sha256:")
 
 
