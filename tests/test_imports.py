@@ -34,8 +34,8 @@ ROWS = {
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward", "fused_layers"),
     "lens": (
-        "discovered", "lens", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian", "reductions", "draft_rows",
-        "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",
+        "discovered", "lens", "torch_files", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian", "reductions",
+        "draft_rows", "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",
     ),
     "training": ("layerskip",),
     "traces": (

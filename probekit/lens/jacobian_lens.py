@@ -8,7 +8,6 @@ be the identity. The file does not say of which model it is.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from probekit.errors import InputError
 from probekit.files import atomic_bytes
+from probekit.lens.torch_files import read_tensors
 
 BEGINS = b"PK\x03\x04"
 """The first bytes of what torch.save writes: a zip archive."""
@@ -30,11 +30,7 @@ def read_jacobian_lens(content: bytes, depth: int, width: int, source: str = "th
 
     Raises InputError for a file that is no Jacobian lens, or not one of such a model.
     """
-    try:
-        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"{source} cannot be read as a Jacobian lens: {first}") from None
+    state = read_tensors(content, "a Jacobian lens", source)
     found = state.get("J") if isinstance(state, dict) else None
     if not isinstance(found, dict) or not found or not all(map(_is_block, found)):
         raise InputError(f"{source} is no Jacobian lens: it has no matrices under 'J', by block.")

@@ -8,7 +8,6 @@ an exit head is here, so that a published lens drafts, and fitted heads are read
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from probekit.errors import InputError
 from probekit.files import atomic_bytes, atomic_text, make_folder
 from probekit.foreign.json import read_json
+from probekit.lens.torch_files import read_tensors
 
 CONFIG, PARAMETERS = "config.json", "params.pt"
 TYPE = "linear_tuned_lens"
@@ -44,11 +44,7 @@ def read_tuned_lens(folder: str | Path) -> dict[int, Translator]:
     if config.get("lens_type", TYPE) != TYPE:
         raise InputError(f"{folder} holds a lens of type {config['lens_type']!r}; expected {TYPE!r}.")
     width, depth, biased = config["d_model"], config["num_hidden_layers"], bool(config.get("bias", True))
-    try:
-        state = torch.load(folder / PARAMETERS, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"{folder / PARAMETERS} cannot be read as a tuned lens: {first}") from None
+    state = read_tensors(folder / PARAMETERS, "a tuned lens", str(folder / PARAMETERS))
     if not _is_tensors(state) or depth > len(state):  # before a name is made for each layer that is promised
         raise InputError(f"{folder / PARAMETERS} is not the lens of {depth} layers that {CONFIG} promises.")
     shapes: dict[str, tuple[int, ...]] = {f"{layer}.weight": (width, width) for layer in range(depth)}

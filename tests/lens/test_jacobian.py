@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -279,3 +281,24 @@ def test_what_is_refused(tiny, tmp_path):
     path.write_bytes(pickle.dumps({"J": {}}))
     with pytest.raises(InputError, match="cannot be read as exit heads"):
         load_heads(path, tiny.anatomy)
+
+
+def test_damaged_bytes_are_refused_or_read(tiny, tmp_path):
+    """Whatever the unpickler makes of them, nothing but an InputError comes out: here and of a tuned lens."""
+    whole = published(tmp_path / "lens.pt", {0: torch.zeros(36, 36)}).read_bytes()
+    (tmp_path / "tuned").mkdir()
+    config = {"d_model": 36, "num_hidden_layers": 5, "base_model_name_or_path": "tiny"}
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    start, draw, refused = whole.index(b"data.pkl"), random.Random(0), 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 4))):
+            content[draw.randrange(start, start + 400)] = draw.randrange(256)
+        (tmp_path / "damaged.pt").write_bytes(content)
+        (tmp_path / "tuned" / "params.pt").write_bytes(content)
+        for path in (tmp_path / "damaged.pt", tmp_path / "tuned"):
+            try:
+                load_heads(path, tiny.anatomy)
+            except InputError:
+                refused += 1
+    assert refused > 150
