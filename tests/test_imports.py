@@ -29,8 +29,8 @@ ROWS = {
         "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
         "memory", "states", "family", "families", "one_layer",
         "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "checkpoint",
-        "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic", "cut",
-        "cut_gguf", "write_gguf",
+        "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
+        "described", "cut", "cut_gguf", "write_gguf",
     ),
     "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward", "fused_layers"),
     "lens": (

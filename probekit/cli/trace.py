@@ -12,7 +12,7 @@ import typer
 from probekit.cli import options
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
-from probekit.cli.trace_plan import say_plan
+from probekit.cli.trace_plan import say_described, say_plan
 from probekit.errors import InputError
 from probekit.traces.manifest import Manifest
 
@@ -75,6 +75,14 @@ def trace(
     prompt_count: Annotated[
         int | None, typer.Option("--prompt-count", help="With --plan, as if there were so many prompts like these.")
     ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens",
+            help="With --plan --on, prompts of so many tokens, of a MODEL that is only described: a config.json, or "
+            "llama:layers=80,width=8192,...",
+        ),
+    ] = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -100,10 +108,23 @@ def trace(
             f"{'given' if given else 'sampled'}: `probekit predict` could not read it.",
             "Leave out --statistics agreement.",
         )
-    if not plan_only and (on is not None or processes != 1 or prompt_count is not None):
-        raise InputError("--on, --processes and --prompt-count describe a plan.", "Add --plan.")
+    if not plan_only and (on, processes, prompt_count, prompt_tokens) != (None, 1, None, None):
+        raise InputError("--on, --processes, --prompt-count and --prompt-tokens describe a plan.", "Add --plan.")
     options.at_least_one(processes, "--processes")
     options.at_least_one(1 if prompt_count is None else prompt_count, "--prompt-count")
+    if prompt_tokens is not None:
+        options.at_least_one(prompt_tokens, "--prompt-tokens")
+        if on is None or prompts or from_logprobs:
+            raise InputError(
+                "--prompt-tokens describes prompts that are not at hand, for devices that are not.",
+                "Name the devices (--on h200x8), and no prompts.",
+            )
+        if Ranks.of_environment().first:
+            say_described(
+                model, on, prompts=prompt_count or 1, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+                batch_size=batch_size, statistics=statistics, given=given, dtype=dtype, as_json=as_json,
+            )  # fmt: skip
+        return
     kept = kept_of_options(keep_residuals, residual_dtype, residual_rows, residual_share)
     if from_logprobs and prompts:
         raise InputError("--prompts and --from-logprobs both name the prompts.", "Give one of the two.")

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from probekit.cli.terminal import print_json, print_table
+from probekit.errors import InputError
 
 if TYPE_CHECKING:
     from probekit.costs.trace_plan import TraceEstimate
@@ -39,6 +40,31 @@ def say_plan(
             lenses=len(settings.lenses),
             given=plan.written,
         )
+    _say(estimate, as_json)
+
+
+def say_described(
+    model: str, on: str, *, prompts: int, prompt_tokens: int, max_new_tokens: int, batch_size: int | None,
+    statistics: str, given: bool, dtype: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the estimate of a trace of a model that is only described, on devices that are named."""
+    from probekit.costs.trace_plan import roofline_trace
+    from probekit.models.described import described
+
+    source, new = described(model), 1 if given else max_new_tokens
+    if prompt_tokens + new > source.anatomy.context:
+        raise InputError(
+            f"{prompt_tokens} tokens with {new} new ones exceed the context of {source.anatomy.context} tokens of "
+            f"{source.name}."
+        )
+    estimate = roofline_trace(
+        source, on, prompts=prompts, prompt_tokens=prompt_tokens, max_new_tokens=new, batch_size=batch_size or 64,
+        lenses=2 if statistics == "all" else 1, given=given, dtype=dtype or "bfloat16",
+    )  # fmt: skip
+    _say(estimate, as_json)
+
+
+def _say(estimate: TraceEstimate, as_json: bool) -> None:
     if as_json:
         print_json(estimate.to_json())
         return

@@ -57,7 +57,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, source: Any) -> Dimensions:
-        """From a Loaded, a Trace, a ModelRecord, or the name of a shape of probekit.models.synthetic.
+        """From a Loaded, a Described, a Trace, a ModelRecord, or the name of a shape of probekit.models.synthetic.
 
         Where a trace of an earlier version does not say how wide keys and values are, its roofline leaves them out.
         """

@@ -75,17 +75,22 @@ _BESIDE: Mapping[str, type[BaseModel]] = {
 def check_configuration(config: dict[str, Any], path: Path) -> None:
     """Raise InputError, which names file and key, for a wrong type and for numbers out of bounds, also in the smaller
     files beside a configuration."""
-    _check(Configuration, config, path)
-    for rope in _ropes(config):
-        if "rope_theta" in rope:
-            _check(Configuration, {"rope_theta": rope["rope_theta"]}, path)
+    check_values(config, path)
     for name, kind in _BESIDE.items():
         beside = path.with_name(name)
         if beside.exists():
             _check(kind, read_object(beside, "Fetch it again."), beside)
 
 
-def _check(kind: type[BaseModel], document: dict[str, Any], path: Path) -> None:
+def check_values(config: dict[str, Any], what: Path | str) -> None:
+    """The same for the configuration alone. what: it stands in, for the message."""
+    _check(Configuration, config, what)
+    for rope in _ropes(config):
+        if "rope_theta" in rope:
+            _check(Configuration, {"rope_theta": rope["rope_theta"]}, what)
+
+
+def _check(kind: type[BaseModel], document: dict[str, Any], path: Path | str) -> None:
     try:
         kind.model_validate(document)
     except ValidationError as error:

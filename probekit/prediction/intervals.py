@@ -56,7 +56,7 @@ def bootstrap_ratio(
 
     Returns low and high, (...), float64; NaN where the ratio is not defined, and with fewer than two prompts.
     """
-    above, below = np.broadcast_arrays(np.asarray(numerators, np.float64), np.asarray(denominators, np.float64))
+    above, below = np.broadcast_arrays(np.asarray(numerators), np.asarray(denominators))
     shape, prompts = above.shape[:-1], above.shape[-1]
     if prompts < 2:
         return np.full(shape, np.nan), np.full(shape, np.nan)
@@ -72,10 +72,21 @@ def bootstrap_ratio(
 def _ratio_interval(
     above: np.ndarray, below: np.ndarray, times: Iterable[np.ndarray], confidence: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ratios,) low and high of above, below: (ratios, prompts). times: blocks of (draws, prompts)."""
+    """(ratios,) low and high of above, below: (ratios, prompts). times: blocks of (draws, prompts).
+
+    Of many prompts some ratios at a time are made floats of, so that little is held beside the counts.
+    """
     prompts = above.shape[1]
-    [ratio], [error] = (each.T for each in _ratios(above, below, np.ones((1, prompts))))
-    blocks = zip(*(_ratios(above, below, block) for block in times), strict=True)
+    step = max(1, _BLOCK // prompts)
+    some = [slice(first, first + step) for first in range(0, len(above), step)]
+
+    def ratios(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [_ratios(above[each].astype(np.float64), below[each].astype(np.float64), block) for each in some]
+        values, errors = zip(*found, strict=True)
+        return np.concatenate(values), np.concatenate(errors)
+
+    [ratio], [error] = (each.T for each in ratios(np.ones((1, prompts))))
+    blocks = zip(*(ratios(block) for block in times), strict=True)
     drawn, errors = (np.concatenate(each, axis=1) for each in blocks)
     positive = (above >= 0).all(axis=1) & (ratio > 0)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -183,7 +183,7 @@ def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
 
 def _room_for(found: RoundCounts, prompts: int, budget: int) -> RoundCounts:
     """Room for the counts of all prompts; whole ones of many in the smallest type that holds those of a text."""
-    small = np.int16 if budget < 2**15 else np.int32
+    small = next((kind for kind in (np.int8, np.int16) if budget <= np.iinfo(kind).max), np.int32)
     kinds = [small if prompts > _MANY and each.dtype.kind == "i" else each.dtype for each in found]
     rooms = (
         np.empty((*each.shape[:2], prompts, *each.shape[3:]), kind) for each, kind in zip(found, kinds, strict=True)
@@ -315,12 +315,13 @@ def _cells(
     near_ties: Sequence[int] | None,
     overlaps: Sequence[float | None] | None,
 ) -> Iterator[Cell]:
-    rounds = counts.rounds_by_drafted.sum(axis=-1)
-    longest = counts.rounds_by_drafted.shape[-1] - 1
-    drafted = np.stack(
-        [own @ sizes_of(each, longest) for own, each in zip(counts.rounds_by_drafted, drafters, strict=True)]
-    )
-    accepted = counts.accepted_by_position.sum(axis=-1)
+    by_drafted, accepted_at = counts.rounds_by_drafted, counts.accepted_by_position
+    longest, whole = by_drafted.shape[-1] - 1, by_drafted.dtype.kind == "i"
+    kind = np.int32 if whole and len(tokens) > _MANY else by_drafted.dtype  # of a prompt's sums
+    rounds, accepted = by_drafted.sum(axis=-1, dtype=kind), accepted_at.sum(axis=-1, dtype=kind)
+    drafted = np.empty_like(rounds)
+    for mine, own, each in zip(drafted, by_drafted, drafters, strict=True):
+        mine[:] = own @ sizes_of(each, longest)
     rate = bootstrap_ratio(accepted, drafted, bounds=SHARE)
     per_round = bootstrap_ratio(tokens, rounds, bounds=(1.0, np.inf))
     expected = {}

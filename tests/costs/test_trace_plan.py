@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
 import probekit
 from probekit.costs import trace_plan
-from probekit.costs.roofline import DEVICES
+from probekit.costs.roofline import DEVICES, Dimensions
 from probekit.costs.trace_plan import Machine, roofline_trace, sample_trace
 from probekit.errors import InputError
+from probekit.models.described import described
 from probekit.settings import TraceSettings
 from probekit.tracing.plan import plan_trace
 
@@ -81,6 +84,46 @@ def test_devices_share_prompts_or_layers() -> None:
     assert roofline_trace("llama-3-70b", "h200x8/8", given=True, **asked).seconds["generation"] == 0
 
 
+TOLD = "llama:layers=80,width=8192,inner=28672,heads=64,key_value_heads=8,vocabulary=128256"
+
+
+def test_a_model_is_described_by_its_configuration_alone(tiny, tiny_folder, tmp_path) -> None:
+    asked = {"prompts": 10**6, "prompt_tokens": 200}
+    expected = roofline_trace("llama-3-70b", "h200x8/8", **asked)
+    for source in (described("llama-3-70b"), described(TOLD)):
+        found = roofline_trace(source, "h200x8/8", **asked)
+        assert found.seconds == expected.seconds and found.memory_bytes == expected.memory_bytes
+    assert described(TOLD).anatomy.parameters == 70_553_706_496
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(tiny_folder / "config.json", folder)
+    for place in (folder, folder / "config.json"):
+        assert replace(Dimensions.of(described(place)), name="tiny") == Dimensions.of(tiny)
+    experts = {"model_type": "mixtral", "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48,
+               "num_local_experts": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+               "vocab_size": 50}  # fmt: skip
+    (tmp_path / "moe.json").write_text(json.dumps(experts))
+    layer = Dimensions.of(described(tmp_path / "moe.json")).layer_parameters
+    assert layer == 4 * 3 * 32 * 48 + 4 * 32 + 2 * 32 * (32 + 16) + 2 * 32  # experts, router, attention, norms
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("no-such-model", "the shapes are llama-3-8b"),
+        ("llama:layers=80,depth=3", "'depth=3' is no size"),
+        ("llama:layers=-1", "is no size"),
+        ("llama:layers=99999", "num_hidden_layers"),
+        ("nobody:layers=2", "'nobody' model"),
+        ("t5:layers=2", "'t5' model"),
+        ("llama:width=30,heads=7", "describes no model"),
+    ],
+)
+def test_what_describes_no_model_is_refused(text, what) -> None:
+    with pytest.raises(InputError, match=what):
+        described(text)
+
+
 @pytest.mark.parametrize("text", ["h2000x8", "h200x8/3", "x8", "h200x0", "", "h200x8/0"])
 def test_wrong_machines_are_refused(text) -> None:
     with pytest.raises(InputError, match=r"no roofline is known|make no machine"):
@@ -110,4 +153,22 @@ def test_the_command_plans_and_writes_nothing(tmp_path, capsys) -> None:
     assert "on 8 h200" in capsys.readouterr().out.replace("\n", " ")
     assert run([*words, "--on", "h200"]) == 2
     assert "Add --plan" in capsys.readouterr().err
+    words = [
+        "trace",
+        TOLD,
+        "-o",
+        str(tmp_path / "run"),
+        "--plan",
+        "--prompt-tokens",
+        "200",
+        "--prompt-count",
+        "1000000",
+    ]
+    assert run([*words, "--on", "h200x8/8", "--json"]) == 0
+    expected = roofline_trace("llama-3-70b", "h200x8/8", prompts=10**6, prompt_tokens=200)
+    assert json.loads(capsys.readouterr().out)["total_s"] == pytest.approx(expected.total_s)
+    assert run(words) == 2
+    assert "--on h200x8" in capsys.readouterr().err
+    assert run([*words[:-4], "--prompt-tokens", "9000", "--on", "h200"]) == 2
+    assert "exceed the context" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [prompts]

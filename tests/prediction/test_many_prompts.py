@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 from traces.fabricate import fabricate
@@ -10,6 +13,7 @@ import probekit
 from probekit.prediction import intervals
 from probekit.prediction import predict as room
 from probekit.prediction.intervals import bootstrap_ratio, draws, draws_in_blocks
+from probekit.traces.storage import writing_run
 from probekit.traces.trace import Trace
 
 
@@ -33,8 +37,45 @@ def test_pieces_give_the_table_of_the_whole(text, tmp_path, monkeypatch) -> None
     small = probekit.predict(stored, draft_lengths=[1, 2, 5], drafter=True, with_rounds=True)
     assert close(small.to_json(), expected.to_json())
     if text == "greedy":
-        assert small.cells[0].rounds_by_drafted.dtype == np.int16
+        assert small.cells[0].rounds_by_drafted.dtype == np.int8
     assert stored.near_tie_count() == trace.near_tie_count()
+
+
+def written(folder: Path, prompts: int, part: int = 200) -> Trace:
+    """A run of so many prompts, a few texts again and again, in parts."""
+    some = fabricate(depth=4, prompts=part, tokens=12)
+    batches = tuple(tuple(range(first, first + part)) for first in range(0, prompts, part))
+    with writing_run(folder, some.manifest.but(batches=batches)) as writer:
+        for number in range(len(batches)):
+            frames = {name: getattr(some, name) for name in ("texts", "tokens", "layers")}
+            writer.write(
+                number, {name: frame.assign(prompt=frame["prompt"] + number * part) for name, frame in frames.items()}
+            )
+    return Trace.open(folder)
+
+
+@pytest.mark.second
+def test_what_a_prompt_costs_is_bounded(tmp_path, monkeypatch) -> None:
+    """More prompts take no more memory than their counts: in each cell a byte for each number of drafts and each place
+    of a draft, and twelve for sums; and 200 beside them."""
+    pieces = Trace.pieces
+    monkeypatch.setattr(Trace, "pieces", lambda self: pieces(self, most_cells=60_000))
+    for name, value in (("_CHUNK", 200_000), ("_MANY", 100)):  # so that what is held for a moment does not hide it
+        monkeypatch.setattr(room, name, value)
+    monkeypatch.setattr(intervals, "_BLOCK", 2**17)
+    peaks, longest = [], 8
+    for prompts in (2_000, 6_000):
+        trace = written(tmp_path / str(prompts), prompts)
+        tracemalloc.start()
+        table = probekit.predict(trace)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(table.prompts) == prompts and table.cells[0].rounds_by_drafted.dtype == np.int8
+    cells = len(table.cells)
+    assert cells == 3 * longest
+    assert peaks[1] - peaks[0] < 4_000 * (cells * (2 * longest + 2 + 12) + 200), peaks
+    documents = [cell.to_json() for cell in table.cells]  # sums of small types are whole numbers, and right
+    assert all(type(each["rounds"]) is int and each["tokens"] >= each["rounds"] for each in documents)
 
 
 def close(one, other) -> bool:
