@@ -114,6 +114,8 @@ def _there(path: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{path} ends in {path.suffix!r}; expected .txt, .jsonl, .json, .csv or .parquet, or a dataset folder."
         )
+    if not os.path.isdir(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path} cannot be read: it is no regular file.", "Write what it gives into a file.")
     return path
 
 

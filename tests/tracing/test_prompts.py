@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -236,6 +237,14 @@ def test_streamed_files_are_the_loaded_ones(tmp_path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "a.parquet").rename(tmp_path / "set" / "a.parquet")
     assert list(stream_prompts(tmp_path / "set")) == load_prompts(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+def test_a_pipe_is_not_waited_for(name, tmp_path) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (load_prompts, stream_prompts):
+        with pytest.raises(InputError, match="it is no regular file"):
+            list(read(tmp_path / name))
 
 
 def test_a_stream_is_bounded_by_its_row_groups(tmp_path, monkeypatch) -> None:
