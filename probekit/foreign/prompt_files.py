@@ -86,6 +86,7 @@ def _read_parquet(path: Path) -> Records:
         if size > MOST_BYTES:
             raise InputError(f"{path} cannot be read: it unfolds to {size:,} bytes; at most {MOST_BYTES:,} are read.")
         table = pq.read_table(pa.BufferReader(content))
+        _require_prompt_column(path, table.column_names, empty=False)  # names that are no UTF-8 are a ValueError
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a Parquet file: {error}") from None
     yield from _rows(path, table)
@@ -94,13 +95,13 @@ def _read_parquet(path: Path) -> Records:
 def _read_arrow(path: Path) -> Records:
     try:
         table = pa.ipc.open_stream(pa.BufferReader(read_bytes(path))).read_all()
+        _require_prompt_column(path, table.column_names, empty=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not an Arrow file: {error}") from None
     yield from _rows(path, table)
 
 
 def _rows(path: Path, table: pa.Table) -> Records:
-    _require_prompt_column(path, table.column_names, empty=False)
     wanted = table.select([name for name in FIELDS if name in table.column_names])
     yield from _batches(path, wanted.to_batches(max_chunksize=1024))
 

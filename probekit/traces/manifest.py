@@ -25,6 +25,7 @@ SCHEMA = "probekit/trace/1"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Least1 = Annotated[int, Field(ge=1, le=2**53)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]  # as a configuration may have
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -52,7 +53,7 @@ class ModelRecord:
     reference: str
     revision: str | None
     weights_hash: str | None
-    depth: Least1
+    depth: Layers
     width: Least1
     vocabulary: Least1
     tied: bool

@@ -195,9 +195,8 @@ class Trace:
         """The trace piece by piece, each of whole parts and read by itself: for what adds up over prompts, in bounded
         memory. A trace in memory, or with at most so many (lens, layer, row) cells, is one piece: itself."""
         source, texts = self._source, self.text_columns("prompt_tokens", "new_tokens")
-        rows = (
-            (texts["prompt_tokens"] + texts["new_tokens"] - 1) * (self.depth + 1) * len(self.manifest.settings.lenses)
-        )
+        tokens = (texts["prompt_tokens"] + texts["new_tokens"] - 1).astype("int64")
+        rows = tokens * (self.depth + 1) * len(self.manifest.settings.lenses)
         cells = dict(zip(texts["prompt"].tolist(), rows.tolist(), strict=True))
         groups = parts_within(self.manifest.plan.batches, cells, most_cells)
         if not isinstance(source, TablesInParts) or len(groups) == 1:
