@@ -143,7 +143,7 @@ def checked(table: str, read: pa.Table, source: str) -> pa.Table:
                     f"{source} holds {column.type} as {name!r}, where {wanted} belongs: {error}",
                     "Trace again with --resume.",
                 ) from None
-    return read
+    return read.replace_schema_metadata(None)  # what pandas would obey: a file's own word for types and index
 
 
 def _one_kind(kind: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
