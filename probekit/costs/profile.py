@@ -212,10 +212,14 @@ class Costs:
         return total
 
     def head_seconds(self, exit_layer: int, rows: int) -> float:
-        """Norm and head of an exit over so many rows, read off the pass above the last exit; no less than over one."""
+        """Norm and head of an exit over so many rows: over one, and what the pass above the last exit grows by.
+
+        What that pass takes besides (its mask, its places in the cache) is the same for any number of rows.
+        """
         one = self.heads_s.get(exit_layer, self.head_s)
-        alone = self.verify_s[self.depth - 1, rows] - self._layer_seconds(rows)
-        return max(one, alone if rows > 1 else 0.0)
+        least = min(wide for at, wide in self.verify_s if at == self.depth - 1)
+        grown = [self.verify_s[self.depth - 1, wide] - self._layer_seconds(wide) for wide in (least, rows)]
+        return one + max(0.0, grown[1] - grown[0])
 
     def _layer_seconds(self, rows: int) -> float:
         """One layer over so many rows: what passes above the first and above the last exit differ in."""
