@@ -187,7 +187,7 @@ def _read(path: Path) -> pd.DataFrame:
                 f"A drafter's file has {', '.join(_NEEDED)} and perhaps {', '.join((*_WHOLE[3:], *_NUMBERS))}.",
             )
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
         raise InputError(f"{path} cannot be read as Parquet: {_line(error)}.", "Write it again.") from None
     columns = {}
     for each in table.column_names:

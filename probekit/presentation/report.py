@@ -183,7 +183,7 @@ def _environment() -> jinja2.Environment:
         "percent": lambda value: _shown(value, "{:.1%}").replace("%", " %"),
         "share": lambda value: _shown(value, "{:.0%}").replace("%", " %"),
         "fixed": lambda value: _shown(value, "{:.2f}"),
-        "count": lambda value: _shown(value, "{:.0f}" if value is not None and value == round(value) else "{:.1f}"),
+        "count": lambda value: _shown(value, "{:.0f}" if value is not None and float(value).is_integer() else "{:.1f}"),
         "milliseconds": lambda seconds: _shown(None if seconds is None else 1000 * seconds, "{:.3g}"),
         "span": lambda pair: f"{pair[0]:.2f} to {pair[1]:.2f}",
         "percents": lambda pair: "–" if None in pair else f"{pair[0]:.1%} to {pair[1]:.1%}".replace("%", " %"),

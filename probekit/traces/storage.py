@@ -95,6 +95,8 @@ class TablesInParts:
                 read = pq.read_table(path, columns=None if columns is None else list(columns))
                 parts.append(checked(table, read, str(path)))
                 _check_prompts(table, parts[-1], self._manifest.plan.batches[part], path)
+                if table == "texts":
+                    _check_lengths(parts[-1], path, self._folder / part_name("tokens", part))
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise InputError(f"{path} cannot be read: {error}", _MADE_ANEW) from None
         # Text of which a part has none is written without a type by pandas 2.
@@ -114,6 +116,19 @@ def _check_prompts(table: str, read: pa.Table, batch: Sequence[int], path: Path)
     for name in ("prompt_tokens", "new_tokens"):
         if table == "texts" and name in read.column_names and min(read[name].to_pylist()) < 1:
             raise InputError(f"{path} holds a text of no {name.replace('_', ' ')}.", _MADE_ANEW)
+
+
+def _check_lengths(texts: pa.Table, path: Path, tokens: Path) -> None:
+    """Texts are as long as the rows of their tokens, before anything is made of these numbers."""
+    if not os.path.isfile(tokens):
+        return  # it is missed where it is read
+    rows = pq.read_metadata(tokens).num_rows
+    named = [name for name in ("prompt_tokens", "new_tokens") if name in texts.column_names]
+    columns = [[int(each) for each in texts[name].to_pylist()] for name in named]
+    if any(length > rows + 1 for column in columns for length in column) or (
+        len(columns) == 2 and sum(map(sum, columns)) - len(texts) != rows
+    ):
+        raise InputError(f"{path} names texts of other lengths than {tokens.name} holds.", _MADE_ANEW)
 
 
 def tables_of(manifest: Manifest) -> list[str]:
