@@ -16,6 +16,8 @@ from probekit.models.kernel_language import LANES, launched_on, product, round_t
 BLOCK = 64  # slots of the cache that a program holds at once
 PROGRAMS = 256  # that one call aims at: about two for each multiprocessor
 MOST_SPLITS = 64
+MOST_BYTES = 512  # of a key, for whole blocks of them
+MOST_ROWS = 64  # queries of half precision that a program holds at once
 
 
 def splits(rows: int, heads: int, visible: int) -> tuple[int, int]:
@@ -23,6 +25,20 @@ def splits(rows: int, heads: int, visible: int) -> tuple[int, int]:
     wanted = min(-(-visible // BLOCK), max(1, PROGRAMS // (rows * heads)), MOST_SPLITS)
     slots = BLOCK * -(-visible // (BLOCK * wanted))
     return slots, -(-visible // slots)
+
+
+def tile(queries: int, width: int, size: int) -> dict[str, int]:
+    """What a program holds at once: so much that its loads overlap, and no more than a multiprocessor's memory takes.
+
+    queries: of a key-value head, over all tokens. width: of a head. size: bytes of a number.
+    """
+    wide = max(LANES, triton.next_power_of_2(width))
+    return {
+        "ROWS": min(max(LANES, triton.next_power_of_2(queries)), 2 * MOST_ROWS // size),
+        "WIDE": wide,
+        "BLOCK": BLOCK if wide * size <= MOST_BYTES else BLOCK // 2,
+        "num_stages": 3 if wide * size < MOST_BYTES else 2,
+    }
 
 
 def attend(
@@ -64,11 +80,11 @@ def _attend_in_splits(
     rows, own, number, queries, width = sums.shape
     slots, _ = splits(rows, own, visible)
     with launched_on(qkv):
-        _attend[(rows * own, number)](
+        sizes = tile(queries, width, qkv.element_size())
+        _attend[(rows * own, number, triton.cdiv(queries, sizes["ROWS"]))](
             qkv, keys, values, positions, sums, scales, positions.stride(0), positions.stride(1), *keys.stride()[:3],
             *values.stride()[:3], own, positions.shape[1], queries, number, slots, visible, scale, window, soft_cap,
-            WINDOW=window > 0, CAPPED=soft_cap > 0, WIDTH=width, ROWS=max(LANES, triton.next_power_of_2(queries)),
-            WIDE=max(LANES, triton.next_power_of_2(width)), BLOCK=BLOCK, num_warps=4,
+            WINDOW=window > 0, CAPPED=soft_cap > 0, WIDTH=width, **sizes, num_warps=4,
         )  # fmt: skip
     return sums, scales
 
@@ -94,7 +110,7 @@ def _attend(
     program, split = tl.program_id(0), tl.program_id(1)
     row, head = program // own, program % own
     groups = queries // tokens
-    lane = tl.arange(0, ROWS)
+    lane = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = lane < queries
     token = lane % tokens
     stands = tl.load(positions + row * row_step + token * token_step, mask=real, other=0)

@@ -27,8 +27,9 @@ def _device(device_guard):
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("visible", [64, 8192])
+@pytest.mark.parametrize(
+    ("dtype", "visible"), [(torch.bfloat16, 128), pytest.param(torch.float32, 8192, marks=pytest.mark.second)]
+)
 def test_at_most_twelve_kernels_a_layer(dtype, visible):
     """Ten: six small ones and four products; twelve is what 80 % of the bandwidth leaves room for."""
     found = a_layer(True, dtype=dtype, visible=visible)
@@ -53,7 +54,7 @@ def test_the_models_own_layers_take_three_times_as_many():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.second)])
 def test_a_round_of_drafts_waits_for_nothing(rows, sampling):
     """Four drafts: five early passes of E layers, four heads, a late pass and its head."""
     found = launches(True, draft_length=4, rows=rows, sampling=sampling)

@@ -272,7 +272,8 @@ flags = lambda *names: [dict(zip(names, (i >> k & 1 == 1 for k in range(len(name
 cases = [
     (layer._norm, {"BLOCK": 4096}, flags("ADD", "BEHIND", "ONE_PLUS")),
     (layer._rotate, {"WIDTH": 128, "HALF": 64}, flags("NORMED", "ONE_PLUS")),
-    (attention._attend, {"WIDTH": 128, "ROWS": 32, "WIDE": 128, "BLOCK": 64}, flags("WINDOW", "CAPPED")),
+    *((attention._attend, {"WIDTH": width, "queries": queries}, flags("WINDOW", "CAPPED")[::3])
+      for width, queries in ((64, 4), (128, 4), (128, 200), (256, 40))),
     (attention._together, {"WIDTH": 128, "WIDE": 128, "SPLITS": 32}, [{}]),
     (layer._activate, {"BLOCK": 1024}, flags("SILU")),
     (head._head, {"ROWS": 16, "TOKENS": 64, "WIDTH": 128}, [{}]),
@@ -281,7 +282,10 @@ cases = [
 for dtype in ("fp32", "bf16", "fp16"):
     for entry, sizes, choices in cases:
         for choice in choices:
-            fixed = sizes | choice
+            fixed, options = sizes | choice, {"num_warps": 4}
+            if "queries" in fixed:
+                fixed |= attention.tile(fixed.pop("queries"), fixed["WIDTH"], 4 if dtype == "fp32" else 2)
+                options["num_stages"] = fixed.pop("num_stages")
             types = {}
             for name in entry.arg_names:
                 if name in fixed: types[name] = "constexpr"
@@ -289,7 +293,7 @@ for dtype in ("fp32", "bf16", "fp16"):
                 elif name in FLOATS: types[name] = "fp32"
                 else: types[name] = FIXED_TYPES.get(name, f"*{dtype}")
             if entry is head._leader: types["out"] = "*i64"
-            made = compile(ASTSource(entry, types, fixed), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            made = compile(ASTSource(entry, types, fixed), target=GPUTarget("cuda", 90, 32), options=options)
             print(dtype, entry.__name__, choice, len(made.asm["cubin"]) > 0, made.metadata.shared)
 """
 
@@ -301,6 +305,6 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path):
     made = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert made.returncode == 0, made.stderr
     lines = [line.rsplit(" ", 2) for line in made.stdout.splitlines()]
-    assert len(lines) == 3 * (8 + 4 + 4 + 1 + 2 + 1 + 1)
+    assert len(lines) == 3 * (8 + 4 + 8 + 1 + 2 + 1 + 1)
     assert {works for _, works, _ in lines} == {"True"}
     assert max(int(shared) for *_, shared in lines) <= 227 * 1024
