@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from probekit.checksums import write_sums
+from probekit.checksums import SUMS, read_sums, write_sums
 from probekit.choice.choose import Choice
 from probekit.choice.schedule import Schedule
 from probekit.drafting.drafters import Drafter
@@ -16,7 +17,7 @@ from probekit.engines.acceptance import AcceptanceProfile, simulated
 from probekit.engines.engine import Drafting, Engine, Entry, Pretrained, check_drafting
 from probekit.engines.known import ENGINES
 from probekit.errors import InputError
-from probekit.files import atomic_text, check_folder_target, entries, make_folder
+from probekit.files import atomic_text, check_folder_target, entries, make_folder, sha256_of
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import CONVENTIONS
 from probekit.settings import Sampling
@@ -25,6 +26,7 @@ from probekit.traces.trace import Trace
 SCHEDULE_SCHEMA = "probekit/engine-schedule/1"
 CHECKPOINT = "drafter"
 """Where a draft checkpoint lies in an exported folder; `drafter.gguf` for llama.cpp."""
+CARD, FIGURE = "MODEL_CARD.md", "acceptance.png"
 UNKNOWN = Pretrained()
 MARK = ("choice.json", "schedule.json")  # either of them: an exported folder, which may be written again
 
@@ -125,9 +127,11 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     check_drafting(told.engine, told.drafting)
     folder = check_export(folder)
     make_folder(folder)
+    before = read_sums(folder) if (folder / SUMS).is_file() else {}
     atomic_text(folder / MARK[1], _text(schedule_document(told)))  # first: it says whose folder this is
+    checkpoint = f"{CHECKPOINT}.gguf" if told.engine.checkpoint == "gguf" else CHECKPOINT
     if drafter is not None:
-        made = drafter(folder / (f"{CHECKPOINT}.gguf" if told.engine.checkpoint == "gguf" else CHECKPOINT))
+        made = drafter(folder / checkpoint)
         told = replace(told, pretrained=replace(told.pretrained, drafter_path=str(made.absolute())))
     documents: dict[str, Any] = {
         "settings.json": told.engine.settings(told.drafting, told.pretrained, told.entries),
@@ -140,8 +144,22 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     for name, document in documents.items():
         atomic_text(folder / name, _text(document))
     atomic_text(folder / "README.md", readme(told))
+    kept = {*documents, *([checkpoint] if told.drafting.exit_layer is not None else [])}
+    stale = {CHECKPOINT, f"{CHECKPOINT}.gguf", "acceptance.json", MARK[0], CARD, FIGURE} - kept
+    _remove(folder, {name: digest for name, digest in before.items() if name.split("/")[0] in stale})
     write_sums(folder)
     return folder
+
+
+def _remove(folder: Path, listed: Mapping[str, str]) -> None:
+    """Files that an earlier export wrote, and nobody changed since: another engine's checkpoint, another's profile."""
+    for name, digest in listed.items():
+        path = folder / name
+        here = path.resolve() == folder.resolve() / name  # and through no link
+        if here and path.is_file() and sha256_of(path) == digest:
+            path.unlink()
+            with suppress(OSError):  # the last one of its folder takes it along
+                path.parent.rmdir()
 
 
 def _text(document: dict[str, Any]) -> str:

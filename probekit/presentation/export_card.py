@@ -11,13 +11,11 @@ from matplotlib.figure import Figure
 
 from probekit.checksums import renew_sums
 from probekit.engines.acceptance import AcceptanceProfile
-from probekit.engines.export import Export
+from probekit.engines.export import CARD, FIGURE, Export
 from probekit.files import atomic_bytes, atomic_text
 from probekit.presentation.model_card import inline
 from probekit.presentation.plots import STYLE, acceptance_by_position
 from probekit.traces.manifest import Manifest
-
-CARD, FIGURE = "MODEL_CARD.md", "acceptance.png"
 
 
 def write_export_card(folder: Path, told: Export, manifest: Manifest) -> Path | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from probekit.errors import InputError
 from probekit.foreign.json import parse_json
@@ -27,8 +29,31 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "BF16": np.dtype("<u2"),
 }
+_MADE_ANEW = "Trace again with --resume."
 BLOCK_ROWS = 4096
 """Rows that are read at once where no memory for all of them is asked for."""
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, le=2**48)]
+
+
+class _Entry(BaseModel):
+    """One tensor of a safetensors header: where its bytes lie, from the header's end on."""
+
+    dtype: Literal["F32", "F16", "I32", "BF16"]
+    shape: Annotated[tuple[_Count, ...], Field(max_length=4)]
+    data_offsets: tuple[_Count, _Count]
+
+    def place(self, start: int, size: int) -> tuple[int, np.dtype[Any], tuple[int, ...]]:
+        """(offset in the file, dtype, shape). Raises ValueError where its bytes are not in a file of `size` bytes."""
+        first, last = (start + offset for offset in self.data_offsets)
+        dtype = _DTYPES[self.dtype]
+        if last - first != prod(self.shape) * dtype.itemsize or last > size:
+            raise ValueError(f"the bytes of a tensor of {self.dtype} {list(self.shape)} are not there")
+        return first, dtype, self.shape
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
 
 
 class ResidualPart(NamedTuple):
@@ -183,15 +208,17 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(min(length, path.stat().st_size)).decode("utf-8"), str(path))
-        start = 8 + length
+            size = path.stat().st_size
+            header = parse_json(file.read(min(length, size)).decode("utf-8"), str(path))
         header.pop("__metadata__", None)
-        return {
-            name: _at((str(path), start + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
-            for name, entry in header.items()
-        }
-    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as residuals: {error}.", "Trace again with --resume.") from None
+        return {name: _at((str(path), *entry.place(8 + length, size)))
+                for name, entry in _HEADER.validate_python(header).items()}  # fmt: skip
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its header"
+        raise InputError(f"{path} cannot be read as residuals: {where}: {first['msg']}.", _MADE_ANEW) from None
+    except (InputError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as residuals: {error}.", _MADE_ANEW) from None
 
 
 def _at(place: Any) -> np.ndarray:

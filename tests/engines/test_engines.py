@@ -310,3 +310,33 @@ def test_an_engine_of_ones_own_is_known_from_then_on(monkeypatch):
     assert engine_named("turbo") is own
     with pytest.raises(InputError, match="there is an engine 'turbo' already"):
         register(own)
+
+
+def test_another_engines_export_leaves_nothing_behind(tmp_path):
+    def export(name: str, drafting: Drafting, maker=None) -> Path:
+        told = Export(ENGINES[name], drafting, PLACES, "m", "A sentence.", None, None, (Entry(1, 4),))
+        return write_export(told, tmp_path / "out", maker)
+
+    def folder_of(path: Path) -> Path:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        return path
+
+    def file_of(path: Path) -> Path:
+        path.write_bytes(b"GGUF")
+        return path
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    folder = export("vllm", EXIT, folder_of)
+    (folder / "mine.txt").write_text("mine")
+    assert (export("vllm", EXIT) / "drafter" / "config.json").is_file()  # settings only: the checkpoint stays
+    export("llama.cpp", EXIT, file_of)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "SHA256SUMS", "drafter.gguf", "mine.txt", "schedule.json", "settings.json",
+    ]  # fmt: skip
+    (folder / "drafter.gguf").write_bytes(b"changed")
+    (folder / "drafter").symlink_to(tmp_path / "elsewhere")
+    export("vllm", Drafting(4, lookup=PromptLookup(3, 2, rule="vllm")))
+    assert (folder / "drafter.gguf").read_bytes() == b"changed"  # not ours any more
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
