@@ -214,6 +214,7 @@ def roofline_trace(
     model, machine = Dimensions.of(source), Machine.of(machine) if isinstance(machine, str) else machine
     if min(prompts, prompt_tokens, max_new_tokens, batch_size) < 1:
         raise InputError("a trace has prompts, tokens in them, new tokens and a batch of at least 1 each.")
+    batch_size = min(batch_size, prompts)
     roof, size, n, groups = DEVICES[machine.device], BYTES[dtype], machine.split, machine.count // machine.split
     weights = model.depth * model.layer_parameters
     cached = model.depth * 2 * (model.key_value_width or 0) * size

@@ -68,6 +68,8 @@ def test_a_roofline_is_what_one_counts_by_hand() -> None:
     logits = cells * 128_256 * 4 * trace_plan.LOGIT_PASSES / roof.bandwidth
     assert estimate.seconds["lens"] == pytest.approx(2 * head * cells / roof.flops + logits)
     assert estimate.rows == 64 * 110
+    few = roofline_trace("llama-3-8b", "h200", prompts=3, prompt_tokens=100, max_new_tokens=11, batch_size=64)
+    assert few.seconds["reading"] == pytest.approx(estimate.seconds["reading"] * 3 / 64)
 
 
 def test_devices_share_prompts_or_layers() -> None:
