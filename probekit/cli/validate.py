@@ -76,17 +76,19 @@ def validate(
     else:
         print_table(
             f"{trace.manifest.model.name}: predicted and measured",
-            ["drafts at", "length", "rounds equal", "tokens equal", "ties", "accepted", "drafted", "rounds",
+            ["drafts at", "length", "rounds equal", "tokens equal", "ties", "excusable", "accepted", "drafted", "rounds",
              "speedup measured"],
             [
                 [row.label, row.draft_length, row.rounds_equal, row.tokens_equal, row.ties,
+                 "-" if row.excusable_share is None else f"{row.excusable_share:.1%}",
                  f"{show_count(row.predicted['accepted'])} / {show_count(row.measured['accepted'])}",
                  f"{show_count(row.predicted['drafted'])} / {show_count(row.measured['drafted'])}",
                  f"{show_count(row.predicted['rounds'])} / {show_count(row.measured['rounds'])}",
                  row.speedup_measured]
                 for row in validation.cells
             ],
-            "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax.",
+            "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax. excusable: positions "
+            "that are near one, where a difference would be excused.",
         )  # fmt: skip
     if not validation.holds:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from probekit.drafting.drafters import ExitLayer, Outlook, TextDrafter, allowed_
 from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
+from probekit.errors import InputError
 from probekit.models.loaded import Loaded
 from probekit.prediction.replay import replay
 from probekit.prediction.table import Cell
@@ -25,7 +26,9 @@ class Difference:
     """A place where the decoder left the prediction.
 
     what: "tokens", "rounds" or "drafts". output: the output index that decided. kind: "near-tie", or "unexplained",
-    which is a bug. predicted, measured: the token; or the accepted (drafted) tokens of the round.
+    which is a bug. predicted, measured: the token; or the accepted (drafted) tokens of the round. margin: logits
+    between the two most probable tokens there, the smaller of the model's and the exit layer's; None where the trace
+    does not know it.
     """
 
     prompt: int
@@ -34,6 +37,17 @@ class Difference:
     kind: str
     predicted: int | None
     measured: int | None
+    margin: float | None = None
+
+
+def with_margin(difference: Difference, trace: Trace, cell: Cell) -> Difference:
+    """The same with the margin that the trace has of that place."""
+    try:
+        margins = trace.values(difference.prompt, "margin")[:, difference.output]
+    except (InputError, IndexError):  # of agreement only; or behind the end of the text
+        return difference
+    sites = [-1, *([cell.drafts.exit_layer] if isinstance(cell.drafts, ExitLayer) and cell.drafts.rows is None else [])]
+    return replace(difference, margin=float(margins[sites].min()))
 
 
 class PredictedText(NamedTuple):

@@ -25,6 +25,8 @@ class CellValidation(NamedByKey):
     rounds_equal, tokens_equal: every round as predicted; every token as autoregressive decoding gives it. None for
         sampled text.
     differences: where not, each place once.
+    excusable_share: of the output positions, those near a tie of the drafter or the model, where a difference would
+        count as explained: the more there are, the less `holds` says. None for sampled text.
     differ_interval: {count: (low, high)} of measured - predicted, for sampled text only: joint 95 % intervals of the
         three counts of all cells of a validation (Bonferroni: each at 1 - 5 % / counts), by bootstrap over prompts.
     speedup_measured: time of autoregressive decoding over the cell's, decoding only, all prompts together, the median
@@ -46,6 +48,7 @@ class CellValidation(NamedByKey):
     speedup_measured_quantiles: tuple[float, float] | None
     speedup_measured_end_to_end: float | None
     rounds: tuple[tuple[int, int, int, int | None, int | None], ...]
+    excusable_share: float | None = None
 
     @property
     def ties(self) -> int:
@@ -93,6 +96,7 @@ class CellValidation(NamedByKey):
             "tokens_equal": self.tokens_equal,
             "ties": self.ties,
             "unexplained": self.unexplained,
+            "excusable_share": self.excusable_share,
             "differences": [asdict(difference) for difference in self.differences],
             "speedup_predicted": self.speedup_predicted,
             "speedup_measured": self.speedup_measured,

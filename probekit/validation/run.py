@@ -38,7 +38,7 @@ from probekit.ranks import Ranks, joined
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
-from probekit.validation.differences import Difference, PredictedText, apart, differences_of
+from probekit.validation.differences import Difference, PredictedText, apart, differences_of, with_margin
 from probekit.validation.results import CellValidation, Validation
 
 WARM_UP_TOKENS = 8
@@ -346,9 +346,12 @@ def _greedy(
     differences: list[Difference] = []
     rows: list[tuple[int, int, int, int | None, int | None]] = []
     rounds_equal = tokens_equal = True
+    excusable = positions = 0
     for prompt, runs, alone in zip(trace.prompts, own, plain, strict=True):
         text = PredictedText.of(trace, prompt, cell, policy)
         run, reference = runs[0], alone[0].tokens
+        excusable += int((text.drafter_ties | text.model_ties).sum())
+        positions += len(text.tokens)
         rounds = rounds_of(text.outlook, cell.draft_length, trace.manifest.settings.max_new_tokens)
         drafted, accepted = sizes_of(cell.drafts, cell.draft_length)[rounds.drafted].tolist(), rounds.accepted.tolist()
         rounds_equal &= accepted == run.accepted and (drafted == run.drafted or not policy.exact)
@@ -365,7 +368,8 @@ def _greedy(
         "measured": counts_of([runs[0] for runs in own]),
         "rounds_equal": rounds_equal,
         "tokens_equal": tokens_equal,
-        "differences": tuple(dict.fromkeys(differences)),
+        "differences": tuple(with_margin(each, trace, cell) for each in dict.fromkeys(differences)),
+        "excusable_share": excusable / max(1, positions),
         "differ_interval": None,
         "rounds": tuple(rows),
     }

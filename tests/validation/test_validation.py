@@ -174,7 +174,13 @@ def test_a_near_tie_is_counted_and_named(dialled, run, costs):
     (cell,) = found.cells
     assert found.holds
     assert (cell.ties, cell.unexplained, cell.rounds_equal) == (1, 0, False)
-    assert cell.to_json()["differences"][0]["kind"] == "near-tie"
+    (difference,) = cell.to_json()["differences"]
+    assert difference["kind"] == "near-tie"
+    margins = run.values(0, "margin")[:, difference["output"]]
+    assert difference["margin"] == pytest.approx(min(margins[2], margins[-1]))
+    ties = [run.near_ties(prompt)[[2, -1]].any(axis=0) for prompt in run.prompts]
+    ties[0][place] = True  # the one that was put there
+    assert cell.excusable_share == pytest.approx(np.concatenate(ties).mean())
 
 
 def test_a_token_that_differs_is_found(dialled, run, costs):
