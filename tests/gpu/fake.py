@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from gpu.pretend import GIB, SYNCS, VIEWS, kernel_of, where
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -97,6 +98,7 @@ def faked() -> Iterator[None]:
     patches += [
         patch.object(torch, "zeros", lambda *size, pin_memory=False, **more: plain(*size, **more)),
         patch.object(functional, "scaled_dot_product_attention", attention),
+        patch.object(fake_tensor, "init_gpu_context", lambda device: None),  # which would ask for a driver
         *(patch.object(room, "has_plain_weight", lambda module: True) for room in (fast_forward, fused_layers)),
     ]
     try:

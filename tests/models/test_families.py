@@ -122,7 +122,9 @@ NEW = 24  # so that every text ends well past the window
 def page_blocks() -> list[str]:
     """The code of the page that adds a family."""
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "extend.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", page.partition("\n## A family\n")[2], re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^```python\n(.*?)^```", page.partition("\n## A family\n")[2].partition("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
 
 
 def small(name: str, **settings) -> Loaded:
