@@ -76,8 +76,8 @@ def validate(
     else:
         print_table(
             f"{trace.manifest.model.name}: predicted and measured",
-            ["drafts at", "length", "rounds equal", "tokens equal", "ties", "excusable", "accepted", "drafted", "rounds",
-             "speedup measured"],
+            ["drafts at", "length", "rounds equal", "tokens equal", "ties", "excusable", "accepted", "drafted",
+             "rounds", "speedup measured"],
             [
                 [row.label, row.draft_length, row.rounds_equal, row.tokens_equal, row.ties,
                  "-" if row.excusable_share is None else f"{row.excusable_share:.1%}",
@@ -87,8 +87,8 @@ def validate(
                  row.speedup_measured]
                 for row in validation.cells
             ],
-            "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax. excusable: positions "
-            "that are near one, where a difference would be excused.",
+            "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax. excusable: "
+            "positions that are near one, where a difference would be excused.",
         )  # fmt: skip
     if not validation.holds:
         raise typer.Exit(1)

@@ -166,9 +166,7 @@ def _method_of(given: Mapping[str, Any]) -> str:
     named = {name for name, value in given.items() if value is not None}
     if named & {"drafter", "draft_model"}:
         return "speculative"
-    return (
-        "self-speculative" if named & {"exit_layer", "draft_length", "draft_vocabulary", "exit_heads"} else METHODS[0]
-    )
+    return "self-speculative" if "exit_layer" in named else METHODS[0]
 
 
 def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder:

@@ -54,7 +54,7 @@ def test_every_method_continues_a_text_and_streams_it(tiny, setting, method):
         ({"method": "early-exit"}, "early-exit decoding needs exit_layer"),
         ({"method": "autoregressive", "exit_layer": 2}, "autoregressive decoding has no exit_layer"),
         ({"exit_layer": 2}, "self-speculative decoding needs draft_length"),
-        ({"draft_length": 2}, "self-speculative decoding needs exit_layer"),
+        ({"draft_length": 2}, "autoregressive decoding has no draft_length"),
         ({"drafter": "ngram:2"}, "speculative decoding needs draft_length"),
         ({"drafter": "magic", "draft_length": 2}, "'magic' names no drafter that needs no trace"),
         ({"drafter": "ngram:2", "draft_length": 2, "exit_layer": 2}, "ngram:2 drafts from no exit"),

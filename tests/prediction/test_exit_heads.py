@@ -287,5 +287,5 @@ def test_decode_goes_through_the_head_of_its_exit(dialled, heads, run):
     assert (through.drafted, through.accepted) == (predicted.drafted.tolist(), predicted.accepted.tolist())
     with pytest.raises(InputError, match="no exit head of layer 3"):
         probekit.decode(dialled, PROMPTS[0], exit_layer=3, exit_heads={2: heads[2]}, **how)
-    with pytest.raises(InputError, match="self-speculative decoding needs exit_layer"):
+    with pytest.raises(InputError, match="autoregressive decoding has no exit_heads"):
         probekit.decode(dialled, PROMPTS[0], exit_heads=heads)
