@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.foreign.text import check_text
 from probekit.hooks.components import BRANCHES, Site, all_sites, check_site
 from probekit.models.anatomy import Anatomy
 from probekit.models.loaded import Loaded, as_loaded
@@ -86,7 +87,7 @@ def read_text(loaded: Loaded, text: Text, name: str) -> Tensor:
     if isinstance(text, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read {name}.", "Give token ids.")
-        text = loaded.tokenizer(text)["input_ids"]
+        text = loaded.tokenizer(check_text(text, name))["input_ids"]
     ids = [int(each) for each in text]
     if not ids:
         raise InputError(f"{name} has no tokens.")
@@ -146,7 +147,7 @@ def _token(loaded: Loaded, given: Any) -> int:
     if isinstance(given, str):
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer to read {given!r}.", "Give token ids.")
-        ids = loaded.tokenizer(given, add_special_tokens=False)["input_ids"]
+        ids = loaded.tokenizer(check_text(given, "the answer"), add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise InputError(f"the answer {given!r} is {len(ids)} tokens; expected one.", "Mind the space before it.")
         return int(ids[0])

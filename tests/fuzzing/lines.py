@@ -143,9 +143,21 @@ def run_line(words: list[str]) -> int:
     assert steers is None, f"raw {steers[0]!r} in what {words} prints"
     assert status in (0, 1, 2), f"status {status}"
     assert "Traceback" not in told or {"--debug", "-v"} & set(words), told
-    if "--json" in words and status == 0 and said and not {"--help", "-h", "--version", "--print-config"} & set(words):
+    if (
+        _asks_for_json(words)
+        and status == 0
+        and said
+        and not {"--help", "-h", "--version", "--print-config"} & set(words)
+    ):
         json.loads(said)
     if status == 2 and not {"--json", "--debug", "-v", "--quiet"} & set(words):
         lines = [line for line in told.splitlines() if line.startswith("probekit")]
         assert len(lines) == 1, f"{len(lines)} lines for one fault: {told!r}"
     return status
+
+
+def _asks_for_json(words: list[str]) -> bool:
+    """Not where it is another option's value: a file may be called so."""
+    switches = ("--quiet", "--debug", "-v", "--given", "--chat", "--resume", "--rounds", "--raw", "--ways")
+    pairs = zip(["", *words], words, strict=False)
+    return any(word == "--json" and (not before.startswith("-") or before in switches) for before, word in pairs)
