@@ -11,6 +11,8 @@ from probekit.errors import InputError
 from probekit.models.loaded import load
 from probekit.models.write_gguf import pre_tokenizer, write_gguf
 
+pytest.importorskip("gguf", reason="gguf, which writes these files, is not installed")
+
 TEXT = "Once upon a time there lived a king, who said: 'I have 3 daughters!'\n"
 
 
