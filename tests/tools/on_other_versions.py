@@ -84,7 +84,7 @@ def main(words: list[str]) -> int:
     tests = rest.split() or ["all fast ones"]
     results = [*_others(tests, names), *results]
     document = {
-        "question": "Do the fast tests pass on the oldest and newest torch and transformers?",
+        "question": "Do these fast tests pass on the oldest and newest torch and transformers?",
         "tests": tests, "pairs": results,
         "machine": {"system": platform.platform(), "python": platform.python_version()},
     }  # fmt: skip
