@@ -23,7 +23,7 @@ from probekit.errors import InputError
 from probekit.files import atomic_text, built
 from probekit.models.checkpoint import Source, config_of
 from probekit.models.discovery import text_config
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, silent
 from probekit.models.reference import find_checkpoint
 from probekit.models.states import is_quantised
 from probekit.models.weight_files import SINGLE, weight_files
@@ -178,9 +178,10 @@ def _from_memory(loaded: Loaded, exit_layer: int, folder: Path) -> None:
     if empty := [name for name, tensor in small.named_parameters() if tensor.is_meta]:
         raise InputError(f"the first {exit_layer} layers of {loaded.name} lack weights, among them {empty[0]}.")
     small.generation_config = model.generation_config
-    small.save_pretrained(folder)
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
+    with silent():
+        small.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(folder)
 
 
 def _write_config(config: Mapping[str, Any], folder: Path) -> None:

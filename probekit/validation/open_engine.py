@@ -17,7 +17,7 @@ from probekit.engines.known import ENGINES
 from probekit.errors import InputError, ResourceError
 from probekit.models.cut import cut_checkpoint
 from probekit.models.cut_gguf import cut_gguf
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, silent
 from probekit.models.write_gguf import write_gguf
 from probekit.validation.engine_rounds import Session
 from probekit.validation.llama_cpp import PLAIN, llama_cpp_session, llama_cpp_version
@@ -125,8 +125,9 @@ class EngineHome:
             return self._written(None, self.folder / "whole.gguf")
         target = self.folder / "whole"
         if not (target / "config.json").is_file():
-            self.loaded.model.save_pretrained(target)
-            self.loaded.tokenizer.save_pretrained(target)
+            with silent():
+                self.loaded.model.save_pretrained(target)
+                self.loaded.tokenizer.save_pretrained(target)
         return target
 
     def drafter(self, exit_layer: int) -> Path:
