@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="JSON")
     asked = parser.parse_args()
     wanted = counts(asked.inputs, asked.folders, asked.lines, asked.others)
-    if asked.only:
+    if asked.only and not asked.resume:
         wanted = {asked.only: wanted.get(asked.only, 0)}
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="probekit-fuzz-") as folder:
@@ -219,7 +219,7 @@ def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[
     chunks = [
         (name, first, min(first + CHUNK, number))
         for name, number in wanted.items()
-        if name not in kept
+        if name not in kept and (not asked.only or name == asked.only)
         for first in range(0, number, CHUNK)
     ]
     results: dict[str, dict[str, Any]] = {
@@ -250,15 +250,16 @@ def run_all(asked: Any, wanted: dict[str, int], bases: dict[str, Path]) -> dict[
 
 
 def counted(asked: Any, wanted: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The targets that an earlier run with this seed went through, and found no fault in."""
+    """What an earlier run with this seed counted: targets without a fault; with --only, all but that one."""
     if asked.output is None or not asked.output.is_file():
         return {}
-    before = json.loads(asked.output.read_text())
-    return {
-        name: {**result, "faults": []}
-        for name, result in before["targets"].items()
-        if before["seed"] == asked.seed and not result["faults"] and result["inputs"] >= wanted.get(name, 2**60)
-    }
+    before, kept = json.loads(asked.output.read_text()), {}
+    for name, result in before["targets"].items():
+        whole = before["seed"] == asked.seed and result["inputs"] >= wanted.get(name, 2**60)
+        if whole and name != asked.only and (asked.only or not result["faults"]):
+            said = result["first_faults"] + ["(said then)"] * (result["faults"] - len(result["first_faults"]))
+            kept[name] = {**result, "faults": [(0, what, "") for what in said]}
+    return kept
 
 
 def warm_up(bases: dict[str, Path]) -> None:
