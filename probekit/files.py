@@ -214,7 +214,7 @@ def locked(folder: str | os.PathLike[str], helper: int | None = None) -> Iterato
                 for left in folder.glob(f"{LOCK}-*"):
                     with _held(left):
                         pass
-                _clear(folder)
+                clear_unfinished(folder)
             yield folder
     finally:
         for each in made:
@@ -265,7 +265,8 @@ def _holder(path: Path) -> str:
         return "another process writes to it"
 
 
-def _clear(folder: Path) -> None:
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed writer left in a folder that nobody else writes to."""
     for left in folder.glob(f"*{UNFINISHED}"):
         with suppress(OSError):
             shutil.rmtree(left) if left.is_dir() else left.unlink()

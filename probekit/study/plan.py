@@ -11,7 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from probekit.errors import InputError, Remark
-from probekit.files import LOCK, UNFINISHED, atomic_text, check_folder_target, check_unlocked, entries, locked
+from probekit.files import (
+    LOCK,
+    UNFINISHED,
+    atomic_text,
+    check_folder_target,
+    check_unlocked,
+    clear_unfinished,
+    entries,
+    locked,
+)
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import check_device, check_dtype
 from probekit.models.reference import TALES, find_checkpoint
@@ -88,6 +97,10 @@ def plan_study(settings: StudySettings, folder: str | Path) -> StudyPlan:
     return StudyPlan(settings, Path(folder), learned, traced)
 
 
+_WRITTEN = ("figures", "tables", "phases", "phases/*", "exit_heads")
+"""Folders of a study in which a killed one may have left something; its runs are put in order when they go on."""
+
+
 @contextmanager
 def study_folder(plan: StudyPlan) -> Iterator[None]:
     """The study's folder, made or resumed, which this process alone writes to; `study.json` says whose it is.
@@ -100,6 +113,9 @@ def study_folder(plan: StudyPlan) -> Iterator[None]:
     check_study_folder(plan)
     with locked(plan.folder):
         check_study_folder(plan)
+        for written in _WRITTEN:
+            for place in plan.folder.glob(written):
+                clear_unfinished(place)
         atomic_text(marker, json.dumps({"schema": SCHEMA, **plan.settings.to_json()}, indent=2))
         try:
             yield

@@ -152,7 +152,11 @@ def test_study_resumes_and_refuses(capsys, tiny_folder, prompts, tmp_path):
     assert len(ways["validated"]) == 10
     assert all(row["rounds_equal"] and row["tokens_equal"] for row in ways["validated"])
     written = {path: path.stat().st_mtime_ns for path in (folder / "traces").rglob("*.parquet")}
+    left = [folder / "figures" / ".0123.unfinished", next((folder / "phases").iterdir()) / ".4567.unfinished"]
+    for path in left:  # by a process that was killed
+        path.write_bytes(b"half")
     again = document(capsys, *arguments)
+    assert not any(path.exists() for path in left)
     assert again["models"][0]["validation"] == summary["models"][0]["validation"]
     assert {path: path.stat().st_mtime_ns for path in (folder / "traces").rglob("*.parquet")} == written
     assert run([*map(str, arguments), "--chat"]) == 2
