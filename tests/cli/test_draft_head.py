@@ -27,6 +27,7 @@ def runs(tiny_folder, tmp_path_factory):
     return folder / "counted", folder / "run"
 
 
+@pytest.mark.second
 def test_predict_choose_and_validate_with_a_draft_head(capsys, runs):
     _, folder = runs
     head = ["--draft-rows", 6]

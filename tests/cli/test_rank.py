@@ -65,6 +65,7 @@ def test_choose_takes_the_best_of_all_ways(folder, capsys):
     assert "way" not in json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.second
 def test_validate_runs_the_best_and_a_spread(folder, capsys):
     words = ["--ways", "--draft-lengths", "2,4", "--exit-layers", "1,3", "--limit", "1"]
     assert run(["validate", str(folder), *words, "--json"]) == 0

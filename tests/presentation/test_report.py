@@ -350,6 +350,7 @@ def test_who_wrote_a_logit_stands_beside_the_lens(tiny, tmp_path):
     np.testing.assert_allclose(whole, written["logits"][0], atol=1e-4)
 
 
+@pytest.mark.second
 def test_a_study_says_who_wrote_the_logits_of_its_first_texts(tmp_path):
     """Two models' first two texts; what the third model's layers add is not known."""
     folder = fabricate_study(tmp_path / "study", attributed=2)

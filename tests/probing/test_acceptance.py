@@ -38,6 +38,7 @@ def run(tales, tmp_path_factory):
     return trace(tales, bundled_prompts_for(tales.name)[:12], folder, max_new_tokens=32, keep_residuals=kept)
 
 
+@pytest.mark.second
 def test_policies_are_chosen_on_some_prompts_and_judged_on_others(tales, run):
     """The chosen ways run as predicted, on prompts that nothing was learned on; the model comes back untouched."""
     before = {name: value.clone() for name, value in tales.model.state_dict().items()}

@@ -111,6 +111,7 @@ def test_commands_share_what_is_run_and_print_it_once(tmp_path) -> None:
         assert all(each["rounds_equal"] and each["speedup_predicted"] > 0 for each in found[name])
 
 
+@pytest.mark.second
 def test_more_processes_than_cells_and_a_cell_that_is_not_there(tiny, tmp_path) -> None:
     folder = tmp_path / "run"
     probekit.trace(tiny, TEXTS[:2], folder, max_new_tokens=6)
