@@ -120,6 +120,7 @@ def what_if(
             )  # fmt: skip
 
         batches = schedule(prediction, costs_at, BATCHES, [there.context])
-        choice = choose(prediction, costs_at(there.rows, there.context))
+        place = there.rows, there.context
+        choice = batches.choices.get(place) or choose(prediction, costs_at(*place))
         answers.append(Answer(there, choice, batches.stops_at(there.context)))
     return answers
