@@ -33,7 +33,7 @@ from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.batch import DecodeBatch
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded, load
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 from probekit.presentation.plots.style import STYLE
 from probekit.settings import Sampling
 from probekit.tracing.prompts import bundled_prompts_for

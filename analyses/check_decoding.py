@@ -34,7 +34,7 @@ from probekit.decoding.results import Decoded
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.lens.exit_heads import fit_heads
 from probekit.models.loaded import Loaded, load
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 from probekit.prediction.predict import predict
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace

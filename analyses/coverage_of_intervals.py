@@ -22,7 +22,7 @@ import pandas as pd
 import typer
 
 from probekit.models.loaded import Loaded, load
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 from probekit.prediction.intervals import Share, bootstrap_ratio, difference, draws, spread
 from probekit.prediction.predict import predict
 from probekit.settings import Sampling

@@ -15,7 +15,7 @@ from benchmarking import machine, say, versions
 
 from probekit.files import atomic_text
 from probekit.models.cuda_kernels import attention_order
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 from probekit.models.synthetic import SHAPES, Shape
 
 GIB = 2**30

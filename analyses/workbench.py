@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from probekit.errors import ProbekitError
 from probekit.models.loaded import Loaded, load
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 from probekit.presentation.plots.style import STYLE
 from probekit.settings import KeptResiduals, Sampling
 from probekit.traces.trace import Trace

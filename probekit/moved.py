@@ -26,9 +26,9 @@ MOVED: Mapping[str, Mapping[str, str]] = {
     },
     "probekit.study": {"Study": "probekit.study.summary", "run_study": "probekit.study.run"},
     "probekit.models.loading": {
-        "BundledModel": "probekit.models.reference",
+        "BundledModel": "probekit.models.shipped",
         "Loaded": "probekit.models.loaded",
-        "bundled_models": "probekit.models.reference",
+        "bundled_models": "probekit.models.shipped",
         "describe": "probekit.models.loaded",
         "load": "probekit.models.loaded",
     },

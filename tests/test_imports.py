@@ -28,7 +28,8 @@ ROWS = {
     "models": (
         "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
         "memory", "states", "family", "families", "one_layer",
-        "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "checkpoint",
+        "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "shipped",
+        "checkpoint",
         "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
         "described", "cut", "cut_gguf", "write_gguf",
     ),
@@ -94,7 +95,7 @@ ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
     "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.tracing.prompt_store",
     "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.engine_profile",
-    "probekit.lens.statistics", "probekit.drafting.drafters",
+    "probekit.lens.statistics", "probekit.models.shipped", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

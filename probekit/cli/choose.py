@@ -24,7 +24,6 @@ from probekit.cli.costs import (
 from probekit.cli.export import EngineName, exported_of, write
 from probekit.cli.terminal import notice, out, print_json, print_table, progress_bars
 from probekit.errors import InputError
-from probekit.presentation.study_folder import open_study
 
 if TYPE_CHECKING:
     from probekit.costs.profile import Costs as Profile
@@ -208,6 +207,8 @@ def choose(
 
 def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
     """A study has chosen already, for each of its models: say what."""
+    from probekit.presentation.study_folder import open_study
+
     study = open_study(folder, keys=("choice", "sentence"))
     if export is not None:
         raise InputError(

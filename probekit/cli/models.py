@@ -13,7 +13,7 @@ def models(
     quiet: options.Quiet = False,
 ) -> None:
     """The bundled models and where they come from."""
-    from probekit.models.reference import bundled_models
+    from probekit.models.shipped import bundled_models
 
     rows = [model.to_json() for model in bundled_models()]
     if as_json:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_AGAIN_AFTER_S = 0.01
 _SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal closed (SIGHUP)"}
 
 
@@ -42,14 +44,24 @@ class Stopped(BaseException):
 def stoppable() -> Iterator[None]:
     """Signals raise `Stopped` in here, once: a second one ends the process as it would have without us.
 
-    Signals that are ignored stay ignored (a shell's background jobs, `nohup`).
+    Signals that are ignored stay ignored (a shell's background jobs, `nohup`). One that falls into a destructor or a
+    weak reference's callback, from which nothing can be raised, is raised again a moment later.
     """
     before: dict[int, object] = {}
+    unraised = sys.unraisablehook
     _received.clear()
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def lost(fault: sys.UnraisableHookArgs) -> None:
+        if not isinstance(fault.exc_value, Stopped):
+            unraised(fault)
+            return
+        for number in before:
+            signal.signal(number, stop)
+        threading.Timer(_AGAIN_AFTER_S, signal.raise_signal, [fault.exc_value.number]).start()
 
     def stop(number: int, frame: FrameType | None) -> None:
         restore()
@@ -61,9 +73,11 @@ def stoppable() -> Iterator[None]:
             number = getattr(signal, name, None)  # there is no SIGHUP on Windows
             if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, stop)
+        sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = unraised
         restore()
         _received.clear()
 

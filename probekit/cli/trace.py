@@ -14,10 +14,10 @@ from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, progress_bars, say_remarks
 from probekit.cli.trace_plan import say_described, say_plan
 from probekit.errors import InputError
-from probekit.traces.manifest import Manifest
 
 if TYPE_CHECKING:
     from probekit.settings import KeptResiduals
+    from probekit.traces.manifest import Manifest
 
 HELD_BYTES = 32 * 2**20  # of a file of prompts that is read at once
 

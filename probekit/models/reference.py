@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -17,41 +14,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
 
 from probekit.errors import InputError
-from probekit.foreign.json import read_object
 from probekit.models.checkpoint import Source, check_family, check_folder, first_line
 from probekit.models.gguf import check_gguf
 from probekit.models.quantised import check_runs
+from probekit.models.shipped import DRAFT, TALES
+from probekit.models.shipped import BundledModel as BundledModel  # were named here
+from probekit.models.shipped import bundled_models as bundled_models
 from probekit.models.weight_files import BUNDLED, PICKLES, config_of, named_weights, weight_files
 
-TALES = ("tales-untied", "tales-tied", "tales-layerskip")
-DRAFT = "tales-draft"
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?")
-
-
-@dataclass(frozen=True)
-class BundledModel:
-    """A model that ships in the package. `parameters`: distinct weights."""
-
-    name: str
-    path: Path
-    layers: int
-    tied: bool
-    parameters: int
-    says: str
-    trained_on: str
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `probekit models --json`."""
-        return {**asdict(self), "path": str(self.path)}
-
-
-def bundled_models() -> list[BundledModel]:
-    """The models that this installation ships, the ones to compare first, the draft model last."""
-    return [_bundled(BUNDLED / name) for name in (*TALES, DRAFT) if (BUNDLED / name / "config.json").is_file()]
 
 
 def find_checkpoint(reference: str | Path) -> Source:
@@ -120,21 +94,3 @@ def _from_hub(reference: str, repository: str, revision: str | None) -> Source:
             "Take another revision (owner/name@revision), or convert it.",
         )
     return check_folder(Source(folder, None, name, reference, revision=folder.name))
-
-
-def _bundled(folder: Path) -> BundledModel:
-    config = config_of(folder)
-    record_file = folder / "training.json"
-    record = read_object(record_file) if record_file.is_file() else {}
-    seen = f", {record['tokens_seen'] / 1e6:.1f} million tokens" if "tokens_seen" in record else ""
-    with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        parameters = sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return BundledModel(
-        name=folder.name,
-        path=folder,
-        layers=config["num_hidden_layers"],
-        tied=bool(config.get("tie_word_embeddings")),
-        parameters=parameters,
-        says=record.get("says", ""),
-        trained_on=f"English fairy and folk tales in the public domain (Project Gutenberg){seen}",
-    )

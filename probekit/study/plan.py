@@ -23,7 +23,8 @@ from probekit.files import (
 )
 from probekit.foreign.json import read_object
 from probekit.models.checkpoint import check_device, check_dtype
-from probekit.models.reference import TALES, find_checkpoint
+from probekit.models.reference import find_checkpoint
+from probekit.models.shipped import TALES
 from probekit.settings import StudySettings
 from probekit.tracing.prompts import Prompt, bundled_prompts_for, load_prompts
 

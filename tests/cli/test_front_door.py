@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_as_a_module():
     assert done.stdout.startswith("probekit ")
 
 
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [(["--version"], {"torch", "transformers", "pandas"}), (["models"], {"torch", "transformers"})],
+)
+def test_a_quick_answer_imports_nothing_large(words, unwanted):
+    code = (
+        "import sys; from probekit.cli.app import run; status = run(sys.argv[1:]); "
+        "print(*sys.modules, file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], env=HERE, capture_output=True, text=True, check=True)
+    assert not unwanted & set(done.stderr.split())
+
+
 def test_wrong_use_names_the_help_of_the_command(capsys):
     assert fails(capsys, "trace").endswith("Try `probekit trace --help`.")
     assert fails(capsys, "trace", "--no-such-option").endswith("Try `probekit trace --help`.")
@@ -88,7 +102,7 @@ def test_debug_shows_where_it_came_from(capsys, flag):
 
 
 def test_a_fault_of_our_own_is_one_line_too(capsys, monkeypatch):
-    monkeypatch.setattr("probekit.models.reference.bundled_models", lambda: 1 / 0)
+    monkeypatch.setattr("probekit.models.shipped.bundled_models", lambda: 1 / 0)
     assert run(["models"]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "ZeroDivisionError" in line
@@ -182,6 +196,40 @@ def test_a_signal_that_an_import_made_another_error_of(capsys, monkeypatch):
         main(["inspect", "tales-tied"])
     assert ended.value.code == 143
     assert capsys.readouterr().err.startswith("probekit inspect: asked to end (SIGTERM). Nothing was kept.")
+
+
+def test_a_signal_that_a_destructor_would_swallow(capsys, monkeypatch):
+    class Rubbish:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    class Referent:
+        pass
+
+    def cleared_away(*_, **__):
+        Rubbish()
+        time.sleep(5)
+        late.append("cleared away")
+
+    def called_back(*_, **__):
+        referent = Referent()
+        watched = weakref.ref(referent, lambda _: Rubbish())
+        del referent
+        time.sleep(5)
+        late.append(watched)
+
+    late, hook = [], sys.unraisablehook
+    for way in (cleared_away, called_back):
+        monkeypatch.setattr("probekit.models.loaded.load", way)
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", "tales-tied"])
+        assert ended.value.code == 143
+        said = capsys.readouterr().err
+        assert said.startswith("probekit inspect: asked to end (SIGTERM). Nothing was kept.")
+        assert "Traceback" not in said
+    assert not late
+    assert sys.unraisablehook is hook
 
 
 # ------------------------------------------------------------------------------------------ no wasted runs

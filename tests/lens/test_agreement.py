@@ -14,7 +14,7 @@ from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.loaded import load
-from probekit.models.reference import TALES, bundled_models
+from probekit.models.shipped import TALES, bundled_models
 
 
 def same_bits(found, expected):

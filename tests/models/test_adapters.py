@@ -18,7 +18,7 @@ from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
 from probekit.models import adapters
 from probekit.models.loaded import describe, load
-from probekit.models.reference import BUNDLED
+from probekit.models.weight_files import BUNDLED
 from probekit.traces.manifest import read_manifest
 
 peft = pytest.importorskip("peft")

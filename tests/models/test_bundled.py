@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import probekit
 from probekit.models.loaded import load
-from probekit.models.reference import DRAFT, TALES, bundled_models
+from probekit.models.shipped import DRAFT, TALES, bundled_models
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.presentation.tables import layers_table

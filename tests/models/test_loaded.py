@@ -23,10 +23,10 @@ from transformers.utils import logging as transformers_logging
 import probekit
 from probekit.errors import InputError
 from probekit.hooks.sites import open_hooks
-from probekit.models import checkpoint, reference, weight_files
+from probekit.models import checkpoint, reference, shipped, weight_files
 from probekit.models.checkpoint import check_device
 from probekit.models.loaded import describe, load
-from probekit.models.reference import bundled_models
+from probekit.models.shipped import bundled_models
 from probekit.models.synthetic import END_OF_TEXT, byte_tokenizer, synthetic
 from probekit.models.weight_files import hash_files
 
@@ -154,7 +154,8 @@ def test_processors_of_the_generation_config_are_named(folder):
 
 
 def test_a_bundled_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "BUNDLED", tmp_path)
+    for room in (reference, shipped):
+        monkeypatch.setattr(room, "BUNDLED", tmp_path)
     assert bundled_models() == []
     with pytest.raises(InputError, match=r"'tales-tied' is not in this installation.*Hugging Face id, a folder"):
         load("tales-tied")

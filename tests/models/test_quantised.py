@@ -19,8 +19,8 @@ from probekit.decoding.speculative import SelfSpeculative
 from probekit.errors import InputError
 from probekit.models.loaded import load
 from probekit.models.quantised import check_runs, quantised_by
-from probekit.models.reference import BUNDLED
 from probekit.models.states import is_quantised
+from probekit.models.weight_files import BUNDLED
 
 PROMPT = "Once upon a time there was a king"
 NEW = 12

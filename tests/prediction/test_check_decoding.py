@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from probekit.models.loaded import load
-from probekit.models.reference import TALES
+from probekit.models.shipped import TALES
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted((ROOT / "docs" / "results" / "decoding").glob("checked-*.json"))

@@ -17,7 +17,7 @@ from tracing.jobs import TEXTS, bits, job, unlike
 from probekit.decoding.sampling import Sampling
 from probekit.errors import InputError
 from probekit.files import locked
-from probekit.models.reference import bundled_models
+from probekit.models.shipped import bundled_models
 from probekit.ranks import Ranks
 from probekit.traces.ledger import LedgerEntry, append_entry, ledger_of
 from probekit.traces.manifest import read_manifest
