@@ -28,6 +28,13 @@ def assemble(
 ) -> Costs:
     """Fill in every exit and width of `costs` from the medians of those that were timed."""
     median = {step: float(np.median(each)) for step, each in times.items()}
+    quantiles = {step: np.quantile(each, QUANTILES).tolist() for step, each in sorted(times.items())}
+    return replace(_of_medians(median, exits, rows, costs, draft_model), quantiles=quantiles)
+
+
+def _of_medians(
+    median: Mapping[str, float], exits: Sequence[int], rows: Sequence[int], costs: Costs, draft_model: str | None
+) -> Costs:
     every, widths = range(1, costs.depth), range(1, rows[-1] + 1)
     early = np.array([median[f"early {exit_layer}"] for exit_layer in exits])
     verify = np.array([[median[f"verify {exit_layer} {count}"] for count in rows] for exit_layer in exits])
@@ -60,7 +67,6 @@ def assemble(
         cold_s=dict(zip(every, np.interp(every, exits, colder).tolist(), strict=True)),
         draft_model=helper,
         trees=assemble_trees(median, costs.depth, verify_s),
-        quantiles={step: np.quantile(each, QUANTILES).tolist() for step, each in sorted(times.items())},
         fit_error=max(errors) if len(exits) > 2 else None,
     )
 
@@ -79,6 +85,8 @@ def redrawn(costs: Costs, resamples: int, seed: int = 0) -> Iterator[Costs]:
     verified = [step.split() for step in costs.blocks if step.startswith("verify ")]
     exits = sorted({int(of) for _, of, _ in verified if of != "all"})
     rows = sorted({int(width) for _, _, width in verified})
-    times = {step: np.array(each[:count]) for step, each in costs.blocks.items()}
-    for drawn in np.random.default_rng(seed).integers(count, size=(resamples, count)):
-        yield assemble({step: each[drawn] for step, each in times.items()}, exits, rows, costs, costs.drafter)
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    medians = {step: np.median(np.array(each[:count])[drawn], axis=1).tolist() for step, each in costs.blocks.items()}
+    for again in range(resamples):
+        median = {step: each[again] for step, each in medians.items()}
+        yield _of_medians(median, exits, rows, costs, costs.drafter)
