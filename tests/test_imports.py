@@ -18,8 +18,8 @@ PACKAGE = Path(probekit.__file__).parent
 
 # Rooms in the order that data flows through them. A room imports only from rooms above it.
 ROOMS = (
-    "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "models",
-    "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice",
+    "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "kept",
+    "models", "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice",
     "engines", "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
@@ -68,7 +68,7 @@ ROWS = {
     ),
     "validation": (
         "draft_checkpoint", "differences", "results", "engine_rounds", "transformers", "inside_vllm",
-        "vllm", "llama_cpp", "open_engine", "engine_costs", "run", "ways",
+        "vllm", "llama_cpp", "open_engine", "engine_costs", "kept_texts", "in_turns", "run", "ways",
     ),
     "probing": (
         "labels", "probe_scores", "probe_curve", "probes", "probe", "acceptance", "linear_answer", "patch_plan",
@@ -87,7 +87,7 @@ ROWS = {
         "printed_tables", "make",
     ),
     "verification": ("findings", "weights", "run_folder", "study_folder", "verify"),
-    "study": ("plan", "kept", "phases", "estimate", "summary", "log_to", "run"),
+    "study": ("plan", "phases", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")

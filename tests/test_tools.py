@@ -36,4 +36,6 @@ def test_other_versions_are_those_that_the_package_allows():
         assert version == floors[library] or version.startswith(f"{floors[library]}.")
     line = "==== 3 failed, 1310 passed, 41 skipped, 577 deselected, 1 error in 567.25s (0:09:27) ===="
     assert tool["counts"](line) == {"passed": 1310, "failed": 3, "skipped": 41, "errors": 1}
+    why = ["SKIPPED [7] tests/models/held_states.py:30: could not import 'peft'", "SKIPPED [1] tests/a.py: no GPU"]
+    assert tool["skips"]([*why, why[0], line]) == {"could not import 'peft'": 14, "no GPU": 1}
     assert tool["counts"]("no tests ran in 0.01s") == {"passed": 0, "failed": 0, "skipped": 0, "errors": 0}

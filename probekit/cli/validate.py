@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,9 +14,10 @@ import typer
 from probekit.cli import options
 from probekit.cli.costs import costs_of
 from probekit.cli.rank import show_run
+from probekit.cli.signals import keeping
 from probekit.cli.terminal import print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
-from probekit.errors import InputError
+from probekit.errors import InputError, ProbekitError
 
 
 def validate(
@@ -48,13 +53,16 @@ def validate(
         if drafter is not None or policy != "fixed":
             raise InputError("--ways ranks every drafter and policy; one was named.", "Leave one of them out.")
         asked = exit_layers, draft_lengths, draft_rows, limit
-        _validate_ways(trace, *asked, ranks.device(device), dtype, ranks, as_json, quiet)
+        place = kept_in(run, "ways", *asked, device, dtype)
+        with keeping(lambda: "What was decoded is kept."):
+            _validate_ways(trace, *asked, ranks.device(device), dtype, place, ranks, as_json, quiet)
         return
     exits = options.integers(exit_layers, "--exit-layers")
     named = None if drafter is None else drafters_named(drafter, trace, exits, draft_rows=draft_rows)
     lengths = levels_of(named or (), options.integers(draft_lengths, "--draft-lengths"))
+    place = kept_in(run, exit_layers, draft_lengths, drafter, draft_rows, policy, limit, engine, device, dtype)
     loaded, draft_model = models_of(trace, ranks.device(device), dtype)
-    with progress_bars(quiet or as_json) as bars:
+    with keeping(lambda: "What was decoded is kept."), progress_bars(quiet or as_json) as bars:
         validation = validate_cells(
             loaded,
             trace,
@@ -66,11 +74,13 @@ def validate(
             draft_rows=draft_rows,
             policy=policy_named(policy),
             engine=engine,
+            keep=place,
             ranks=ranks,
             progress=bars,
         )
     if not ranks.first:
         return
+    no_longer_kept(place)
     if as_json:
         print_json(validation.to_json())
     else:
@@ -94,14 +104,17 @@ def validate(
         raise typer.Exit(1)
 
 
-def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, ranks, as_json, quiet):
+def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, place, ranks, as_json, quiet):
     """Rank with costs of this device at the context of these texts, run the best and a spread of others.
 
     Of several processes the first one's costs, and its ranking, are everybody's; where they share a model, all measure.
+    place: keeps the costs as well, since which ways are run follows from them.
     """
     from probekit.choice.rank import rank, with_trees
     from probekit.drafting.policies import FIXED
+    from probekit.kept import Kept
     from probekit.ranks import joined
+    from probekit.validation.run import texts_digest
     from probekit.validation.ways import validate_ways
 
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
@@ -119,18 +132,46 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
 
         loaded, draft_model = ranks.agreed(lambda: models_of(trace, device, dtype))
         mine = ranks.agreed(timed) if ranks.in_step else None
-        costs, run = ranks.from_first_of(lambda: chosen(mine or timed()))
+        kept = Kept(place, texts_digest(loaded, trace, "host"))
+        costs, run = ranks.from_first_of(lambda: chosen(_kept_costs(kept, lambda: mine or timed())))
         checked = validate_ways(
-            loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs, ranks=ranks, progress=bars
+            loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs, keep=place, ranks=ranks,
+            progress=bars,
         )  # fmt: skip
     if not ranks.first:
         return
+    no_longer_kept(place)
     if as_json:
         print_json({"schema": "probekit/validate/1", "cells": [], "ways": [each.to_json() for each in checked.ways]})
     else:
         show_run(checked)
     if not checked.holds:
         raise typer.Exit(1)
+
+
+def _kept_costs(kept, timed):
+    """Costs that were measured before this command was ended; else measured, and kept where they can be."""
+    from probekit.costs.profile import Costs
+
+    timed = cache(timed)
+    try:
+        return Costs.from_json(kept.once("costs", lambda: timed().to_json()))
+    except ProbekitError:  # the run's folder cannot be written, or the times not be taken
+        return timed()
+
+
+def kept_in(run: Path, *words: object) -> Path:
+    """Where a validation keeps what it has decoded until it has all: in the run, a folder a command."""
+    from probekit.settings import digest
+
+    return Path(run) / "validation" / digest([str(word) for word in words])
+
+
+def no_longer_kept(place: Path) -> None:
+    """All is decoded: what was kept goes, so that the run is as it was."""
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        place.parent.rmdir()  # which removes empty folders only
 
 
 def show_count(value: float) -> str:

@@ -148,15 +148,35 @@ def _from_copy(place: GGUFCopy, source: Source, device: torch.device, dtype: tor
 
 
 def _from_file(source: Source, header: GGUFHeader, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    with _one_gguf_reader(source.path):
+    with _one_gguf_reader(source.path) as reader:
         config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf, local_files_only=True)
         check_family(config.to_dict(), source.name)
         _complete(config, header)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, local_files_only=True)
+        with _standing_in(reader) as lacking:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, local_files_only=True)
+        for token in lacking:
+            setattr(tokenizer, token, None)
         if isinstance(config.eos_token_id, int) and tokenizer.eos_token_id != config.eos_token_id:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)  # 5.17 takes bos
         options = {"config": config, "gguf_file": source.gguf, **_plain_weights()}
         return read_weights(source, device, dtype, **options), tokenizer
+
+
+@contextmanager
+def _standing_in(reader: Any) -> Iterator[list[str]]:
+    """The token that ends a text stands in for special ones that the file does not have: their names, to be unset.
+
+    transformers (5.17) looks the first token up wherever there is a last one, and fails without one.
+    """
+    last, named = "tokenizer.ggml.eos_token_id", {"bos_token": "bos", "pad_token": "padding"}
+    ids = {token: f"tokenizer.ggml.{name}_token_id" for token, name in named.items()}
+    lacking = {token: key for token, key in ids.items() if last in reader.fields and key not in reader.fields}
+    reader.fields.update(dict.fromkeys(lacking.values(), reader.fields.get(last)))
+    try:
+        yield list(lacking)
+    finally:
+        for key in lacking.values():
+            del reader.fields[key]
 
 
 def _plain_weights() -> dict[str, Any]:

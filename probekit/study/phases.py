@@ -22,11 +22,11 @@ from probekit.costs.measure import measure_costs
 from probekit.costs.profile import Costs
 from probekit.drafting.keys import DrafterKey
 from probekit.errors import InputError, Remark, SelfCheckError
+from probekit.kept import Kept
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.progress import Progress
 from probekit.settings import StudySettings, TraceSettings
-from probekit.study.kept import Kept
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, encode

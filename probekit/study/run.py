@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from probekit.checksums import write_sums
+from probekit.kept import Kept
 from probekit.presentation.model_card import write_card
 from probekit.presentation.report import write_report
 from probekit.progress import STUDY, Progress, usual_progress
 from probekit.settings import Sampling, digest
 from probekit.study import phases
-from probekit.study.kept import Kept
 from probekit.study.phases import elapsed
 from probekit.study.plan import StudyPlan, label_of, plan_study, study_folder, study_settings, written_by_study
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables

@@ -7,6 +7,7 @@ that difference can change places: such a near-tie is counted and named. Any oth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -33,15 +34,15 @@ from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.prediction.table import Cell
-from probekit.progress import Progress, usual_progress
+from probekit.progress import Progress
 from probekit.ranks import Ranks, joined
-from probekit.settings import Sampling
+from probekit.settings import digest
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.differences import Difference, PredictedText, apart, differences_of, with_margin
+from probekit.validation.in_turns import decode_all
+from probekit.validation.kept_texts import KeptTexts, keeping_texts
 from probekit.validation.results import CellValidation, Validation
-
-WARM_UP_TOKENS = 8
 
 
 def validate(
@@ -59,6 +60,7 @@ def validate(
     costs: Costs | None = None,
     repeats: int = 1,
     engine: str = "host",
+    keep: str | Path | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> Validation:
@@ -78,6 +80,8 @@ def validate(
     costs: for the predicted speedup; by default measured here, in a moment, at the context of these texts.
     repeats: how often each prompt is decoded; autoregressive decoding and all cells take turns.
     engine: who decodes, and whose costs are measured here, as for `probekit.decode`.
+    keep: a folder for what was decoded: a call that was ended goes on from there when it is made again, by any number
+        of processes. Nothing in it is needed once the call returns. None keeps nothing.
     ranks: processes that share the cells, each of which makes this same call; each measures speedups against its own
         autoregressive decoding. All get the whole result. Of a model that is split over them (`load(..,
         tensor_parallel=True)`) all run all cells, in step: `replace(ranks, in_step=True)`.
@@ -111,10 +115,14 @@ def validate(
                 else list(predict(chosen, draft_lengths=lengths, drafters=drafters, policy=policy).cells)
             )
         )
-        ran = ranks.shared_out(
-            predicted,
-            lambda mine: _ran(loaded, chosen, mine, len(predicted), drafter, policy, costs, repeats, engine, progress),
-        )
+        names = [_name(cell, policy) for cell in predicted]
+        with keeping_texts(keep, texts_digest(loaded, trace, engine), names, ranks) as kept:
+
+            def run(mine: Sequence[Cell]) -> list[CellValidation]:
+                everything = len(predicted), drafter, policy, costs, repeats, engine, kept, progress
+                return _ran(loaded, chosen, mine, *everything)
+
+            ran = ranks.shared_out(predicted, run)
     return Validation(
         trace.manifest.model.name,
         trace.manifest.settings.text,
@@ -135,6 +143,7 @@ def _ran(
     costs: Costs | None,
     repeats: int,
     engine: str,
+    kept: KeptTexts,
     progress: Progress | None,
 ) -> list[CellValidation]:
     """Some cells, run beside autoregressive decoding. many: how many there are in all."""
@@ -151,7 +160,10 @@ def _ran(
     plainly, *decoders = [on_engine(each, engine) for each in (Autoregressive(loaded), *decoders)]
     costs = costs or quick_costs(loaded, trace, cells, drafter, heads, policy, engine)
     costs.check_draft_head(cell.key for cell in cells)
-    plain, *runs = decode_all(trace, [plainly, *decoders], repeats, progress, whole=engine == "cuda")
+    names = [_name(cell, policy) for cell in cells]
+    named = dict(zip(names, decoders, strict=True))
+    runs = decode_all(trace, plainly, named, repeats, kept, progress, whole=engine == "cuda")
+    turns = [runs[name] for name in names]
     greedy = trace.manifest.settings.text == "greedy"
     compare = partial(_greedy, policy=policy) if greedy else partial(_sampled, cells=many)
     return [
@@ -164,8 +176,22 @@ def _ran(
             **speedups_measured(plain, own),
             **compare(loaded, trace, cell, own, plain),
         )
-        for cell, own, speedup in zip(cells, runs, speedups(cells, costs), strict=True)
+        for cell, (plain, own), speedup in zip(cells, turns, speedups(cells, costs), strict=True)
     ]
+
+
+def _name(cell: Cell, policy: Policy) -> str:
+    """Of a cell, for what is kept of it: who drafts and how, and what is predicted of it, prompt by prompt."""
+    predicted = [getattr(cell, f"{name}_of_prompt").tolist() for name in _COMPARED]
+    return digest(repr(cell.key), cell.draft_length, repr(policy), predicted)
+
+
+def texts_digest(loaded: Loaded, trace: Trace, engine: str) -> str:
+    """Of what decoded texts, and their times, depend on beside who drafts."""
+    manifest = trace.manifest
+    models = [each and each.weights_hash for each in (manifest.model, manifest.drafter)]
+    made_with = asdict(manifest.settings), manifest.provenance.prompts_hash, models
+    return digest(str(made_with), engine, str(loaded.device), str(loaded.dtype))
 
 
 def check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:
@@ -256,41 +282,6 @@ def quick_costs(
         repeats=FEWEST,
         engine=engine,
     )
-
-
-def decode_all(
-    trace: Trace, methods: Sequence[Decoder], repeats: int, progress: Progress | None, *, whole: bool = False
-) -> list[list[list[Decoded]]]:
-    """Decode every prompt with every method, `repeats` times, in turns: [method][prompt][repeat].
-
-    whole: decode every prompt whole beforehand, so that nothing has to be recorded while the clock runs.
-    """
-    manifest = trace.manifest
-    setting = {"temperature": manifest.settings.decoding["temperature"], "top_p": manifest.settings.decoding["top_p"]}
-    prompts = [trace.prompt_ids(prompt).tolist() for prompt in trace.prompts]
-    budget = manifest.settings.max_new_tokens
-    greedy, top_k = manifest.settings.text == "greedy", int(manifest.settings.decoding["top_k"])
-    for method in methods:  # the first passes of a process are slow
-        method.decode(prompts[:1], max_new_tokens=min(budget, WARM_UP_TOKENS))
-    warm_up = Sampling(**setting, top_k=top_k, seed=manifest.settings.seed)
-    for ids in prompts if whole else []:
-        for method in reversed(methods):  # the longest drafts first: their buffers serve the others
-            method.decode([ids], max_new_tokens=budget, sampling=warm_up)
-    found: list[list[list[Decoded]]] = [[[] for _ in prompts] for _ in methods]
-    done, total, report = 0, repeats * len(prompts) * len(methods), usual_progress(progress)
-    for repeat in range(repeats):
-        # other random numbers than the trace's, and others each time: the decoder's texts are its own
-        seed = manifest.settings.seed if greedy else manifest.settings.seed + 1 + repeat
-        sampling = Sampling(**setting, top_k=top_k, seed=seed)
-        for place, ids in enumerate(prompts):
-            for turn in range(len(methods)):
-                which = (turn + place + repeat) % len(methods)
-                found[which][place] += methods[which].decode(
-                    [ids], max_new_tokens=budget, sampling=sampling, indices=[trace.prompts[place]]
-                )
-                done += 1
-                report("validate", done, total)
-    return found
 
 
 def speedups_measured(plain: Sequence[Sequence[Decoded]], own: Sequence[Sequence[Decoded]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,13 +18,15 @@ from probekit.drafting.drafters import equipped
 from probekit.drafting.ways import Way
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded, as_loaded
-from probekit.prediction.replay import WayRounds, replay
+from probekit.prediction.replay import Replay, WayRounds, replay
 from probekit.progress import Progress
 from probekit.ranks import Ranks, joined
-from probekit.settings import whole_number
+from probekit.settings import digest, whole_number
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
-from probekit.validation.run import check_models, counts_of, decode_all, speedups_measured
+from probekit.validation.in_turns import decode_all
+from probekit.validation.kept_texts import KeptTexts, keeping_texts
+from probekit.validation.run import check_models, counts_of, speedups_measured, texts_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,7 @@ def validate_ways(
     limit: int | None = None,
     costs: Costs | None = None,
     repeats: int = 1,
+    keep: str | Path | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> WaysValidation:
@@ -124,7 +128,7 @@ def validate_ways(
     loaded, draft_model: the models that were traced. limit: only the first prompts of the trace.
     costs: for the predicted speedup.
     repeats: how often each prompt is decoded. progress: called as `progress("validate", done, total)`.
-    ranks: processes that share the ways, or go in step, as for `validate`.
+    keep: a folder for what was decoded. ranks: processes that share the ways, or go in step. Both as for `validate`.
 
     Raises InputError for text that is not greedy, for other models than the traced ones, and without a way.
 
@@ -149,42 +153,55 @@ def validate_ways(
             whole_number(f"{what} must be", number)
     chosen = trace.select(trace.prompts[:limit])
     with joined(ranks) as ranks:
-        ran = ranks.shared_out(ways, lambda mine: _ran(loaded, chosen, mine, draft_model, costs, repeats, progress))
+        expected = ranks.agreed(lambda: [replay(chosen, way) for way in ways])
+        names = [_name(way, rounds) for way, rounds in zip(ways, expected, strict=True)]
+        things = list(zip(ways, expected, names, strict=True))
+        with keeping_texts(keep, texts_digest(loaded, trace, "host"), names, ranks) as kept:
+            ran = ranks.shared_out(
+                things, lambda mine: _ran(loaded, chosen, mine, draft_model, costs, repeats, kept, progress)
+            )
     return WaysValidation(trace.manifest.model.name, tuple(ran))
+
+
+def _name(way: Way, expected: Replay) -> str:
+    """Of a way, for what is kept of it: who drafts and how, and the rounds that are expected."""
+    rounds = [[each.tolist() for each in (of.way, of.start, of.drafted, of.accepted)] for of in expected.rounds]
+    return digest([repr(key) for key in way.keys], way.draft_length, repr(way.policy), rounds)
 
 
 def _ran(
     loaded: Loaded,
     trace: Trace,
-    ways: Sequence[Way],
+    things: Sequence[tuple[Way, Replay, str]],
     draft_model: Loaded | None,
     costs: Costs | None,
     repeats: int,
+    kept: KeptTexts,
     progress: Progress | None,
 ) -> list[WayValidation]:
-    """Some ways, run beside autoregressive decoding."""
+    """Some ways, what is expected of them and their names: run beside autoregressive decoding."""
     heads = traced_heads(trace, loaded)
-    decoders = [
-        Speculative(
+    decoders = {
+        name: Speculative(
             loaded,
             [equipped(each, draft_model=draft_model, exit_heads=heads) for each in way.drafters],
             way.draft_length,
             policy=way.policy,
         )
-        for way in ways
-    ]
-    plain, *runs = decode_all(trace, [Autoregressive(loaded), *decoders], repeats, progress)
-    return [_compared(trace, way, plain, own, costs) for way, own in zip(ways, runs, strict=True)]
+        for way, _, name in things
+    }
+    runs = decode_all(trace, Autoregressive(loaded), decoders, repeats, kept, progress)
+    return [_compared(trace, way, expected, *runs[name], costs) for way, expected, name in things]
 
 
 def _compared(
     trace: Trace,
     way: Way,
+    expected: Replay,
     plain: Sequence[Sequence[Decoded]],
     own: Sequence[Sequence[Decoded]],
     costs: Costs | None,
 ) -> WayValidation:
-    expected = replay(trace, way)
     ties = unexplained = 0
     rounds_equal = True
     for prompt, rounds, runs in zip(trace.prompts, expected.rounds, own, strict=True):

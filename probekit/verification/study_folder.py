@@ -8,8 +8,8 @@ from probekit.checksums import SUMS, read_sums
 from probekit.errors import InputError
 from probekit.files import sha256_of
 from probekit.foreign.json import read_object
+from probekit.kept import read_document
 from probekit.presentation.study_folder import SCHEMA, TABLES, open_study
-from probekit.study.kept import read_document
 from probekit.verification.findings import Notes
 from probekit.verification.run_folder import verify_run
 

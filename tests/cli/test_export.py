@@ -59,6 +59,7 @@ def test_chosen_with_a_schedule(capsys, traced, tmp_path):
 
 
 def test_for_llama_cpp_a_gguf_of_the_first_layers(capsys, traced, tmp_path):
+    pytest.importorskip("gguf", reason="gguf, which writes these files, is not installed")
     document(capsys, "export", traced, "-o", tmp_path / "to", "--engine", "llama.cpp", "--exit-layer", 2,
              "--draft-length", 2)  # fmt: skip
     assert load(tmp_path / "to" / "drafter.gguf", device="cpu", cache=False).depth == 2

@@ -338,7 +338,7 @@ def _(random: Random, base: Path) -> Changed:
 
 
 def read_kept(folder: Path) -> None:
-    from probekit.study.kept import Kept
+    from probekit.kept import Kept
 
     Kept(folder, "digest").once("costs", dict)
 

@@ -226,7 +226,7 @@ def test_the_page_has_every_fact_and_the_script_every_release() -> None:
     assert rows == [(fact.name, fact.says, fact.used_by) for fact in FACTS]
     pairs = runpy.run_path(str(ROOT / "tests" / "tools" / "on_other_versions.py"))["PAIRS"]
     for library, releases in TESTED.items():
-        assert tuple(pair[library] for pair in pairs.values()) == releases
+        assert {pair[library] for pair in pairs.values()} == set(releases)
     for fact in FACTS:
         for path in fact.used_by.split(", "):
             assert (ROOT / "probekit" / f"{path}.py").is_file(), path

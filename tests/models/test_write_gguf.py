@@ -26,6 +26,8 @@ def test_the_bundled_models_as_gguf(name, exit_layer, tmp_path):
     ids = loaded.tokenizer(TEXT).input_ids
     assert again.tokenizer(TEXT).input_ids == ids
     assert again.eos_ids == loaded.eos_ids
+    assert again.tokenizer.eos_token_id == loaded.tokenizer.eos_token_id
+    assert again.tokenizer.bos_token_id is again.tokenizer.pad_token_id is None
     with torch.inference_mode():
         said = again.model(torch.tensor([ids])).logits[0]
         whole = loaded.model(torch.tensor([ids])).logits[0]

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from probekit.study.kept import Kept
+from probekit.kept import Kept
 from probekit.study.phases import own_threads, settle_threads
 from probekit.tracing.prompts import Prompt
 

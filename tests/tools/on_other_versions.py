@@ -1,10 +1,11 @@
-"""The fast tests on the oldest and the newest torch and transformers that the package says it runs on.
+"""The fast tests on the oldest and the newest torch and transformers that the package says it runs on, and on a GPU
+machine's.
 
-    python tests/tools/on_other_versions.py                     # both, each in an environment of its own
-    python tests/tools/on_other_versions.py oldest -- tests/hooks tests/tracing
+    python tests/tools/on_other_versions.py                     # all, each in an environment of its own
+    python tests/tools/on_other_versions.py oldest gpu -- -n 0 tests/hooks tests/tracing
 
 Environments are made under build/versions, once, and kept. What follows `--` goes to pytest. At the end it prints, and
-writes to docs/results/tests/versions.json, for each pair how many tests passed, failed and were skipped.
+writes to docs/results/tests/versions.json, for each how many tests passed, failed and were skipped, and why they were.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +26,12 @@ RECORD = ROOT / "docs" / "results" / "tests" / "versions.json"
 PAIRS = {
     "oldest": {"torch": "2.11.0", "transformers": "5.17.0"},
     "newest": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "gpu": {"torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0"},
 }
+# A GPU machine's interpreter, and what is not installed there.
+PYTHONS = {"gpu": "python3.12"}
+WITHOUT = {"gpu": ("gguf", "nnsight")}
+ALL = ["all fast ones"]
 
 
 def environment(name: str) -> Path:
@@ -31,19 +39,28 @@ def environment(name: str) -> Path:
     folder = ENVIRONMENTS / name
     python = folder / "bin" / "python"
     pins = [f"{library}=={version}" for library, version in PAIRS[name].items()]
+    without = WITHOUT.get(name, ())
+    made_with = " ".join([*pins, *(f"-{library}" for library in without)])
     marker = folder / ".made-with"
-    if not (marker.is_file() and marker.read_text() == " ".join(pins)):
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if not (marker.is_file() and marker.read_text() == made_with):
+        base = shutil.which(PYTHONS[name]) if name in PYTHONS else sys.executable
+        if base is None:
+            raise SystemExit(f"{PYTHONS[name]} is not installed here.")
+        subprocess.run([base, "-m", "venv", str(folder)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", *pins, "--editable", f"{ROOT}[test]"]
         subprocess.run(install, check=True)
-        marker.write_text(" ".join(pins))
+        if without:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True)
+        marker.write_text(made_with)
     return python
 
 
 def tested(name: str, words: list[str]) -> dict[str, object]:
     """What became of the tests on one pair: its versions as they are there, and how many tests passed."""
     python = environment(name)
-    lines = "import torch, transformers; print(torch.__version__, transformers.__version__)"
+    lines = (
+        "import platform, torch, transformers as t; print(platform.python_version(), torch.__version__, t.__version__)"
+    )
     found = subprocess.run([str(python), "-c", lines], capture_output=True, text=True, check=True).stdout.split()
     ran = subprocess.run(
         [str(python), "-m", "pytest", "-q", *words], cwd=ROOT, text=True, capture_output=True, check=False,
@@ -52,9 +69,19 @@ def tested(name: str, words: list[str]) -> dict[str, object]:
     lines_said = ran.stdout.strip().splitlines()
     failed = sorted(line.split()[1] for line in lines_said if line.startswith(("FAILED ", "ERROR ")))
     return {
-        "pair": name, "torch": found[-2], "transformers": found[-1], "status": ran.returncode,
-        **counts(lines_said[-1] if lines_said else ""), "failures": failed,
+        "pair": name, "python": found[-3], "torch": found[-2], "transformers": found[-1],
+        "without": list(WITHOUT.get(name, ())), "status": ran.returncode,
+        **counts(lines_said[-1] if lines_said else ""), "failures": failed, "skips": skips(lines_said),
     }  # fmt: skip
+
+
+def skips(lines: list[str]) -> dict[str, int]:
+    """Why tests were skipped, as pytest's summary says it: {reason: how many}, most first."""
+    reasons: Counter[str] = Counter()
+    for line in lines:
+        if found := re.match(r"SKIPPED \[(\d+)\] \S+: (.*)", line):
+            reasons[found[2]] += int(found[1])
+    return dict(reasons.most_common())
 
 
 def counts(line: str) -> dict[str, int]:
@@ -72,21 +99,20 @@ def _others(tests: list[str], names: list[str]) -> list[dict[str, object]]:
 
 def main(words: list[str]) -> int:
     asked, _, rest = " ".join(words).partition("--")
-    names = asked.split() or list(PAIRS)
+    names, given = asked.split() or list(PAIRS), rest.split()
+    tests = [word for word in given if (ROOT / word.split("::")[0]).exists()] or ALL
     results = []
     for name in names:
-        results.append(tested(name, rest.split()))
-        made = {key: value for key, value in results[-1].items() if key != "failures"}
-        print(json.dumps(made), flush=True)
+        results.append(tested(name, given))
+        print(json.dumps({key: value for key, value in results[-1].items() if key != "failures"}), flush=True)
         for failure in results[-1]["failures"]:
             print(f"  {failure}", flush=True)
     RECORD.parent.mkdir(parents=True, exist_ok=True)
-    tests = rest.split() or ["all fast ones"]
-    results = [*_others(tests, names), *results]
     document = {
-        "question": "Do these fast tests pass on the oldest and newest torch and transformers?",
-        "tests": tests, "pairs": results,
-        "machine": {"system": platform.platform(), "python": platform.python_version()},
+        "question": "Do these fast tests pass on the oldest and newest torch and transformers, and on a GPU machine's?",
+        "tests": tests,
+        "pairs": sorted([*_others(tests, names), *results], key=lambda each: list(PAIRS).index(each["pair"])),
+        "system": platform.platform(),
     }  # fmt: skip
     RECORD.write_text(json.dumps(document, indent=1) + "\n")
     passed = sum(not result["status"] for result in results)

@@ -1,4 +1,4 @@
-"""What the phases of one model made, kept on disk so that an interrupted study goes on where it stopped."""
+"""What the steps of a long job made, kept on disk so that an interrupted one goes on where it stopped."""
 
 from __future__ import annotations
 
