@@ -29,7 +29,7 @@ from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
-from probekit.models.loaded import Loaded, as_loaded, unchanged
+from probekit.models.loaded import Loaded, as_loaded, batch_invariant, unchanged
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -98,8 +98,11 @@ def validate(
     >>> probekit.validate("tales-layerskip", trace, [(3, 2)])
     Validation(tales-layerskip: 1 cells, greedy text, holds)
     """
-    loaded, trace = as_loaded(loaded), as_trace(trace)
-    drafter = None if drafter is None else as_loaded(drafter)
+    trace = as_trace(trace)
+    loaded, drafter = (
+        as_traced(trace, as_loaded(loaded)),
+        None if drafter is None else as_traced(trace, as_loaded(drafter)),
+    )
     check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")
@@ -192,6 +195,11 @@ def texts_digest(loaded: Loaded, trace: Trace, engine: str) -> str:
     models = [each and each.weights_hash for each in (manifest.model, manifest.drafter)]
     made_with = asdict(manifest.settings), manifest.provenance.prompts_hash, models
     return digest(str(made_with), engine, str(loaded.device), str(loaded.dtype))
+
+
+def as_traced(trace: Trace, loaded: Loaded) -> Loaded:
+    """A model of the run, decoding as the run was traced."""
+    return batch_invariant(loaded) if trace.manifest.settings.batch_invariant else loaded
 
 
 def check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:

@@ -26,7 +26,7 @@ from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
 from probekit.validation.in_turns import decode_all
 from probekit.validation.kept_texts import KeptTexts, keeping_texts
-from probekit.validation.run import check_models, counts_of, speedups_measured, texts_digest
+from probekit.validation.run import as_traced, check_models, counts_of, speedups_measured, texts_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,9 @@ def validate_ways(
     >>> found.holds
     True
     """
-    loaded, trace = as_loaded(loaded), as_trace(trace)
+    trace = as_trace(trace)
+    loaded = as_traced(trace, as_loaded(loaded))
+    draft_model = None if draft_model is None else as_traced(trace, draft_model)
     if trace.manifest.settings.text != "greedy":
         raise InputError("ways of drafting are held against greedy decoding.", "Trace greedily.")
     check_models(loaded, trace, draft_model)
