@@ -146,6 +146,7 @@ def test_plain_statistics_are_those_of_a_trace(room, tiny):
 
 
 # ------------------------------------------------------------------------------------------------------ the scripts
+@pytest.mark.long
 def test_lens(room, tiny_folder, tmp_path):
     main = room["benchmark_lens"].main
     for turns in (1, 2):

@@ -105,6 +105,9 @@ def test_a_pass_is_the_one_of_the_models_own_layers(name):
         assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
 
 
+TWO = ("Qwen3", "Gemma3")  # norms of heads, and windows; the others run in the long part
+
+
 def test_greedy_rounds_token_by_token(fused):
     loaded = synthetic(Shape(3, 24, 40, 4, 2, 64, 128, 6), dial=0.3, exit_layer=1)
     (expected,) = SelfSpeculative(loaded, 1, 2).decode([PROMPTS[0]], max_new_tokens=8)
@@ -113,7 +116,13 @@ def test_greedy_rounds_token_by_token(fused):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize(("name", "sampling"), [*((name, "greedy") for name in FAMILIES), ("Llama", "sampled")])
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        *(pytest.param(name, "greedy", marks=[pytest.mark.long] * (name not in TWO)) for name in FAMILIES),
+        ("Llama", "sampled"),
+    ],
+)
 def test_rounds_token_by_token(fused, name, sampling):
     """Two rows, past the window, one of them over the edge of a bucket; and steps of autoregressive decoding."""
     loaded, how = family(name), {"max_new_tokens": 7, "sampling": SAMPLINGS[sampling]}

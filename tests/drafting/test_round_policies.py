@@ -315,7 +315,10 @@ def judge(loaded, run, exits) -> None:
 
 
 @pytest.mark.second
-@pytest.mark.parametrize("name", ["tales-untied", "tales-tied", "tales-layerskip"])
+@pytest.mark.parametrize(
+    "name",
+    ["tales-tied", *(pytest.param(name, marks=pytest.mark.long) for name in ("tales-untied", "tales-layerskip"))],
+)
 def test_policies_on_the_bundled_models(name):
     loaded = probekit.load(name)
     judge(loaded, trace(loaded, bundled_prompts("tales")[:4], max_new_tokens=40), [2, 4, 8])

@@ -137,7 +137,9 @@ def check_against_transformers(loaded, trace, exits, lengths, prompts) -> int:
     return parted
 
 
-@pytest.mark.parametrize("name", TALES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "tales-tied")) for name in TALES]
+)
 def test_some_cells_on_the_running_decoders(name, traces):
     loaded, trace = load(name), traces[name]
     some = trace.select([0, 1])

@@ -298,6 +298,7 @@ for dtype in ("fp32", "bf16", "fp16"):
 """
 
 
+@pytest.mark.long
 @pytest.mark.second
 def test_they_compile_for_a_gpu_that_is_not_here(tmp_path):
     """To machine code of compute capability 9.0; what they hold of a multiprocessor's memory fits into it."""

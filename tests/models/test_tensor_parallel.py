@@ -80,6 +80,7 @@ def test_processes_that_share_a_model_read_and_decode_as_one(name, tmp_path) -> 
         assert all(cell[1:3] == [True, True] for cell in cells)
 
 
+@pytest.mark.long
 @pytest.mark.second
 def test_commands_of_a_split_model_print_once(tmp_path) -> None:
     words = ["decode", "tales-untied", TEXTS[0], "--max-new-tokens", "6", "--json"]

@@ -29,6 +29,7 @@ def hold(loaded, prompts: int, tokens: int, exits: list[int], lengths: list[int]
                 assert trace.near_ties(prompt)[[exit_layer, -1]].any(), (prompt, exit_layer, length)
 
 
+@pytest.mark.long
 def test_a_small_part(smollm2):
     hold(smollm2, prompts=2, tokens=24, exits=[12, 20, 27], lengths=[2, 4], peers=[(20, 2)])
 

@@ -91,6 +91,7 @@ def test_when_one_is_killed_the_others_say_so_and_the_run_is_as_it_was(tiny, tmp
     assert job(3, folder, {}, work=ways) == [0, 0, 0]
 
 
+@pytest.mark.long
 @pytest.mark.second
 def test_commands_share_what_is_run_and_print_it_once(tmp_path) -> None:
     """Rankings by costs of this machine, which differ from run to run: who ran what does not show."""
