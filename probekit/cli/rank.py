@@ -65,7 +65,9 @@ def rank(
 
     with progress_bars(quiet or as_json) as bars:
         if validate:
-            ranking, checked = _validated(trace, ranked, validate, limit, device, dtype, ranks, bars)
+            # A roofline's device is described, not here: the ways run where the run was traced.
+            where = (None, None) if costs == "roofline" else (device, dtype)
+            ranking, checked = _validated(trace, ranked, validate, limit, *where, ranks, bars)
         else:
             ranking, checked = ranked(), None
     if ranking is None:

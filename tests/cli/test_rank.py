@@ -65,6 +65,14 @@ def test_choose_takes_the_best_of_all_ways(folder, capsys):
     assert "way" not in json.loads(capsys.readouterr().out)
 
 
+def test_ways_ranked_for_another_device_are_run_where_the_run_was_traced(folder, capsys):
+    words = ["--costs", "roofline", "--device", "h100", "--draft-lengths", "2", "--exit-layers", "1,3"]
+    assert run(["rank", str(folder), *words, "--validate", "1", "--limit", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["costs"]["device"] == "h100" and document["validated"]
+    assert all(way["rounds_equal"] and way["tokens_equal"] for way in document["validated"])
+
+
 @pytest.mark.second
 def test_validate_runs_the_best_and_a_spread(folder, capsys):
     words = ["--ways", "--draft-lengths", "2,4", "--exit-layers", "1,3", "--limit", "1"]
