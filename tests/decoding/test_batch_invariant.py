@@ -180,3 +180,10 @@ def test_what_is_refused(tales, tiny):
         probekit.trace(tales, PROMPTS[:1], backend="nnsight", batch_invariant=True)
     with pytest.raises(InputError, match="are not read batch-invariantly"):
         probekit.trace(tales, PROMPTS[:1], draft_vocabulary=[1, 2, 3], batch_invariant=True)
+
+
+def test_trees_are_not_ranked_where_they_are_not_run(tales):
+    run = probekit.trace(tales, PROMPTS, max_new_tokens=12)
+    ranking = probekit.rank(run, roofline_costs(run.manifest.model, "h100", context=64), draft_lengths=[2])
+    assert not any("tree" in str(each.way) for each in ranking.ways)
+    assert "batch-invariantly" in dict(ranking.left_out)["trees"]
