@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import probekit
+from probekit.costs.roofline import roofline_costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.batch_invariant import InvariantEngine, open_engine, tokens_at_once
 from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.keys import TREE
 from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError, Remark, SelfCheckError
@@ -86,6 +88,7 @@ def test_batches_and_drafts_leave_the_tokens_of_a_prompt_alone(tales, sampling):
             assert decoded(SelfSpeculative(tales, exit_layer, length), prompts) == alone
 
 
+@pytest.mark.second
 def test_a_bf16_trace_is_proved_without_a_single_tie():
     model = load("tales-layerskip", device="cpu", dtype="bfloat16")
     trace = probekit.trace(model, PROMPTS, max_new_tokens=32, batch_invariant=True)
@@ -117,6 +120,7 @@ def test_a_text_in_segments_is_the_text(tales, monkeypatch):
         assert (pieces.values(0, name) == whole.values(0, name)).all()
 
 
+@pytest.mark.second
 def test_exit_heads_and_a_draft_model_are_read_as_they_draft(tmp_path):
     model = load("tales-layerskip", device="cpu", dtype="bfloat16")
     draft = load("tales-draft", device="cpu", dtype="bfloat16")
@@ -184,6 +188,6 @@ def test_what_is_refused(tales, tiny):
 
 def test_trees_are_not_ranked_where_they_are_not_run(tales):
     run = probekit.trace(tales, PROMPTS, max_new_tokens=12)
-    ranking = probekit.rank(run, roofline_costs(run.manifest.model, "h100", context=64), draft_lengths=[2])
-    assert not any("tree" in str(each.way) for each in ranking.ways)
-    assert "batch-invariantly" in dict(ranking.left_out)["trees"]
+    ranking = probekit.rank(run, roofline_costs(run, device="h100"), draft_lengths=[2])
+    assert not any(key.kind == TREE for each in ranking.ways if each.way for key in each.way.keys)
+    assert "batch-invariantly" in dict(ranking.not_ranked)["trees"]
