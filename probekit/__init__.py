@@ -23,6 +23,7 @@ _ROOMS = {
     "Stop": "probekit.hooks.stop_resume",
     "Trace": "probekit.traces.trace",
     "anatomy": "probekit.models.anatomy",
+    "batch_invariant": "probekit.models.loaded",
     "choose": "probekit.choice.choose",
     "decode": "probekit.decoding.decode",
     "inspect_prompt": "probekit.tracing.inspect_prompt",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from probekit.hooks.stop_resume import Stop as Stop
     from probekit.lens.lens import Lens as Lens
     from probekit.models.anatomy import anatomy as anatomy
+    from probekit.models.loaded import batch_invariant as batch_invariant
     from probekit.models.loaded import load as load
     from probekit.models.loaded import wrap as wrap
     from probekit.prediction.predict import predict as predict

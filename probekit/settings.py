@@ -121,6 +121,7 @@ class TraceSettings:
     top_prompts: int = 1
     skip_long: bool = False
     logged: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("new tokens", self.max_new_tokens)
@@ -130,6 +131,11 @@ class TraceSettings:
             raise InputError(f"statistics are 'all' or 'agreement', not {self.statistics!r}.")
         if self.given and not self.sampling.greedy:
             raise InputError("given text is scored at temperature 1.", "Leave the sampling settings out.")
+        if self.batch_invariant and self.backend != "hooks":
+            raise InputError(
+                f"backend {self.backend!r} does not read batch-invariantly.",
+                "Use 'hooks', or leave batch-invariance out.",
+            )
         if self.given and self.logged:
             raise InputError("a text is either given or out of a log of the model's own.", "Choose one.")
 

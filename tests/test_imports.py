@@ -27,13 +27,13 @@ ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
-        "memory", "states", "family", "families", "one_layer",
+        "memory", "in_blocks", "states", "family", "families", "one_layer",
         "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "shipped",
         "checkpoint",
         "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
         "described", "cut", "cut_gguf", "write_gguf",
     ),
-    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "fast_forward", "fused_layers"),
+    "hooks": ("layer_stack", "components", "sites", "capture", "stop_resume", "edit", "attention", "fast_forward", "fused_layers"),
     "lens": (
         "discovered", "lens", "torch_files", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian", "reductions",
         "draft_rows", "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",
@@ -52,11 +52,11 @@ ROWS = {
         "shapes",
     ),
     "decoding": (
-        "sampling", "caches", "detokenize", "results", "sequence", "engine", "self_check", "batch", "decoder",
+        "sampling", "caches", "detokenize", "results", "sequence", "engine", "batch_invariant", "self_check", "batch", "decoder",
         "autoregressive", "turns", "speculative", "device_round", "recordings", "device_decoding", "decode",
     ),
     "tracing": (
-        "prompts", "prompt_store", "backend", "remote_service", "nnsight_backend", "backends", "self_check", "plan",
+        "prompts", "prompt_store", "backend", "remote_service", "nnsight_backend", "block_backend", "backends", "self_check", "plan",
         "continuation", "logged_text", "reading", "part_tables", "tracer", "self_generated", "inspect_prompt",
     ),
     "costs": (

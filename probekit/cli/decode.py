@@ -47,6 +47,7 @@ def decode(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; may be repeated.")] = None,
     adapter: options.Adapter = None,
     engine: options.Engine = "host",
+    batch_invariant: options.BatchInvariant = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -85,6 +86,7 @@ def decode(
             stop=tuple(stop or ()),
             on_accept=None if as_json or silent else _stream,
             engine=engine,
+            batch_invariant=batch_invariant,
         )
     if silent:
         return

@@ -70,6 +70,13 @@ DraftRows = Annotated[
 Engine = Annotated[
     str, typer.Option("--engine", help="host, or cuda: whole rounds recorded into CUDA graphs (not yet run on a GPU).")
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="No row depends, bit for bit, on how many are computed with it; slower, and no near-tie decides anything.",
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(

@@ -62,6 +62,7 @@ def trace(
         bool, typer.Option("--skip-long", help="Leave out prompts that do not fit into the context.")
     ] = False,
     batch_size: options.BatchSize = None,
+    batch_invariant: options.BatchInvariant = False,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Say what it will take (time, memory, disk), and do nothing.")
     ] = False,
@@ -151,7 +152,7 @@ def trace(
             settings = TraceSettings(
                 max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
                 keep_residuals=kept, backend=backend, chat=chat, batch_size=batch_size, skip_long=skip_long,
-                logged=from_logprobs is not None,
+                logged=from_logprobs is not None, batch_invariant=batch_invariant,
             )  # fmt: skip
             plan = plan_trace(
                 loaded, chosen, settings, draft_model=drafter, draft_vocabulary=draft_vocabulary, exit_heads=exit_heads
@@ -178,6 +179,7 @@ def trace(
                 batch_size=batch_size,
                 skip_long=skip_long,
                 logged=from_logprobs is not None,
+                batch_invariant=batch_invariant,
                 ranks=ranks,
                 progress=bars,
             )

@@ -19,7 +19,7 @@ def models_of(trace, device, dtype):
 
 def model_of(record, settings, device, dtype):
     """One model of a run, its adapter with it. Raises InputError where it is another one by now."""
-    from probekit.models.loaded import load
+    from probekit.models.loaded import batch_invariant, load
 
     if record.reference.startswith("memory:"):
         raise InputError(
@@ -36,7 +36,7 @@ def model_of(record, settings, device, dtype):
     if record.weights_hash not in (None, loaded.weights_hash):
         what = f"the adapter {added.reference}" if _only_adapter(record, loaded) else f"the model {record.reference}"
         raise InputError(f"{what} holds other weights than when this run was traced.", "Trace again.")
-    return loaded
+    return batch_invariant(loaded) if settings.batch_invariant else loaded
 
 
 def _only_adapter(record, loaded):

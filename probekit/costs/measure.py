@@ -108,7 +108,7 @@ def measure_costs(
     ]
     if drafter is not None:
         drafters.append(DraftModel(drafter.name, drafter))
-    chains_only = engine == "cuda"  # no round of a tree is recorded
+    chains_only = engine == "cuda" or loaded.anatomy.batch_invariant  # where no round of a tree runs
     if not chains_only and (sampling or Sampling()).greedy and (policy or FIXED) == FIXED and head.rows is None:
         drafters += [
             TreeDrafts(ExitLayer(exit_layer, exit_heads=head.exit_heads, exit_head=heads.get(exit_layer)), shape)

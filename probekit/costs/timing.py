@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from probekit.decoding.batch import DecodeBatch, DecodePlan
-from probekit.decoding.engine import Engine
+from probekit.decoding.batch_invariant import open_engine
 from probekit.decoding.sequence import SequenceState
 from probekit.drafting.keys import TREE, DrafterKey
 from probekit.drafting.policies import Policy, looks_at
@@ -84,7 +84,7 @@ class RoundTimer:
     ) -> None:
         self.policy = Unstopped(policy)
         self.most_drafts = most_drafts
-        self.engine = Engine(loaded.anatomy, 1, context + longest + 1)
+        self.engine = open_engine(loaded.anatomy, 1, context + longest + 1)
         self.batch = _StandingBatch(DecodePlan([[0] * context], [0], _ENDLESS, sampling, (), None), loaded, context)
         self.batch.engines = [self.engine]  # whose cache a tree's accepted path moves in
         self._wait = partial(torch.cuda.synchronize, loaded.device) if loaded.device.type == "cuda" else None
@@ -92,7 +92,7 @@ class RoundTimer:
         self.proposers = {key: self._opened(drafts, context + longest + 1) for key, drafts in drafters.items()}
 
     def _opened(self, drafts: BoundDrafter, length: int) -> Proposer:
-        helpers = [Engine(helper.anatomy, 1, length) for helper in drafts.helpers]
+        helpers = [open_engine(helper.anatomy, 1, length) for helper in drafts.helpers]
         proposer: Any = drafts.open(self.batch, self.engine, *helpers)
         for name in ("early", "head", "step", "best"):
             if hasattr(proposer, name):

@@ -20,6 +20,7 @@ from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.foreign.text import check_text
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
 from probekit.models.loaded import Loaded, as_loaded
+from probekit.models.loaded import batch_invariant as made_invariant
 from probekit.settings import Sampling
 
 METHODS = ("autoregressive", "self-speculative", "speculative", "early-exit")
@@ -77,6 +78,7 @@ def decode(
     stop: str | Sequence[str] = (),
     on_accept: Callable[[str, str], None] | None = None,
     engine: str = "host",
+    batch_invariant: bool = False,
 ) -> Decoded:
     """Continue one prompt.
 
@@ -98,6 +100,9 @@ def decode(
     on_accept: called as `on_accept(text, how)` with text as soon as it is sure; `how` as in Piece.
     engine: "host", which runs step by step; or "cuda", whole rounds recorded into CUDA graphs (autoregressive decoding
         and exit layers with a fixed draft length; the same tokens; not yet run on a GPU).
+    batch_invariant: verify so that no row depends, bit for bit, on how many are computed with it: slower, and the
+        tokens are those of batch-invariant autoregressive decoding in any dtype. A model of `probekit.batch_invariant`
+        always decodes so.
 
     Raises
     ------
@@ -114,9 +119,8 @@ def decode(
     >>> drafted.tokens == plain.tokens, drafted.rounds < plain.rounds
     (True, True)
     """
-    loaded = as_loaded(loaded)
-    if draft_model is not None:
-        draft_model = as_loaded(draft_model)
+    opened = made_invariant if batch_invariant else as_loaded
+    loaded, draft_model = opened(loaded), None if draft_model is None else opened(draft_model)
     given = {
         "exit_layer": exit_layer, "draft_length": draft_length, "drafter": drafter, "draft_model": draft_model,
         "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from probekit.decoding.batch import DecodeBatch, DecodePlan
+from probekit.decoding.batch_invariant import open_engine
 from probekit.decoding.caches import cache_bytes
 from probekit.decoding.detokenize import check_stop
 from probekit.decoding.engine import Engine
@@ -86,7 +87,7 @@ class Decoder:
 
     def _engine(self, plan: DecodePlan, loaded: Loaded | None = None) -> Engine:
         """An engine with room for the plan. In a batch a row may draft beyond its own budget, uncounted."""
-        return Engine((loaded or self.loaded).anatomy, len(plan.prompts), self._length(plan))
+        return open_engine((loaded or self.loaded).anatomy, len(plan.prompts), self._length(plan))
 
     def _length(self, plan: DecodePlan) -> int:
         return plan.longest + plan.max_new_tokens + self.draft_length

@@ -162,6 +162,8 @@ def on_engine(method: Decoder, engine: str) -> Decoder:
     """
     if check_engine_name(engine) == "host" or isinstance(method, _InRounds):
         return method
+    if method.loaded.anatomy.batch_invariant:
+        raise InputError("engine 'cuda' does not decode batch-invariantly.", "Use engine 'host'.")
     if type(method) is Autoregressive:
         return DeviceAutoregressive(method.loaded)
     if not isinstance(method, Speculative):

@@ -16,7 +16,7 @@ fire; a hook on the whole model would never fire, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -197,6 +197,10 @@ class Engine:
         with self._kernels():
             products = self._head(normed)
         return self.parts.family.logits(self.parts, products) if self._changes_logits else products
+
+    def by_row(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A function of states, (..., width), as this engine calls it: here as it is."""
+        return function
 
     def refuse_new_hooks(self) -> None:
         """Raise InputError for a hook that came to a layer after this engine was made: it would never fire."""

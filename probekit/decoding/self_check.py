@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from probekit.decoding.engine import Engine
+from probekit.decoding.batch_invariant import open_engine
 from probekit.errors import InputError, SelfCheckError
 from probekit.hooks.sites import open_hooks
 from probekit.models import families
@@ -37,7 +37,7 @@ def check_engine(loaded: Loaded) -> None:
     parts = loaded.anatomy
     parts_at = [id(part) for part in (parts.embedding, parts.layers, parts.norm, parts.head)]
     around = f"{parts.dtype} {parts.device} {parts.config._attn_implementation} {parts.config.to_dict()}"
-    state = f"{parts_at} {around} {signature(loaded.model)}"
+    state = f"{parts_at} {around} {parts.batch_invariant} {signature(loaded.model)}"
     if _checked.get(loaded.model) == state or open_hooks(loaded.model) or loaded.model.training:
         return
     if len(places := devices_of(loaded.model)) > 1:
@@ -101,7 +101,7 @@ def _compare(loaded: Loaded, length: int) -> None:
     parts = loaded.anatomy
     ids = (torch.arange(length, device=parts.device)[None] * 7919 + 13) % parts.vocabulary
     expected = loaded.model(ids, use_cache=False).logits[0].float()
-    engine = Engine(parts, 1, length)
+    engine = open_engine(parts, 1, length)
     first = length - STEPS - ROUND
     found = [engine.logits(engine.full(ids[:, :first], engine.places([0], first)))]
     for at in range(first, first + STEPS):

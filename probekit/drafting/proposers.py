@@ -161,8 +161,9 @@ class DraftHead:
         """The same by the engine's norm and head, which are quicker to call."""
         made = copy(self)
         made._norm = engine.parts.norm
+        made._exit_head = self._exit_head and engine.by_row(self._exit_head)
+        made._head = engine.logits if self.ids is None else engine.by_row(self._head)
         if self.ids is None:
-            made._head = engine.logits
             made._best = getattr(engine, "best", None)
         return made
 

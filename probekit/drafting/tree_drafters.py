@@ -9,7 +9,7 @@ import numpy as np
 
 from probekit.drafting.drafters import ExitLayer, Outlook
 from probekit.drafting.keys import TREE, DrafterKey
-from probekit.drafting.trees import TreeShape
+from probekit.drafting.trees import TreeShape, no_invariant_trees
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class TreeDrafts:
         from probekit.drafting.proposers import ExitLayerDrafts
         from probekit.drafting.tree_proposer import ExitTreeDrafts
 
+        if loaded.anatomy.batch_invariant:
+            raise no_invariant_trees()
         bound = self.exit.on(loaded)
         if not isinstance(bound, ExitLayerDrafts):
             raise InputError(f"{self.key.label} cannot draft: its exit is none of this model.")

@@ -163,3 +163,10 @@ def tree_shape_named(text: str) -> TreeShape:
         raise InputError(
             f"{text!r} names no shape of a tree.", "Write 4x2x1: the children of every node of each level."
         ) from None
+
+
+def no_invariant_trees() -> InputError:
+    return InputError(
+        "a tree of drafts is not verified batch-invariantly: its keys stand in another order than the text's.",
+        "Draft chains, or leave batch-invariance out.",
+    )

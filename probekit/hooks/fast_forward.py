@@ -12,29 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules import module as modules
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
+from probekit.hooks.attention import attend, once, rows_apart, with_rows_apart
 from probekit.hooks.sites import is_hooked
 from probekit.models.anatomy import Anatomy
 from probekit.models.linear_kernels import product
 from probekit.models.states import has_plain_weight
 
 
-def fast_forward(parts: Anatomy) -> Anatomy:
+def fast_forward(parts: Anatomy, *, apart: bool = False) -> Anatomy:
     """`parts` with fast copies of its layers and its norm.
 
+    apart: whether attention takes one row at a time, so that a row has the same bits in any place of a batch.
     Modules that carry hooks, or whose forward was replaced, stay as they are, with everything in them: hooks that are
     there beforehand fire as ever, with the modules that they were registered on.
     """
     if _hooked_globally():
         return parts
-    layers: Any = [_fast(layer) for layer in parts.layers]
+    layers: Any = [_fast(layer, apart) for layer in parts.layers]
     norm: Any = _fast(parts.norm)
     return replace(parts, layers=layers, norm=norm, sizes=None)
 
@@ -48,7 +50,7 @@ def _hooked_globally() -> bool:
     return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
-def _fast(module: nn.Module) -> Callable[..., Any]:
+def _fast(module: nn.Module, apart: bool = False) -> Callable[..., Any]:
     if is_hooked(module) or not is_known(module):
         return module
     if type(module) is nn.Linear:
@@ -57,11 +59,13 @@ def _fast(module: nn.Module) -> Callable[..., Any]:
         scale, epsilon, shape = module.weight, module.variance_epsilon, tuple(module.weight.shape)
         return lambda inputs: torch.rms_norm(inputs, shape, scale, epsilon)
     if type(module) is LlamaAttention and module.config._attn_implementation == "sdpa":
-        return _fast_attention(module)
+        return _fast_attention(module, partial(rows_apart, attend) if apart else attend)
     copied = object.__new__(type(module))
     copied.__dict__.update(module.__dict__)
     copied.__dict__.update(module._parameters)
-    copied.__dict__.update((name, child and _fast(child)) for name, child in module._modules.items())
+    copied.__dict__.update((name, child and _fast(child, apart)) for name, child in module._modules.items())
+    if apart and hasattr(getattr(module, "config", None), "_attn_implementation"):
+        copied.__dict__["config"] = with_rows_apart(module.config)
     return copied.forward
 
 
@@ -85,7 +89,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
 
     query, key: (rows, heads, tokens, head width); cos, sin: (rows or 1, tokens, head width).
     """
-    signed = _once(sin, "signed", _negate_first_half).unsqueeze(unsqueeze_dim)
+    signed = once(sin, "signed", _negate_first_half).unsqueeze(unsqueeze_dim)
     both = torch.cat([query, key], unsqueeze_dim)
     both = both * cos.unsqueeze(unsqueeze_dim) + both.roll(both.shape[-1] // 2, -1) * signed
     rotated, rotated_key = both.split([query.shape[unsqueeze_dim], key.shape[unsqueeze_dim]], unsqueeze_dim)
@@ -97,7 +101,7 @@ def _negate_first_half(sin: Tensor) -> Tensor:
     return torch.cat([-first, second], -1)
 
 
-def _fast_attention(module: LlamaAttention) -> Callable[..., tuple[Tensor, None]]:
+def _fast_attention(module: LlamaAttention, attention: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
     """The forward of a Llama's attention with `rotate` and `attend`: (rows, tokens, width), and no weights."""
     queries, keys, values, outputs = map(_fast, (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
     width, scaling, index = module.head_dim, module.scaling, module.layer_idx
@@ -115,49 +119,7 @@ def _fast_attention(module: LlamaAttention) -> Callable[..., tuple[Tensor, None]
         query, key = rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, index)
-        mixed = attend(module, query, key, value, attention_mask, scaling)[0]
+        mixed = attention(module, query, key, value, attention_mask, scaling)[0]
         return outputs(mixed.reshape(*rows, -1).contiguous()), None
 
     return forward
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-) -> tuple[Tensor, None]:
-    """Attention behind transformers' interface: the queries that share a key/value head stand as rows of one product.
-
-    query: (rows, heads, tokens, head width); key, value: (rows, key-value heads, slots, head width);
-    attention_mask: additive, (rows or 1, 1, tokens, slots), or None: one token that sees all, or causal from slot 0.
-    Returns (rows, tokens, heads, head width).
-    """
-    rows, heads, tokens, width = query.shape
-    groups = heads // key.shape[1]
-    attention = functional.scaled_dot_product_attention
-    if groups == 1 or (attention_mask is None and tokens > 1):
-        causal = attention_mask is None and tokens > 1
-        if groups > 1 and query.is_cuda and query.dtype == torch.float32:  # flash attention takes half precision only
-            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-        mixed = attention(query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
-        return mixed.transpose(1, 2), None
-    folded = query.reshape(rows, key.shape[1], groups * tokens, width)
-    mask = attention_mask
-    if mask is not None:
-        mask = _once(mask, "folded", lambda mask: mask.repeat(1, 1, groups, 1))
-    mixed = attention(folded, key, value, mask, scale=scaling)
-    # Kernels lay their result out as they like: (rows, heads, tokens, width), or tokens before heads.
-    apart = mixed.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4)
-    return apart.reshape(rows, tokens, heads, width), None
-
-
-def _once(tensor: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `make` makes of a tensor, kept with it: all layers of a pass share both."""
-    made = getattr(tensor, name, None)
-    if made is None:
-        made = make(tensor)
-        setattr(tensor, name, made)
-    return made

@@ -56,6 +56,7 @@ class Anatomy:
     tied: bool
     family: Family
     sizes: Sizes | None = None
+    batch_invariant: bool = False
 
     def __repr__(self) -> str:
         shape = f"{self.depth} layers x {self.width}, vocabulary {self.vocabulary}"

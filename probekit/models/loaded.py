@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +352,39 @@ def as_loaded(given: Loaded | str | Path) -> Loaded:
         )
     check_unchanged(given.anatomy)
     return given
+
+
+def batch_invariant(given: Loaded | str | Path) -> Loaded:
+    """The same model, run so that no row depends, bit for bit, on how many rows or tokens are computed with it.
+
+    Whatever decodes, traces, validates or times the model that is returned does so. Verification then has the very
+    logits of autoregressive steps, in 16 bits too, and near-ties no longer decide anything. It is slower: see
+    docs/how-to/batch-invariant.md. The weights are shared with the model that was given.
+
+    Raises InputError for a model that is split over processes, whose sums are shared out between them.
+
+    Examples
+    --------
+    >>> import probekit
+    >>> model = probekit.batch_invariant(probekit.load("tales-layerskip", device="cpu", dtype="bfloat16"))
+    >>> trace = probekit.trace(model, ["Once upon a time"], max_new_tokens=16)
+    >>> trace.manifest.measured.noise  # logits between a row alone and the same row among others
+    0.0
+    >>> [cell] = probekit.validate(model, trace, [(3, 3)]).cells
+    >>> cell.rounds_equal, cell.tokens_equal, cell.excusable_share
+    (True, True, 0.0)
+    """
+    loaded = as_loaded(given)
+    parts = loaded.anatomy
+    if parts.split_over > 1:
+        raise InputError(
+            f"{loaded.name} is split over {parts.split_over} processes: how their sums are put together is not in our "
+            "hands.",
+            "Load it on one device to have it batch-invariant.",
+        )
+    if parts.batch_invariant:
+        return loaded
+    return replace(loaded, anatomy=replace(parts, batch_invariant=True))
 
 
 def _no_model(given: Any) -> InputError:

@@ -90,6 +90,7 @@ class RunSettings:
     keep_residuals: sites whose residuals are kept; residual_dtype, residual_rows, residual_share: as in
         `probekit.settings.KeptResiduals`. top_prompts: how many prompts have a table of their top tokens.
     draft_vocabulary: the order in which a draft head keeps rows, where the trace answers for such heads.
+    batch_invariant: whether texts were written, and read, so that no row depends on how many are computed with it.
     exit_heads: put before the norm where a layer has one: the final-norm lens is then read through them. The heads
         themselves are in the run, too (`Trace.exit_heads`).
     """
@@ -110,6 +111,7 @@ class RunSettings:
     backend: str = "hooks"
     draft_vocabulary: DraftVocabulary | None = None
     exit_heads: ExitHeadsRecord | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.text not in ("greedy", "sampled", "given"):
@@ -215,13 +217,14 @@ _PART_OF = {each.name: part for part, kind in _PARTS.items() for each in fields(
 _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
     "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
-    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend", "segment_rows", "noise",
+    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend", "batch_invariant", "segment_rows",
+    "noise",
     "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings", "logged", "versions", "timings", "files",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (
     "dtype", "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
-    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend",
+    "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend", "batch_invariant",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from probekit.errors import InputError
 from probekit.models.loaded import Loaded
 from probekit.tracing.backend import Backend, HooksBackend
+from probekit.tracing.block_backend import BlockBackend
 from probekit.tracing.nnsight_backend import NnsightBackend
 from probekit.tracing.remote_service import Service
 
@@ -16,9 +17,11 @@ BACKENDS: dict[str, Callable[..., Backend]] = {"hooks": HooksBackend, "nnsight":
 def open_backend(name: str, loaded: Loaded) -> Backend:
     """The backend of that name, not entered yet: hooks, nnsight, or nnsight:WHERE, where a service runs the model.
 
-    Raises InputError with the names that there are.
+    A batch-invariant model is read by its own engine. Raises InputError with the names that there are.
     """
     kind, _, where = check_backend(name).partition(":")
+    if loaded.anatomy.batch_invariant:
+        return BlockBackend(loaded)
     return BACKENDS[kind](loaded, where) if where else BACKENDS[kind](loaded)
 
 

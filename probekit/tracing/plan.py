@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,8 +20,9 @@ from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.lens.exit_heads import ExitHead, check_heads, fingerprint, load_heads, unpack_heads
 from probekit.lens.lens import KINDS
+from probekit.models import families
 from probekit.models.anatomy import check_unchanged
-from probekit.models.loaded import Loaded, as_loaded, load, unchanged
+from probekit.models.loaded import Loaded, as_loaded, batch_invariant, load, unchanged
 from probekit.models.memory import free_bytes
 from probekit.settings import Sampling, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary
@@ -69,11 +70,19 @@ def plan_trace(
 ) -> TracePlan:
     """Check everything, encode the prompts, and lay out the batches. Raises InputError."""
     unchanged(loaded)
+    if settings.batch_invariant or loaded.anatomy.batch_invariant:
+        loaded, settings = batch_invariant(loaded), replace(settings, batch_invariant=True)
     check_backend(settings.backend)
     for reader in (loaded, draft_model):
         if isinstance(reader, Loaded) and check_unchanged(reader.anatomy).family.decodes:
             reader.anatomy.family.kinds(reader.anatomy.config)  # raises for a window that no cache keeps to
     given, sampling, max_new_tokens = settings.written, settings.sampling, settings.max_new_tokens
+    if settings.batch_invariant:
+        families.check_decodes(loaded.anatomy.family, loaded.name)
+    if settings.batch_invariant and draft_vocabulary is not None:
+        raise InputError(
+            "draft heads with fewer rows are not read batch-invariantly.", "Leave the draft vocabulary out."
+        )
     if draft_vocabulary is not None and settings.text != "greedy":
         raise InputError(
             "draft heads with fewer rows are predicted for greedy text only.", "Leave the draft vocabulary out."
@@ -88,6 +97,7 @@ def plan_trace(
     encoded, twice = _encoded(each_prompt(chosen, chat=settings.chat, given=given), loaded, drafter, settings)
     if drafter is not None:
         check_draft_model(loaded, drafter)
+        drafter = batch_invariant(drafter) if settings.batch_invariant else drafter
 
     sizes = encoded.sizes
     budget = max(tokens - context for tokens, context in sizes.values()) if given else max_new_tokens
@@ -119,6 +129,7 @@ def plan_trace(
         residual_share=kept.share if sites else 1.0,
         top_prompts=max(0, settings.top_prompts) if settings.statistics == "all" else 0,
         backend=settings.backend,
+        batch_invariant=settings.batch_invariant,
         segment_rows=row_budget,
         remarks=(remark_on_bos(twice, loaded.tokenizer),) if twice else (),
         ignored_processors=loaded.ignored_processors,

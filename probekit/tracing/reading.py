@@ -12,15 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from probekit.decoding.batch_invariant import in_blocks, tokens_at_once
 from probekit.errors import ResourceError
 from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import KINDS, Lens
 from probekit.lens.work_skipped import WorkSkipped
+from probekit.models.anatomy import Anatomy
+from probekit.models.in_blocks import InBlocks
 from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
-from probekit.tracing.backend import Backend, HooksBackend, Reading
+from probekit.tracing.backend import Backend, Reading
+from probekit.tracing.backends import open_backend
 from probekit.tracing.continuation import BackOff, ContinuedText, out_of_memory
 from probekit.tracing.logged_text import gaps
 from probekit.tracing.plan import TracePlan
@@ -63,7 +67,11 @@ class LayerReader:
         self.plan = plan
         self.source = source
         self.loaded, self.drafter = plan.loaded, plan.drafter
-        self.parts = plan.loaded.anatomy
+        self.parts = as_decoded(plan.loaded)
+        self.heads: Mapping[int, Callable[[Tensor], Tensor]] | None = plan.heads
+        if plan.heads is not None and plan.loaded.anatomy.batch_invariant:
+            rows = tokens_at_once(plan.loaded.anatomy)
+            self.heads = {exit_layer: InBlocks(head, rows) for exit_layer, head in plan.heads.items()}
         self.rounded = None if self.loaded.dtype == torch.float32 else self.loaded.dtype
         order = plan.manifest.settings.draft_vocabulary
         whole = None if order is None else torch.from_numpy(order.order(self.parts.vocabulary))
@@ -99,7 +107,7 @@ class LayerReader:
         """One pass over left-padded texts; over one long text, as many segments as the limit asks for."""
         inputs, rows = padded([text.sequence[:-1] for text in group], self.loaded)
         keys = _keys(group)
-        drafting = None if self.drafter is None else HooksBackend(self.drafter)
+        drafting = None if self.drafter is None else open_backend("hooks", self.drafter)
         length = rows.shape[1] if len(group) > 1 else min(limit, rows.shape[1])
         caches = [_cache(reader, segmented=length < rows.shape[1]) for reader in (self.loaded, self.drafter)]
         for start in range(0, rows.shape[1], length):
@@ -155,7 +163,7 @@ class LayerReader:
             rounded_dtype=self.rounded,
             noise=manifest.measured.noise or 0.0,
             top=top,
-            heads=self.plan.heads,
+            heads=self.heads,
         )
         if plan.mode == "agreement" and self.search is None and not self.parts.changes_logits:
             self.search = AgreementSearch(self.parts)
@@ -177,7 +185,7 @@ class LayerReader:
         self, drafter: Loaded, drafted: Reading, reading: Reading, keys: Mapping[str, np.ndarray], manifest: Manifest
     ) -> dict[str, Tensor]:
         """The draft model on the target's text: (rows,) each."""
-        lens, own = Lens(drafter.anatomy), Lens(self.parts)
+        lens, own = Lens(as_decoded(drafter)), Lens(self.parts)
         text_ids = tensor_of(keys["text_id"], self.loaded)
         step = max(1, _DRAFTER_CHUNK_BYTES // (16 * self.parts.vocabulary))
         pieces = []
@@ -206,6 +214,12 @@ class LayerReader:
         generated = tensor_of(np.flatnonzero(keys["output"] >= 0), self.loaded)
         found = self.draft_rows.read(reading.residuals[:, generated], manifest.measured.noise or 0.0)
         return {name: values.cpu() for name, values in found.items()}
+
+
+def as_decoded(loaded: Loaded) -> Anatomy:
+    """The parts of a model with norm and head as its decoder calls them: in blocks, where it is batch-invariant."""
+    parts = loaded.anatomy
+    return in_blocks(parts) if parts.batch_invariant else parts
 
 
 def kept_rows(keys: Mapping[str, np.ndarray], rows: str, share: float, seed: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from probekit.traces.storage import TraceWriter
 from probekit.traces.trace import Trace
 from probekit.tracing.backend import Backend
 from probekit.tracing.backends import open_backend
+from probekit.tracing.block_backend import invariant_noise
 from probekit.tracing.continuation import ContinuedText, continued
 from probekit.tracing.logged_text import account
 from probekit.tracing.part_tables import PartTables
@@ -57,6 +58,7 @@ def trace(
     top_prompts: int = 1,
     skip_long: bool = False,
     logged: bool = False,
+    batch_invariant: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> Trace:
@@ -87,6 +89,8 @@ def trace(
     logged: the prompts come out of another system's log (`load_log`), with the text that this very model wrote there:
         it is read as the model's own, and each token is checked. Where some are not what the model writes here,
         they are counted in the manifest, and predictions are no longer called exact.
+    batch_invariant: write and read the texts so that no row depends, bit for bit, on how many are computed with it,
+        as a model of `probekit.batch_invariant` always does: near-ties then decide nothing.
     ranks: the processes that share this run, each of which makes this same call (`Ranks.of_environment()` under
         torchrun); the trace does not depend on their number. Of a model that is split over them (`load(..,
         tensor_parallel=True)`), all read everything, and the first writes: `replace(ranks, in_step=True)`.
@@ -111,6 +115,7 @@ def trace(
         max_new_tokens=max_new_tokens, sampling=sampling, given=given, statistics=statistics,
         keep_residuals=KeptResiduals.of(keep_residuals), backend=backend, chat=chat, batch_size=batch_size,
         top_prompts=top_prompts, skip_long=skip_long, logged=logged,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     with joined(ranks) as ranks:
         plan = ranks.agreed(
@@ -183,12 +188,9 @@ class TraceRun:
 
     def hear_noise(self, texts: Sequence[ContinuedText]) -> None:
         """Measure the noise on the first text of the run; every process hears of it before it writes a part."""
-        drafter, found = self.plan.drafter, dict[str, float]()
+        found = dict[str, float]()
         if (self.ranks.first or self.ranks.in_step) and texts:
-            ids = texts[0].sequence[:-1]
-            found["noise"] = row_noise(self.plan.loaded, ids, self.plan.loaded.anatomy.sites, self.plan.heads)
-            if drafter is not None:
-                found["drafter_noise"] = row_noise(drafter, ids, [drafter.depth])
+            found = self._noise(texts[0].sequence[:-1])
         if self.ranks.first and texts:
             self.writer.update(**found)
             if self.ranks.size > 1:
@@ -196,6 +198,14 @@ class TraceRun:
         heard = self.ranks.from_first(found)
         if not self.ranks.first:
             self.writer.update(**heard)
+
+    def _noise(self, ids: Sequence[int]) -> dict[str, float]:
+        loaded, drafter = self.plan.loaded, self.plan.drafter
+        if loaded.anatomy.batch_invariant:
+            readers = {"noise": loaded} | ({} if drafter is None else {"drafter_noise": drafter})
+            return {name: invariant_noise(reader, ids) for name, reader in readers.items()}
+        found = {"noise": row_noise(loaded, ids, loaded.anatomy.sites, self.plan.heads)}
+        return found if drafter is None else found | {"drafter_noise": row_noise(drafter, ids, [drafter.depth])}
 
     def read_layers(self, part: int, texts: Sequence[ContinuedText]) -> None:
         """Read every layer of one batch, and write the part."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from probekit.drafting.drafters import Drafter, outlook
+from probekit.errors import InputError
 from probekit.prediction.rounds import CONVENTIONS, ENDED, Rounds, rounds_of
 from probekit.traces.trace import Trace
 from probekit.validation.differences import Difference, first_difference, token_at
@@ -110,6 +111,11 @@ def compared(
     budget: M, the most new tokens that the engine was allowed. drafted: whether drafted tokens are held against it,
     too; transformers ends its drafts at an end-of-sequence token, wherever it is drafted.
     """
+    if trace.manifest.settings.batch_invariant:
+        raise InputError(
+            "this run is of batch-invariant decoding, whose bits no other engine has.",
+            "Trace without batch-invariance.",
+        )
     expected = [_expected(trace, prompt, drafter, draft_length, first_round, budget) for prompt in trace.prompts]
     differences: list[Difference] = []
     same_rounds = same_tokens = unseen = 0

@@ -28,7 +28,7 @@ from probekit.drafting.keys import MODEL, DrafterKey, check_exits
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.lens.exit_heads import ExitHead
-from probekit.models.loaded import Loaded, as_loaded, unchanged
+from probekit.models.loaded import Loaded, as_loaded, batch_invariant, unchanged
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
@@ -94,8 +94,11 @@ def validate(
     >>> probekit.validate("tales-layerskip", trace, [(3, 2)])
     Validation(tales-layerskip: 1 cells, greedy text, holds)
     """
-    loaded, trace = as_loaded(loaded), as_trace(trace)
-    drafter = None if drafter is None else as_loaded(drafter)
+    trace = as_trace(trace)
+    loaded, drafter = (
+        as_traced(trace, as_loaded(loaded)),
+        None if drafter is None else as_traced(trace, as_loaded(drafter)),
+    )
     check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")
@@ -166,6 +169,11 @@ def _ran(
         )
         for cell, own, speedup in zip(cells, runs, speedups(cells, costs), strict=True)
     ]
+
+
+def as_traced(trace: Trace, loaded: Loaded) -> Loaded:
+    """A model of the run, decoding as the run was traced."""
+    return batch_invariant(loaded) if trace.manifest.settings.batch_invariant else loaded
 
 
 def check_models(loaded: Loaded, trace: Trace, drafter: Loaded | None) -> None:

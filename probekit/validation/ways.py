@@ -23,7 +23,7 @@ from probekit.ranks import Ranks, joined
 from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 from probekit.tracing.plan import traced_heads
-from probekit.validation.run import check_models, counts_of, decode_all, speedups_measured
+from probekit.validation.run import as_traced, check_models, counts_of, decode_all, speedups_measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,9 @@ def validate_ways(
     >>> found.holds
     True
     """
-    loaded, trace = as_loaded(loaded), as_trace(trace)
+    trace = as_trace(trace)
+    loaded = as_traced(trace, as_loaded(loaded))
+    draft_model = None if draft_model is None else as_traced(trace, draft_model)
     if trace.manifest.settings.text != "greedy":
         raise InputError("ways of drafting are held against greedy decoding.", "Trace greedily.")
     check_models(loaded, trace, draft_model)

@@ -6,6 +6,7 @@ What is printed at the end is families x properties passed.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from probekit.decoding.autoregressive import Autoregressive
+from probekit.decoding.batch_invariant import open_engine
 from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative
-from probekit.errors import InputError, SelfCheckError
+from probekit.errors import InputError, Remark, SelfCheckError
 from probekit.lens.lens import Lens
 from probekit.models.anatomy import anatomy
 from probekit.models.families import FAMILIES, register, unregister
 from probekit.models.family import SLIDING, Family
-from probekit.models.loaded import Loaded
+from probekit.models.loaded import Loaded, batch_invariant
 from probekit.prediction.predict import predict
 from probekit.prediction.rounds import rounds_of
 from probekit.settings import Sampling
@@ -315,3 +317,24 @@ def test_an_engine_that_is_wrong_does_not_believe_itself(monkeypatch):
     blind = replace(loaded.anatomy, family=replace(FAMILIES["mistral"], kinds=layer_kinds))
     with pytest.raises(SelfCheckError, match="the engine does not reproduce small-mistral"):
         Autoregressive(replace(loaded, anatomy=blind)).decode(PROMPTS, max_new_tokens=4)
+
+
+@torch.inference_mode()
+def test_batch_invariant_passes_have_the_same_bits(loaded):
+    """Any family, with windows, caps and experts: steps, wide passes and other rows beside it."""
+    model = loaded if loaded.anatomy.batch_invariant else batch_invariant(loaded)
+    ids = torch.arange(3, 3 + 2 * 20).view(2, 20) % VOCABULARY
+
+    def logits(rows, cuts):
+        engine, at, found = open_engine(model.anatomy, len(rows), 20), 0, []
+        for size in cuts:
+            found.append(engine.logits(engine.full(rows[:, at : at + size], engine.places([at] * len(rows), size))))
+            at += size
+        return torch.cat(found, 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Remark)  # of experts
+        steps = logits(ids[:1], [1] * 20)
+        assert torch.equal(logits(ids[:1], [11, 9]), steps)
+        assert torch.equal(logits(ids, [6] * 3 + [2])[:1], steps)
+    torch.testing.assert_close(steps[0].float(), loaded.model(ids[:1]).logits[0], rtol=1e-3, atol=1e-3)
