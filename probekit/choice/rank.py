@@ -184,6 +184,8 @@ def _left_out(
         return
     if trace.manifest.settings.statistics != "all":
         yield ", ".join([*looking, "trees"]), "this trace keeps agreement only: trace with --statistics all"
+    elif trace.manifest.settings.batch_invariant:
+        yield "trees", "a tree is not verified batch-invariantly"
     elif any(each.key.rows is not None for each in exits):
         yield ", ".join([*looking, "trees"]), "a trace does not say how sure a head of fewer rows is, nor its ranks"
     if learn and exits and len(trace) < 4:
@@ -294,8 +296,8 @@ def cross_fitted(trace: Trace, learn: Callable[[Trace], Way], prices: Prices) ->
 
 
 def _trees(trace: Trace, exits: Sequence[ExitLayer], shapes: Sequence[TreeShape], costs: Costs) -> list[TreeDrafts]:
-    """Where a trace has ranks, and the costs know verification passes as wide as the trees."""
-    if trace.manifest.settings.statistics != "all":
+    """Where a trace has ranks, its decoder takes trees, and the costs know verification passes as wide."""
+    if trace.manifest.settings.statistics != "all" or trace.manifest.settings.batch_invariant:
         return []
     known = [shape for shape in shapes if len(shape.paths) <= costs.longest_draft]
     return [TreeDrafts(each, shape) for each in exits if each.rows is None for shape in known]

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import probekit
+from probekit.costs.roofline import roofline_costs
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.batch_invariant import InvariantEngine, open_engine, tokens_at_once
 from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.drafting.drafters import ExitLayer
+from probekit.drafting.keys import TREE
 from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError, Remark, SelfCheckError
@@ -180,3 +182,10 @@ def test_what_is_refused(tales, tiny):
         probekit.trace(tales, PROMPTS[:1], backend="nnsight", batch_invariant=True)
     with pytest.raises(InputError, match="are not read batch-invariantly"):
         probekit.trace(tales, PROMPTS[:1], draft_vocabulary=[1, 2, 3], batch_invariant=True)
+
+
+def test_trees_are_not_ranked_where_they_are_not_run(tales):
+    run = probekit.trace(tales, PROMPTS, max_new_tokens=12)
+    ranking = probekit.rank(run, roofline_costs(run, device="h100"), draft_lengths=[2])
+    assert not any(key.kind == TREE for each in ranking.ways if each.way for key in each.way.keys)
+    assert "batch-invariantly" in dict(ranking.not_ranked)["trees"]
