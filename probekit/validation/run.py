@@ -98,11 +98,8 @@ def validate(
     >>> probekit.validate("tales-layerskip", trace, [(3, 2)])
     Validation(tales-layerskip: 1 cells, greedy text, holds)
     """
-    trace = as_trace(trace)
-    loaded, drafter = (
-        as_traced(trace, as_loaded(loaded)),
-        None if drafter is None else as_traced(trace, as_loaded(drafter)),
-    )
+    loaded, drafter, trace = as_loaded(loaded), None if drafter is None else as_loaded(drafter), as_trace(trace)
+    loaded, drafter = as_traced(trace, loaded), None if drafter is None else as_traced(trace, drafter)
     check_models(loaded, trace, drafter)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the limit is {limit!r} prompts; expected 1 or more.")

@@ -142,8 +142,8 @@ def validate_ways(
     >>> found.holds
     True
     """
-    trace = as_trace(trace)
-    loaded = as_traced(trace, as_loaded(loaded))
+    loaded, trace = as_loaded(loaded), as_trace(trace)
+    loaded = as_traced(trace, loaded)
     draft_model = None if draft_model is None else as_traced(trace, draft_model)
     if trace.manifest.settings.text != "greedy":
         raise InputError("ways of drafting are held against greedy decoding.", "Trace greedily.")
