@@ -15,20 +15,22 @@ from probekit.traces.draft_vocabulary import check_draft_rows
 
 
 class Roof(NamedTuple):
-    """bandwidth: bytes a second. flops: products and sums a second, in 16-bit types where the device has them."""
+    """bandwidth: bytes a second. flops: products and sums a second, of dense matrices, in 16-bit types where the device
+    has them. source: where both figures are from."""
 
     bandwidth: float
     flops: float
+    source: str
 
 
 DEVICES = {
-    "h200": Roof(4.3e12, 788e12),  # measured: a device-to-device copy, and an 8192^3 product
-    "h100": Roof(3.35e12, 989e12),  # NVIDIA H100 Tensor Core GPU datasheet, SXM5: dense bfloat16
-    "a100": Roof(2.04e12, 312e12),  # NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM
-    "l4": Roof(0.3e12, 121e12),  # NVIDIA L4 Tensor Core GPU datasheet: half of the sparse 242
-    "m1": Roof(68.25e9, 2.6e12),  # Apple newsroom, "Apple unleashes M1", November 2020
-    "m1-max": Roof(400e9, 10.4e12),  # Apple newsroom, "Introducing M1 Pro and M1 Max", October 2021
-    "m2": Roof(100e9, 3.6e12),  # Apple newsroom, "Apple unveils M2", June 2022
+    "h200": Roof(4.3e12, 788e12, "measured on one: a device-to-device copy, and a bfloat16 product of 8192^3"),
+    "h100": Roof(3.35e12, 989e12, "NVIDIA H100 Tensor Core GPU datasheet, SXM5; products without sparsity"),
+    "a100": Roof(2.04e12, 312e12, "NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM; products without sparsity"),
+    "l4": Roof(0.3e12, 121e12, "NVIDIA L4 Tensor Core GPU datasheet; half of its 242e12, which are with sparsity"),
+    "m1": Roof(68.25e9, 2.6e12, "Apple newsroom, Apple unleashes M1, 2020; its memory is LPDDR4X-4266 of 128 bits"),
+    "m1-max": Roof(400e9, 10.4e12, "Apple newsroom, Introducing M1 Pro and M1 Max, 2021"),
+    "m2": Roof(100e9, 3.6e12, "Apple newsroom, Apple unveils M2, 2022"),
 }
 
 
@@ -210,4 +212,4 @@ def _measured_roof() -> Roof:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    return Roof(array.nbytes / best(array.max), 2 * 1024**3 / best(lambda: matrix @ matrix))
+    return Roof(array.nbytes / best(array.max), 2 * 1024**3 / best(lambda: matrix @ matrix), "measured")

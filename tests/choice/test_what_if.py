@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from traces.fabricate import fabricate
 
@@ -54,3 +56,11 @@ def test_what_is_no_scenario_is_named(text, message):
     with pytest.raises(InputError, match=message):
         Scenario.named(text)
     assert Scenario.named("") == Scenario()
+
+
+def test_the_page_names_the_peaks_of_every_device_and_their_source():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "choose-an-exit.md").read_text(encoding="utf-8")
+    for name, roof in DEVICES.items():
+        assert roof.source
+        row = f"| `{name}` | {roof.bandwidth / 1e9:g} | {roof.flops / 1e12:g} | {roof.source} |"
+        assert row in page, row
