@@ -19,6 +19,8 @@ from probekit.cli.terminal import print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError, ProbekitError
 
+SHOWN_DIFFERENCES = 12
+
 
 def validate(
     run: options.Run,
@@ -100,8 +102,28 @@ def validate(
             "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax. excusable: "
             "positions that are near one, where a difference would be excused.",
         )  # fmt: skip
+        _show_differences(validation.cells)
     if not validation.holds:
         raise typer.Exit(1)
+
+
+def _show_differences(cells):
+    """Each place where the decoder left the prediction, and how near to a tie it was."""
+    rows = [
+        [row.label, row.draft_length, each.prompt, each.output, each.what, each.predicted, each.measured, each.kind,
+         each.margin]
+        for row in cells
+        for each in row.differences
+    ]  # fmt: skip
+    if rows:
+        more = len(rows) - SHOWN_DIFFERENCES
+        print_table(
+            "where they differ",
+            ["drafts at", "length", "prompt", "output", "of", "predicted", "measured", "kind", "margin"],
+            [["-" if value is None else value for value in row] for row in rows[:SHOWN_DIFFERENCES]],
+            "margin: logits between the two most probable tokens there, of the model or the exit, the smaller one."
+            + (f" {more} more are in the JSON (--json)." if more > 0 else ""),
+        )
 
 
 def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device, dtype, place, ranks, as_json, quiet):

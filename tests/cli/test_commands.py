@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from probekit.cli.app import run
 from probekit.cli.commands import ALL, name_of
+from probekit.cli.validate import SHOWN_DIFFERENCES, _show_differences
+from probekit.validation.differences import Difference
 
 CELL_KEYS = {
     "exit_layer", "draft_length", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -199,6 +202,16 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         assert (status == 2) == ("error" in found), (name, found)
         assert captured.err == "", name
         assert name == "compare" or status == 0
+
+
+def test_each_difference_is_printed_with_its_margin(capsys):
+    found = [Difference(prompt, "rounds", 7, "near-tie", 3, 1, 0.0123) for prompt in range(SHOWN_DIFFERENCES + 2)]
+    _show_differences([SimpleNamespace(label="layer 2", draft_length=3, differences=found)])
+    printed = capsys.readouterr().out
+    assert "margin" in printed and "2 more are in the JSON" in printed
+    assert printed.count("0.012") == SHOWN_DIFFERENCES
+    _show_differences([SimpleNamespace(label="layer 2", draft_length=3, differences=())])
+    assert capsys.readouterr().out == ""
 
 
 def test_help_and_wrong_use(capsys):
