@@ -15,6 +15,7 @@ from probekit.decoding.speculative import Speculative
 from probekit.drafting.drafters import Drafter, ExitLayer, equipped
 from probekit.drafting.named import drafter_named
 from probekit.drafting.policies import Policy
+from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
 from probekit.foreign.text import check_text
@@ -35,6 +36,10 @@ _DRAFTING: Mapping[str, tuple[str, ...]] = {
     "speculative": ("draft_model", "drafter", "exit_layer", "policy"),
 }
 """What each method needs, and what else it can be given."""
+_MEANS = {
+    "exit_layer": "Give the number of layers that draft (--exit-layer).",
+    "draft_length": "Give the most tokens that a round drafts (--draft-length).",
+}
 
 
 class Chosen(Protocol):
@@ -89,8 +94,8 @@ def decode(
         decoding where it says not to speculate. A chosen draft model is to be given too. Without a choice:
     method: one of METHODS; by default what the settings say: "speculative" with a drafter or a draft model,
         "self-speculative" with an exit layer, else "autoregressive". "self-speculative" needs exit_layer and
-        draft_length, "speculative" draft_length and drafter or draft_model, "early-exit" exit_layer; a setting that the
-        method has no use for is refused.
+        draft_length, "speculative" drafter or draft_model, and draft_length (a tree by itself goes to its depth),
+        "early-exit" exit_layer; a setting that the method has no use for is refused.
     drafter: any Drafter, or the name of one: "ngram:2", "suffix", "tree:2x1" (which drafts from exit_layer).
     draft_vocabulary: for "self-speculative", the tokens that drafts choose among; all by default.
     exit_heads: for "self-speculative", {exit: head} or a file of them (`probekit.lens.exit_heads`), of which the exit
@@ -126,6 +131,7 @@ def decode(
         "draft_vocabulary": draft_vocabulary, "exit_heads": exit_heads, "policy": policy,
     }  # fmt: skip
     if choice is None:
+        given = _with_drafter(given)
         run = _by_method(loaded, method or _method_of(given), given)
     else:
         run = _as_chosen(loaded, choice, given | {"method": method})
@@ -165,6 +171,14 @@ def _as_chosen(loaded: Loaded, choice: ChoiceLike, given: Mapping[str, Any]) -> 
     return Speculative(loaded, drafters, best.draft_length, policy=choice.policy)
 
 
+def _with_drafter(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with the drafter that a name means; a tree is drafted to its depth unless a length says less."""
+    if isinstance(given["drafter"], str):
+        given = given | {"drafter": drafter_named(given["drafter"], given["exit_layer"]), "exit_layer": None}
+    shape: TreeShape | None = getattr(given["drafter"], "shape", None)
+    return given if shape is None or given["draft_length"] is not None else given | {"draft_length": shape.depth}
+
+
 def _method_of(given: Mapping[str, Any]) -> str:
     """What the settings say where no method is named."""
     named = {name for name, value in given.items() if value is not None}
@@ -178,7 +192,7 @@ def _by_method(loaded: Loaded, method: str, given: Mapping[str, Any]) -> Decoder
         raise InputError(f"no method is named {method!r}; there are {', '.join(METHODS)}.")
     for name, value in given.items():
         if name in _NEEDS[method] and value is None:
-            raise InputError(f"{method} decoding needs {name}.")
+            raise InputError(f"{method} decoding needs {name}.", _MEANS.get(name, ""))
         if name not in (*_NEEDS[method], *_DRAFTING.get(method, ())) and value is not None:
             raise InputError(f"{method} decoding has no {name}.", "Leave it out, or choose another method.")
     if method in _DRAFTING:
@@ -191,8 +205,6 @@ def _any_drafter(given: Mapping[str, Any]) -> Drafter | Loaded:
     drafter, draft_model, exit_layer = given["drafter"], given["draft_model"], given["exit_layer"]
     if (drafter is None) == (draft_model is None):
         raise InputError("speculative decoding needs a drafter, or a draft_model.", "Give one of the two.")
-    if isinstance(drafter, str):
-        return drafter_named(drafter, exit_layer)
     if exit_layer is not None:
         raise InputError("an exit_layer was given beside another drafter.", "Leave one of the two out.")
     return drafter if draft_model is None else draft_model

@@ -86,6 +86,14 @@ def test_settings_say_the_method_and_a_name_the_drafter(tiny, given, drafter):
     assert sum(done.drafted) > 0
 
 
+def test_a_tree_is_drafted_to_its_depth(tiny):
+    whole, level = ({"drafter": "tree:2x1", "exit_layer": 2} | more for more in ({}, {"draft_length": 1}))
+    assert max(decode(tiny, "aaa bbb aaa bbb", max_new_tokens=20, **level).drafted) == 2
+    found = decode(tiny, "aaa bbb aaa bbb", max_new_tokens=20, **whole)
+    assert max(found.drafted) == 4
+    assert found == decode(tiny, "aaa bbb aaa bbb", max_new_tokens=20, draft_length=2, **whole)
+
+
 def test_a_text_needs_a_tokenizer(tiny):
     from dataclasses import replace
 
