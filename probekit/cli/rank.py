@@ -9,12 +9,15 @@ import typer
 from probekit.cli import options
 from probekit.cli.choose import Imported
 from probekit.cli.costs import Context, Costs, context_of, costs_of
+from probekit.cli.kept import kept_costs, kept_in, no_longer_kept
+from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
     from probekit.choice.ranking import Ranking
+    from probekit.costs.profile import Costs as Profile
     from probekit.validation.ways import WaysValidation
 
 
@@ -58,20 +61,26 @@ def rank(
     policies = STOPPING if policy is None else {**STOPPING, policy: policy_named(policy)}
     others = [import_drafter(path, trace) for path in imported or ()]
 
-    def ranked() -> Ranking:
+    def timed() -> Profile:
         widest = with_trees(trace, lengths, context)
-        timed = costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
-        return rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others, policies=policies)
+        return costs_of(trace, costs, context, widest, draft_rows, FIXED, device, dtype, bars)
 
-    with progress_bars(quiet or as_json) as bars:
+    def ranked(known: Profile) -> Ranking:
+        return rank_ways(trace, known, exits, lengths, draft_rows=draft_rows, drafters=others, policies=policies)
+
+    # A roofline's device is described, not here: the ways run where the run was traced.
+    where = (None, None) if costs == "roofline" else (device, dtype)
+    place = kept_in(run, "rank", costs, context, exit_layers, draft_lengths, draft_rows, imported, policy, validate,
+                    limit, device, dtype)  # fmt: skip
+    with keeping(lambda: "What was decoded is kept." if validate else ""), progress_bars(quiet or as_json) as bars:
         if validate:
-            # A roofline's device is described, not here: the ways run where the run was traced.
-            where = (None, None) if costs == "roofline" else (device, dtype)
-            ranking, checked = _validated(trace, ranked, validate, limit, *where, ranks, bars)
+            ranking, checked = _validated(trace, timed, ranked, validate, limit, *where, place, ranks, bars)
         else:
-            ranking, checked = ranked(), None
+            ranking, checked = ranked(timed()), None
     if ranking is None:
         return  # the first process says it
+    if validate:
+        no_longer_kept(place)
     if as_json:
         document = ranking.to_json()
         if checked is not None:
@@ -83,19 +92,25 @@ def rank(
         raise typer.Exit(1)
 
 
-def _validated(trace, ranked, best, limit, device, dtype, ranks, bars):
-    """The first process's ranking, None in others, and its best ways, run by all processes, each a share of them."""
+def _validated(trace, timed, ranked, best, limit, device, dtype, place, ranks, bars):
+    """The first process's ranking, None in others, and its best ways, run by all processes, each a share of them.
+
+    place: keeps what was decoded, and the costs that the ways were ranked by.
+    """
+    from probekit.kept import Kept
     from probekit.ranks import joined
+    from probekit.validation.run import texts_digest
     from probekit.validation.ways import validate_ways
 
     with joined(ranks) as ranks:
-        ranking = ranks.agreed(lambda: ranked() if ranks.first else None)
+        loaded, drafter = ranks.agreed(lambda: models_of(trace, device, dtype))
+        kept = Kept(place, texts_digest(loaded, trace, "host"))
+        ranking = ranks.agreed(lambda: ranked(kept_costs(kept, timed)) if ranks.first else None)
         costs, ways = ranks.from_first_of(
             lambda: (ranking.costs, [each.way for each in ranking.shortlist(best) if each.way is not None])
         )
-        loaded, drafter = ranks.agreed(lambda: models_of(trace, device, dtype))
         checked = validate_ways(
-            loaded, trace, ways, draft_model=drafter, limit=limit, costs=costs, ranks=ranks, progress=bars
+            loaded, trace, ways, draft_model=drafter, limit=limit, costs=costs, keep=place, ranks=ranks, progress=bars
         )
     return ranking, checked
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from probekit.cli import options
 from probekit.cli.costs import costs_of
+from probekit.cli.kept import kept_costs, kept_in, no_longer_kept
 from probekit.cli.rank import show_run
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import print_json, print_table, progress_bars
 from probekit.cli.traced_models import models_of
-from probekit.errors import InputError, ProbekitError
+from probekit.errors import InputError
 
 SHOWN_DIFFERENCES = 12
 
@@ -155,7 +152,7 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
         loaded, draft_model = ranks.agreed(lambda: models_of(trace, device, dtype))
         mine = ranks.agreed(timed) if ranks.in_step else None
         kept = Kept(place, texts_digest(loaded, trace, "host"))
-        costs, run = ranks.from_first_of(lambda: chosen(_kept_costs(kept, lambda: mine or timed())))
+        costs, run = ranks.from_first_of(lambda: chosen(kept_costs(kept, lambda: mine or timed())))
         checked = validate_ways(
             loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs, keep=place, ranks=ranks,
             progress=bars,
@@ -169,31 +166,6 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
         show_run(checked)
     if not checked.holds:
         raise typer.Exit(1)
-
-
-def _kept_costs(kept, timed):
-    """Costs that were measured before this command was ended; else measured, and kept where they can be."""
-    from probekit.costs.profile import Costs
-
-    timed = cache(timed)
-    try:
-        return Costs.from_json(kept.once("costs", lambda: timed().to_json()))
-    except ProbekitError:  # the run's folder cannot be written, or the times not be taken
-        return timed()
-
-
-def kept_in(run: Path, *words: object) -> Path:
-    """Where a validation keeps what it has decoded until it has all: in the run, a folder a command."""
-    from probekit.settings import digest
-
-    return Path(run) / "validation" / digest([str(word) for word in words])
-
-
-def no_longer_kept(place: Path) -> None:
-    """All is decoded: what was kept goes, so that the run is as it was."""
-    shutil.rmtree(place, ignore_errors=True)
-    with suppress(OSError):
-        place.parent.rmdir()  # which removes empty folders only
 
 
 def show_count(value: float) -> str:

@@ -101,11 +101,20 @@ def test_damaged_lines_and_those_of_other_settings_are_decoded_again(tiny, tmp_p
         assert validate(tiny, run, [(2, 2)], keep=tmp_path / "file").holds
 
 
-def test_a_command_that_was_ended_goes_on_and_leaves_the_run_as_it_was(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("command", "settings", "found", "count"),
+    [
+        ("validate", ["--exit-layers", "2,3", "--draft-lengths", "2"], "cells", 2),
+        ("rank", ["--exit-layers", "2", "--draft-lengths", "2", "--validate", "2"], "validated", 2),
+    ],
+)
+def test_a_command_that_was_ended_goes_on_and_leaves_the_run_as_it_was(
+    tmp_path, command, settings, found, count
+) -> None:
     run = tmp_path / "run"
     probekit.trace("tales-layerskip", TEXTS[:4], run, max_new_tokens=8)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    words = ["-m", "probekit", "validate", str(run), "--exit-layers", "2,3", "--draft-lengths", "2", "--json"]
+    words = ["-m", "probekit", command, str(run), *settings, "--json"]
     dying = (
         "import os, runpy, sys; from probekit.validation import kept_texts as room; write = room.append_line\n"
         "room.append_line = lambda *line: (write(*line), os.kill(os.getpid(), 9))\n"
@@ -116,5 +125,5 @@ def test_a_command_that_was_ended_goes_on_and_leaves_the_run_as_it_was(tmp_path)
     assert probekit.verify(run).whole
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["cells"]) == 2 and json.loads(line)["made"]["prompt"] == 0
+    assert len(json.loads(done.stdout)[found]) == count and json.loads(line)["made"]["prompt"] == 0
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
