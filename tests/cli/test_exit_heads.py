@@ -71,6 +71,7 @@ def test_a_jacobian_lens_is_fitted_read_through_and_drafted_with(capsys, places,
     assert drafted["tokens"] == document(capsys, "decode", places["model"], "abc", "--max-new-tokens", 9)["tokens"]
 
 
+@pytest.mark.second
 def test_trace_predict_choose_and_validate(capsys, places):
     name = document(capsys, "fit-heads", places["fitted"], "-o", places["heads.safetensors"])["fingerprint"]
     assert document(capsys, "predict", places["run"])["exit_heads"] == name

@@ -132,7 +132,11 @@ def test_a_reader_that_is_gone_is_no_error():
 
 # ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize(
-    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "asked to end")]
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "asked to end", marks=pytest.mark.second),
+    ],
 )
 def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, said):
     prompts = tmp_path / "prompts.txt"

@@ -77,7 +77,9 @@ def decoded(method, prompts, **more):
     return [each.tokens for each in method.decode(prompts, max_new_tokens=40, **more)]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=4)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), pytest.param(Sampling(temperature=0.8, top_p=0.9, seed=4), marks=pytest.mark.second)]
+)
 def test_batches_and_drafts_leave_the_tokens_of_a_prompt_alone(tales, sampling):
     prompts = [tales.tokenizer(text)["input_ids"] for text in PROMPTS]
     plain = Autoregressive(tales)
@@ -186,6 +188,7 @@ def test_what_is_refused(tales, tiny):
         probekit.trace(tales, PROMPTS[:1], draft_vocabulary=[1, 2, 3], batch_invariant=True)
 
 
+@pytest.mark.second
 def test_trees_are_not_ranked_where_they_are_not_run(tales):
     run = probekit.trace(tales, PROMPTS, max_new_tokens=12)
     ranking = probekit.rank(run, roofline_costs(run, device="h100"), draft_lengths=[2])

@@ -276,6 +276,7 @@ def test_the_next_steps_follow_the_best_of_all_ways():
     assert "assistant_early_exit=3" in slower["snippet"] and "prompt lookup" not in slower["words"]
 
 
+@pytest.mark.second
 def test_do_not_speculate_is_said(study, tmp_path):
     folder = _copy(study, tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -380,12 +381,20 @@ def test_a_study_says_who_wrote_the_logits_of_its_first_texts(tmp_path):
     ("spoil", "message"),
     [
         (lambda table: table.iloc[:-1], "is not of prompt 0 of tales-untied"),
-        (lambda table: pd.concat([table, table.iloc[:1]]), "is not of prompt 0"),
-        (lambda table: table.assign(prompt=77), "is not of prompt 77"),
-        (lambda table: table.assign(term=table["term"].str.replace(":5", ":6")), "is not of prompt 0"),
+        pytest.param(lambda table: pd.concat([table, table.iloc[:1]]), "is not of prompt 0", marks=pytest.mark.second),
+        pytest.param(lambda table: table.assign(prompt=77), "is not of prompt 77", marks=pytest.mark.second),
+        pytest.param(
+            lambda table: table.assign(term=table["term"].str.replace(":5", ":6")),
+            "is not of prompt 0",
+            marks=pytest.mark.second,
+        ),
         (lambda table: table.assign(term=table["term"].replace("embedding", "<script>")), "is not of prompt 0"),
-        (lambda table: table.assign(logit="many"), "other values than numbers"),
-        (lambda table: table.assign(position=table["position"] + 0.5), "other values than whole numbers"),
+        pytest.param(lambda table: table.assign(logit="many"), "other values than numbers", marks=pytest.mark.second),
+        pytest.param(
+            lambda table: table.assign(position=table["position"] + 0.5),
+            "other values than whole numbers",
+            marks=pytest.mark.second,
+        ),
         (lambda table: table.drop(columns="logit"), "has no column logit"),
     ],
 )

@@ -69,6 +69,7 @@ def test_a_policy_is_the_probe_it_was_made_of(run):
     assert abs(sure.mean() - right.mean()) < 0.02  # a logistic probe is calibrated where it was fitted
 
 
+@pytest.mark.second
 def test_an_exit_that_is_always_right_needs_no_probe(run, monkeypatch):
     always = {1, 3}
     monkeypatch.setattr(
