@@ -73,7 +73,7 @@ def validate(
             draft_rows=draft_rows,
             policy=policy_named(policy),
             engine=engine,
-            keep=place,
+            keep=None if ranks.in_step else place,  # processes that share a model keep nothing
             ranks=ranks,
             progress=bars,
         )
@@ -154,8 +154,8 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
         kept = Kept(place, texts_digest(loaded, trace, "host"))
         costs, run = ranks.from_first_of(lambda: chosen(kept_costs(kept, lambda: mine or timed())))
         checked = validate_ways(
-            loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs, keep=place, ranks=ranks,
-            progress=bars,
+            loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs,
+            keep=None if ranks.in_step else place, ranks=ranks, progress=bars,
         )  # fmt: skip
     if not ranks.first:
         return
