@@ -36,8 +36,7 @@ class Kept:
             return before
         made = json.dumps(make())
         make_folder(path.parent)
-        kept = {"digest": self.digest, "sha256": sha256(made.encode()).hexdigest()}
-        atomic_text(path, json.dumps(kept)[:-1] + f', "made": {made}}}')
+        atomic_text(path, sealed(self.digest, made))
         return json.loads(made)  # as JSON holds it, also the first time
 
     def file_once(self, phase: str, path: Path, make: Callable[[], bytes]) -> Path:
@@ -68,6 +67,12 @@ class Kept:
             warnings.warn(f"{error.problem.rstrip('.')}; it is made anew.", Remark, stacklevel=2)
             return None
         return kept["made"] if kept["digest"] == self.digest else None
+
+
+def sealed(digest: str, made: str) -> str:
+    """JSON in one line, `made` within it beside its checksum and the digest of what it was made with."""
+    kept = {"digest": digest, "sha256": sha256(made.encode()).hexdigest()}
+    return f'{json.dumps(kept)[:-1]}, "made": {made}}}'
 
 
 def read_document(path: Path) -> dict[str, Any]:

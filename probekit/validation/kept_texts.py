@@ -21,6 +21,7 @@ from probekit.decoding.results import Decoded
 from probekit.errors import InputError, ProbekitError, Remark
 from probekit.files import append_line, locked, make_folder
 from probekit.foreign.json import parse_json
+from probekit.kept import sealed
 from probekit.ranks import Ranks
 
 _DECODED: TypeAdapter[Decoded] = TypeAdapter(Decoded)
@@ -47,9 +48,8 @@ class KeptTexts:
             return
         texts = {name: asdict(run) for name, run in runs.items()}
         made = json.dumps({"prompt": prompt, "repeat": repeat, "plain": asdict(plain), "runs": texts})
-        line = json.dumps({"digest": self.digest, "sha256": sha256(made.encode()).hexdigest()})
         try:
-            append_line(self.path, f'{line[:-1]}, "made": {made}}}')
+            append_line(self.path, sealed(self.digest, made))
         except ProbekitError as error:
             warnings.warn(f"{error.problem.rstrip('.')}: no more of this validation is kept.", Remark, stacklevel=2)
             self.path = None
