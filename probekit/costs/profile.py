@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class Costs:
         """Blocks that the calibration was made of; 0 where it was not measured."""
         return min((len(each) for each in self.blocks.values()), default=0)
 
-    @property
+    @cached_property
     def longest_draft(self) -> int:
         """The longest draft that these costs know."""
         return max((rows for _, rows in self.verify_s), default=1) - 1
@@ -204,12 +205,9 @@ class Costs:
             return self.trees.drafting_seconds(exit_layer, shape, levels) + verifying
         early = self.early_s[exit_layer]
         total = self.verify_s[exit_layer, nodes + 1] + self.overhead_s + self.cold_s.get(exit_layer, 0.0)
-        for level in range(levels + 1):
-            at = np.flatnonzero(shape.depths == level).tolist()
-            total += max(early, exit_layer * self._layer_seconds(len(at)) if len(at) > 1 else 0.0)
-            if level < levels and (rows := sum(bool(shape.children[node]) for node in at)):
-                total += self.head_seconds(exit_layer, rows)
-        return total
+        for width in shape.widths[: levels + 1]:
+            total += max(early, exit_layer * self._layer_seconds(width) if width > 1 else 0.0)
+        return total + sum(self.head_seconds(exit_layer, rows) for rows in shape.parents_by_level[:levels])
 
     def head_seconds(self, exit_layer: int, rows: int) -> float:
         """Norm and head of an exit over so many rows: over one, and what the pass above the last exit grows by.
@@ -217,9 +215,12 @@ class Costs:
         What that pass takes besides (its mask, its places in the cache) is the same for any number of rows.
         """
         one = self.heads_s.get(exit_layer, self.head_s)
-        least = min(wide for at, wide in self.verify_s if at == self.depth - 1)
-        grown = [self.verify_s[self.depth - 1, wide] - self._layer_seconds(wide) for wide in (least, rows)]
+        grown = [self.verify_s[self.depth - 1, wide] - self._layer_seconds(wide) for wide in (self._least_rows, rows)]
         return one + max(0.0, grown[1] - grown[0])
+
+    @cached_property
+    def _least_rows(self) -> int:
+        return min(wide for at, wide in self.verify_s if at == self.depth - 1)
 
     def _layer_seconds(self, rows: int) -> float:
         """One layer over so many rows: what passes above the first and above the last exit differ in."""

@@ -36,10 +36,9 @@ class TreeCosts:
 
     def drafting_seconds(self, exit_layer: int, shape: TreeShape, levels: int) -> float:
         """Of the first levels of a tree: a pass for the root and each level, a head before each level."""
-        rows = [np.flatnonzero(shape.depths == level).tolist() for level in range(levels + 1)]
-        inner = [sum(bool(shape.children[node]) for node in nodes) for nodes in rows[:-1]]
         passes = {width: seconds for (at, width), seconds in self.early_s.items() if at == exit_layer}
-        return sum(read_off(passes, len(nodes)) for nodes in rows) + sum(read_off(self.head_s, each) for each in inner)
+        early = sum(read_off(passes, rows) for rows in shape.widths[: levels + 1])
+        return early + sum(read_off(self.head_s, rows) for rows in shape.parents_by_level[:levels])
 
     def longer_seconds(self, nodes: int) -> float:
         """What the verification of so many nodes takes longer than a chain's."""

@@ -109,6 +109,17 @@ class TreeShape:
         return tuple(map(tuple, found))
 
     @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """(depth + 1,) nodes of each level, the root's first."""
+        return tuple(np.bincount(self.depths).tolist())
+
+    @cached_property
+    def parents_by_level(self) -> tuple[int, ...]:
+        """(depth + 1,) nodes of each level that have children."""
+        above = [bool(each) for each in self.children]
+        return tuple(int(each) for each in np.bincount(self.depths, weights=above))
+
+    @cached_property
     def ancestors(self) -> np.ndarray:
         """(1 + nodes, 1 + nodes) bool: whether a node (row) is or follows another (column)."""
         table = np.eye(1 + len(self.paths), dtype=bool)
@@ -135,6 +146,10 @@ class TreeShape:
 
     def __str__(self) -> str:
         """As `tree_shape_named` reads it: widths where all nodes of a level are alike, else the children of each."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         widths = []
         for level in range(self.depth):
             counts = {len(self.children[place]) for place in np.flatnonzero(self.depths == level).tolist()}

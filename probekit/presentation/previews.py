@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probekit.files import atomic_bytes, make_folder
 from probekit.presentation import plots
+from probekit.presentation.paper.writing import save
 from probekit.presentation.tables import lens_table
 from probekit.traces.trace import Trace
 
@@ -37,7 +36,6 @@ def draw_previews(
     tables: `layers`, `cells`, `validation`. traces, chosen: by the models' names, in the study's order.
     """
     models = list(traces)
-    make_folder(folder)
     with matplotlib.rc_context(plots.STYLE | {"savefig.dpi": 160}):
         for name, figure in (
             ("lens_table", _lens_tables(traces)),
@@ -46,10 +44,7 @@ def draw_previews(
             ("speedup", _grids(models, tables["cells"], "speedup", "predicted speedup (×)", chosen)),
             ("predicted_against_measured", _measured(tables["validation"])),
         ):
-            for kind in KINDS:
-                buffer = BytesIO()
-                figure.savefig(buffer, format=kind)
-                atomic_bytes(folder / f"{name}.{kind}", buffer.getvalue())
+            save(figure, folder, name, KINDS)
 
 
 def _lens_tables(traces: Mapping[str, Trace]) -> Figure:
