@@ -61,7 +61,7 @@ def stoppable() -> Iterator[None]:
             return
         for number in before:
             signal.signal(number, stop)
-        threading.Timer(_AGAIN_AFTER_S, signal.raise_signal, [fault.exc_value.number]).start()
+        threading.Timer(_AGAIN_AFTER_S, _raised_here, [fault.exc_value.number]).start()
 
     def stop(number: int, frame: FrameType | None) -> None:
         restore()
@@ -80,6 +80,14 @@ def stoppable() -> Iterator[None]:
         sys.unraisablehook = unraised
         restore()
         _received.clear()
+
+
+def _raised_here(number: int) -> None:
+    """As if the signal came from outside, to the main thread: a call that it waits in is interrupted."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+from cli.processes import Command
 from transformers import AutoModelForCausalLM
 
 import probekit
@@ -24,14 +25,14 @@ from probekit.presentation.study_folder import open_study
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(probekit.__file__).parents[1])}
 
 
-def probekit_process(*words: object, **options) -> subprocess.Popen:
+def probekit_process(*words: object) -> subprocess.Popen:
     """A real process of its own, in which a Ctrl-C is a Ctrl-C (a test runner's children may ignore it)."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from probekit.cli import main; main()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)], env=HERE, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **options,
+        stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -143,13 +144,13 @@ def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, s
     prompts.write_text("Once upon a time\n" * 400)
     out = tmp_path / "a run"
     words = ["trace", "tales-tied", "--prompts", prompts, "-o", out, "--batch-size", "2", "--max-new-tokens", "4"]
-    process = probekit_process(*words)
+    process = Command(tmp_path, *words)
     deadline = time.monotonic() + 60
     while not list(out.glob("layers-*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    printed, line = process.communicate(timeout=60)
-    assert process.returncode == status
+    code, printed, line = process.ended()
+    assert code == status
     assert printed == ""
     assert "Traceback" not in line
     line = line.strip().splitlines()[-1]  # libraries may remark on the machine first
@@ -161,13 +162,13 @@ def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, s
 
 
 def test_a_signal_in_json(tmp_path):
-    process = probekit_process("study", "tales-tied", "-o", tmp_path / "study", "--json")
+    process = Command(tmp_path, "study", "tales-tied", "-o", tmp_path / "study", "--json")
     deadline = time.monotonic() + 60
     while not (tmp_path / "study" / "study.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    printed, line = process.communicate(timeout=60)
-    assert process.returncode == 143
+    status, printed, line = process.ended()
+    assert status == 143
     assert "Traceback" not in line
     assert "probekit" not in line
     document = json.loads(printed)

@@ -319,6 +319,7 @@ def test_gguf_leaves_the_library_as_it_was(spelled, tmp_path):
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == library
 
 
+@pytest.mark.second
 def test_smollm2(smollm2):
     """The real thing: tied, 30 layers, grouped queries, and it knows Paris."""
     found = describe(smollm2)

@@ -14,7 +14,9 @@ from typing import Any
 TEXTS = ["abcabc", "hello there", "z", "the cat sat on the mat", "one two three", "a man and a dog"]
 PATIENCE = 120  # seconds for a job
 MANY = multiprocessing.get_context("forkserver")  # clean of the threads and locks that a test process may have
-MANY.set_forkserver_preload(["torch", "torch.distributed", "probekit.models.synthetic", "probekit.tracing.tracer"])
+MANY.set_forkserver_preload(
+    ["torch", "torch.distributed", "probekit.models.synthetic", "probekit.tracing.tracer", "probekit.validation.run"]
+)
 
 
 def job(

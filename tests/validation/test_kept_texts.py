@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.processes import Command
 from tracing.jobs import TEXTS, job
 from validation.test_shared_cells import TIMED
 
@@ -105,7 +104,13 @@ def test_damaged_lines_and_those_of_other_settings_are_decoded_again(tiny, tmp_p
     ("command", "settings", "found", "count"),
     [
         ("validate", ["--exit-layers", "2,3", "--draft-lengths", "2"], "cells", 2),
-        ("rank", ["--exit-layers", "2", "--draft-lengths", "2", "--validate", "2"], "validated", 2),
+        pytest.param(
+            "rank",
+            ["--exit-layers", "2", "--draft-lengths", "2", "--validate", "2"],
+            "validated",
+            2,
+            marks=pytest.mark.second,
+        ),
     ],
 )
 def test_a_command_that_was_ended_goes_on_and_leaves_the_run_as_it_was(
@@ -114,16 +119,19 @@ def test_a_command_that_was_ended_goes_on_and_leaves_the_run_as_it_was(
     run = tmp_path / "run"
     probekit.trace("tales-layerskip", TEXTS[:4], run, max_new_tokens=8)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    words = ["-m", "probekit", command, str(run), *settings, "--json"]
-    dying = (
-        "import os, runpy, sys; from probekit.validation import kept_texts as room; write = room.append_line\n"
-        "room.append_line = lambda *line: (write(*line), os.kill(os.getpid(), 9))\n"
-        f"sys.argv = {['probekit', *words[2:]]!r}; runpy.run_module('probekit', run_name='__main__')"
-    )
-    assert subprocess.run([sys.executable, "-c", dying], capture_output=True).returncode == -signal.SIGKILL
+    words = [command, run, *settings, "--json"]
+    assert Command(tmp_path, *words, before=_dying).ended()[0] == -signal.SIGKILL
     [line] = next((run / "validation").glob("*/decoded-00000.jsonl")).read_text().splitlines()
     assert probekit.verify(run).whole
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)[found]) == count and json.loads(line)["made"]["prompt"] == 0
+    status, printed, said = Command(tmp_path, *words).ended()
+    assert status == 0, said
+    assert len(json.loads(printed)[found]) == count and json.loads(line)["made"]["prompt"] == 0
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def _dying() -> None:
+    """The process is killed as soon as one text is kept."""
+    from probekit.validation import kept_texts as room
+
+    write = room.append_line
+    room.append_line = lambda *line: (write(*line), os.kill(os.getpid(), signal.SIGKILL))
