@@ -38,8 +38,8 @@ ROWS = {
         "fused_layers",
     ),
     "lens": (
-        "discovered", "lens", "torch_files", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian", "reductions",
-        "draft_rows", "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",
+        "noise", "discovered", "lens", "torch_files", "tuned_lens", "jacobian_lens", "exit_heads", "jacobian",
+        "reductions", "draft_rows", "bf16_bound", "work_skipped", "agreement", "row_kernel", "statistics", "chunked",
     ),
     "training": ("layerskip",),
     "traces": (
@@ -81,14 +81,14 @@ ROWS = {
     ),
     "tying": ("shares", "text_kinds", "factorial", "geometry", "head_swaps", "compare"),
     "presentation": (
-        "tokens", "tex_text", "plots", "latex", "tables", "previews", "summary_schema", "study_folder", "paper",
-        "next_steps",
+        "tokens", "tex_text", "plots", "figure_files", "latex", "tables", "previews", "summary_schema", "study_folder",
+        "paper", "next_steps",
         "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "export_card",
         "patch_page",
     ),
     "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways", "patches"),
     "presentation.paper": (
-        "look", "writing", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
+        "look", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
         "printed_tables", "make",
     ),
     "verification": ("findings", "weights", "run_folder", "study_folder", "verify"),

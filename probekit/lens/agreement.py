@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probekit.lens.bf16_bound import GAIN, Bf16Bound, bf16_bytes, worthwhile
 from probekit.lens.lens import Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
+from probekit.lens.noise import Noise
 from probekit.lens.reductions import block_maxima, rounded_argmax, topk_lowest_id
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.anatomy import Anatomy
@@ -55,7 +56,7 @@ class AgreementSearch:
         residuals: Tensor,
         input_ids: Tensor,
         *,
-        noise: float = 0.0,
+        noise: float | Noise = 0.0,
         rounded_dtype: torch.dtype | None = None,
         heads: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         model_logits_check: Tensor | None = None,
@@ -143,12 +144,18 @@ class _Search:
     """One call: its results, its buffer of logits, and its pool of rows that wait for the full product."""
 
     def __init__(
-        self, owner: AgreementSearch, residuals: Tensor, noise: float, rounded_dtype: torch.dtype | None, lens: Lens
+        self,
+        owner: AgreementSearch,
+        residuals: Tensor,
+        noise: float | Noise,
+        rounded_dtype: torch.dtype | None,
+        lens: Lens,
     ) -> None:
         self.owner = owner
         self.parts = owner.parts
         self.residuals = residuals
-        self.noise = noise
+        self.noise = Noise.of(noise)
+        self.base = torch.tensor(self.noise.at(self.parts.depth), device=residuals.device)
         self.rounded_dtype = rounded_dtype
         self.lens = lens
         names = ("agrees", "near_tie", *(("agrees_rounded",) if rounded_dtype is not None else ()))
@@ -175,9 +182,10 @@ class _Search:
         if not values[:, 0].isfinite().all():
             raise not_finite("final-norm", self._first_broken(rows))
         if check is not None:
-            check_model_row(self.parts, logits, check, self.noise)
+            check_model_row(self.parts, logits, check, float(self.base[depth]))
         self.found["agrees"][depth, rows] = True
-        self.found["near_tie"][depth, rows] = values[:, 0] - values[:, 1] < self.noise
+        tolerance = self.noise.around(self.base[depth], values[:, 0])
+        self.found["near_tie"][depth, rows] = values[:, 0] - values[:, 1] < tolerance
         argmax = rounded = ids[:, 0]
         if self.rounded_dtype is not None:
             self.found["agrees_rounded"][depth, rows] = True
@@ -192,7 +200,7 @@ class _Search:
         tried = x @ self.parts.head.weight[candidates].float().T
         own = (x * target.rows).sum(-1)
         tried.masked_fill_(candidates == target.argmax[:, None], -torch.inf)
-        needed = torch.full_like(own, self.noise)
+        needed = self.noise.around(self.base[layer], own).expand_as(own)
         if self.rounded_dtype is not None:
             own = torch.maximum(own, (x * target.rounded_rows).sum(-1))
             tried.masked_fill_(candidates == target.rounded[:, None], -torch.inf)
@@ -200,8 +208,7 @@ class _Search:
         if self.rounded_dtype is not None:  # rounding may move each of the two by that much
             unit = torch.finfo(self.rounded_dtype).eps / 2
             needed = torch.maximum(needed, 1.01 * unit * (best.abs() + own.abs()))
-        needed += self.product_errors(x)
-        witnessed = best - own > needed
+        witnessed = best - own > needed + self.product_errors(x)
         self.owner._count(candidates=tried.numel())
         learned = candidates[place[witnessed & ~settled]]
         self.owner._learn(torch.full_like(learned, layer), learned)
@@ -242,7 +249,8 @@ class _Search:
         states, layers, rows, argmax, _ = pool
         x = states.float()
         own = (x * self.parts.head.weight[argmax]).sum(-1)
-        proven = self.owner._screen.leads(x, argmax, own, self.noise + self.product_errors(x))
+        needed = self.noise.around(self.base[layers], own) + self.product_errors(x)
+        proven = self.owner._screen.leads(x, argmax, own, needed)
         self.found["agrees"][layers[proven], rows[proven]] = True
         self.owner._count(screened=int(proven.sum()))
         if not proven.all():
@@ -269,7 +277,7 @@ class _Search:
             raise not_finite("final-norm", int(layers[~finite].min()))
         agrees = (ahead > 0) | ((ahead == 0) & (argmax < other_id[:, 0]))  # equal logits: the lowest id wins
         self.found["agrees"][layers, rows] = agrees
-        self.found["near_tie"][layers, rows] = ahead.abs() < self.noise
+        self.found["near_tie"][layers, rows] = ahead.abs() < self.noise.around(self.base[layers], own[:, 0])
         self.owner._learn(layers[~agrees], other_id[~agrees, 0])
         self.owner._count(full=len(states))
 

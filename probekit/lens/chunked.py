@@ -20,6 +20,7 @@ from torch import Tensor
 from probekit.errors import InputError
 from probekit.lens.agreement import AgreementSearch
 from probekit.lens.lens import KINDS, Kind, Lens, check_model_row, head_logits, head_scratch_bytes, not_finite
+from probekit.lens.noise import Noise
 from probekit.lens.reductions import block_maxima, rank_in_row, rank_of_token, rounded_argmax, topk_lowest_id
 from probekit.lens.statistics import LogitsBlock, registered
 from probekit.models.anatomy import Anatomy
@@ -44,7 +45,8 @@ class StatisticsPlan:
     warp: logits (rows, vocabulary) float32 -> log-probabilities that the decoder draws from, the same shape. With
         it, `overlap` is at the decoder's settings and there is `accept_probability`; None: temperature 1.
     rounded_dtype: the decoder's dtype where it is smaller than float32; adds the argmax after rounding.
-    noise: logits; two that differ by less may change order when a row is computed alone or among others.
+    noise: logits; two that differ by less may change order when a row is computed alone or among others. By row, or
+        one number for all.
     chunk_rows: tokens in one chunk; None: as many as CHUNK_BYTES of logits hold, at least one.
     top: how many of the most probable tokens to return for each row; 0: none.
     heads: {exit layer: map} put before norm and head, for the final-norm lens.
@@ -54,7 +56,7 @@ class StatisticsPlan:
     mode: Mode = "all"
     warp: Warp | None = None
     rounded_dtype: torch.dtype | None = None
-    noise: float = 0.0
+    noise: float | Noise = 0.0
     chunk_rows: int | None = None
     top: int = 0
     heads: Mapping[int, Callable[[Tensor], Tensor]] | None = None
@@ -64,8 +66,7 @@ class StatisticsPlan:
             raise InputError(f"lenses must be distinct, of {', '.join(KINDS)}, and at least one: {self.lenses}.")
         if self.mode not in ("all", "agreement"):
             raise InputError(f"there are no statistics {self.mode!r}; there are all and agreement.")
-        if not self.noise >= 0:
-            raise InputError(f"the noise of the logits must be at least 0, not {self.noise}.")
+        Noise.of(self.noise)
         if (self.chunk_rows is not None and self.chunk_rows < 1) or self.top < 0:
             raise InputError(f"chunk_rows must be at least 1 and top at least 0: {self.chunk_rows}, {self.top}.")
 
@@ -198,6 +199,9 @@ class _Chunks:
         self.sites = _sites(parts, plan)
         self.tokens = _chunk_tokens(parts, plan, rows)
         self.block_rows = _block_rows(parts, self.sites, self.tokens)
+        self.noise = Noise.of(plan.noise)
+        table = torch.tensor(self.noise.at(parts.depth), device=device)
+        self.base = torch.cat([table[-1:], *[table[:-1]] * len(plan.lenses)])  # (sites,)
         vocabulary = parts.vocabulary
         self.logits = torch.empty(self.tokens * self.sites, vocabulary, device=device)
         self.by_kernel = device.type == "cuda" and find_spec("triton") is not None
@@ -216,14 +220,14 @@ class _Chunks:
         texts = [] if self.by_kernel else text_ids.tolist()
         for tokens, sites in self._blocks(len(logits)):
             if self.by_kernel:
-                block = self._reduce_by_kernel(logits[tokens, sites], model, tokens, input_ids, text_ids)
+                block = self._reduce_by_kernel(logits[tokens, sites], model, tokens, sites, input_ids, text_ids)
             else:
                 block = self._reduce(logits[tokens, sites], model, tokens, sites, input_ids, text_ids, texts)
             for name, figures in block.items():
                 self._table(name, figures)[rows][tokens, sites] = figures
         self._check_finite(rows)
         if check is not None:
-            check_model_row(self.parts, model.logits, check, self.plan.noise)
+            check_model_row(self.parts, model.logits, check, float(self.base[0]))
 
     def _blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         """Parts of a chunk that are contiguous in memory: some sites of one token, or some tokens whole."""
@@ -264,7 +268,7 @@ class _Chunks:
             "argmax": argmax,
             "margin": margin,
             "agrees": agrees,
-            "near_tie": torch.where(agrees, margin, largest - own) < plan.noise,
+            "near_tie": torch.where(agrees, margin, largest - own) < self.noise.around(self.base[sites], own),
             "echo": argmax == input_ids[tokens, None],
             "rank": torch.stack([rank_of_token(x[i], texts[first + i], scratch[i]) for i in in_block]),
             "model_rank": torch.stack([rank_in_row(model.logits[first + i], argmax[i], scratch[i]) for i in in_block]),
@@ -310,14 +314,17 @@ class _Chunks:
         }
 
     def _reduce_by_kernel(
-        self, x: Tensor, model: _Model, tokens: slice, input_ids: Tensor, text_ids: Tensor
+        self, x: Tensor, model: _Model, tokens: slice, sites: slice, input_ids: Tensor, text_ids: Tensor
     ) -> dict[str, Tensor]:
         """The same figures, nothing of which the host waits for."""
         from probekit.lens.row_kernel import row_statistics
 
         plan, theirs = self.plan, model.logits[tokens]
         read, text = input_ids[tokens], text_ids[tokens]
-        found = row_statistics(x, theirs, read, text, noise=plan.noise, rounded_dtype=plan.rounded_dtype)
+        found = row_statistics(
+            x, theirs, read, text, noise=self.base[sites], rounding=self.noise.rounding,
+            rounded_dtype=plan.rounded_dtype,
+        )  # fmt: skip
         found |= self._warped(x, model, tokens, text[:, None, None].expand(x.shape[0], x.shape[1], 1))
         block = LogitsBlock(x, theirs, read, text)
         found |= {each.name: each.reduce(block) for each in registered() if each.reduce is not None}

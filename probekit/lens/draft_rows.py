@@ -16,18 +16,27 @@ the layers that agree with the model need the whole product.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probekit.errors import InputError
 from probekit.lens.lens import Lens, head_logits
+from probekit.lens.noise import Noise
 from probekit.lens.reductions import block_maxima, rounded_argmax, topk_lowest_id
 from probekit.models.anatomy import Anatomy
 
 FIRST_BLOCK = 256  # rows of the head that are tried first; each next block has four times as many
 CHUNK_TOKENS = 128  # tokens read at once, all of their layers
 BLOCK_BYTES = {"cpu": 32 * 2**20, "else": 2**28}  # of logits in one product
+
+
+class _Tolerance(NamedTuple):
+    """The noise, and its part that depends on the rows' sites: (rows,)."""
+
+    noise: Noise
+    base: Tensor
 
 
 class DraftRows:
@@ -61,10 +70,10 @@ class DraftRows:
         self._lens = Lens(parts, heads=heads)
 
     @torch.no_grad()
-    def read(self, residuals: Tensor, noise: float = 0.0) -> dict[str, Tensor]:
+    def read(self, residuals: Tensor, noise: float | Noise = 0.0) -> dict[str, Tensor]:
         """The most rows that a draft head may have before a layer no longer says m, the model's own token.
 
-        residuals: (layers + 1, rows, width), the sites 0..L of each row. noise: of the logits.
+        residuals: (layers + 1, rows, width), the sites 0..L of each row. noise: of the logits, by row.
 
         Returns {name: (layers + 1, rows) int32}. `agrees_up_to` is f above. Up to `surely_up_to` no kept token comes
         within the noise of m, beyond `perhaps_up_to` one beats it by the noise: surely <= agrees <= perhaps. All of the
@@ -73,12 +82,15 @@ class DraftRows:
         """
         names = ["agrees_up_to", "surely_up_to", "perhaps_up_to", *(["agrees_up_to_rounded"] if self._rounded else [])]
         shape, depth = residuals.shape[:2], self.parts.depth
+        noise = Noise.of(noise)
+        base = torch.tensor(noise.at(depth)[:depth], device=residuals.device)
         found = {name: residuals.new_full(shape, self.parts.vocabulary, dtype=torch.int32) for name in names}
         for start in range(0, shape[1], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             targets = self._targets(residuals[depth, rows])
             states = torch.cat([self._lens.states(residuals[layer, rows], layer) for layer in range(depth)])
-            best = self._search(states.float(), [target.repeat(depth) for target in targets], noise)
+            among = _Tolerance(noise, base.repeat_interleave(len(states) // depth))
+            best = self._search(states.float(), [target.repeat(depth) for target in targets], among)
             for name, places in zip(names, best, strict=True):
                 found[name][:depth, rows] = places.view(depth, -1).int()
         return found
@@ -90,7 +102,7 @@ class DraftRows:
         own = topk_lowest_id(logits, maxima, 1)[1][:, 0]
         return [own] if self._rounded is None else [own, rounded_argmax(logits, maxima, self._rounded)]
 
-    def _search(self, states: Tensor, targets: list[Tensor], noise: float) -> Tensor:
+    def _search(self, states: Tensor, targets: list[Tensor], among: _Tolerance) -> Tensor:
         """The smallest place in the order that beats each target. (comparisons, rows); the vocabulary's size if none.
 
         states: (rows, width) float32, what the head reads. targets: (rows,) each.
@@ -103,13 +115,14 @@ class DraftRows:
         while start < vocabulary and len(waiting):
             size = min(size, max(1, budget // (4 * len(waiting))))
             places = slice(start, start + size)
-            first = self._first(states[waiting], [target[waiting] for target in targets], places, noise)
+            those = _Tolerance(among.noise, among.base[waiting])
+            first = self._first(states[waiting], [target[waiting] for target in targets], places, those)
             best[:, waiting] = torch.minimum(best[:, waiting], first)
             waiting = waiting[(best[:, waiting] == vocabulary).any(0)]
             start, size = start + size, 4 * size
         return best
 
-    def _first(self, states: Tensor, targets: list[Tensor], places: slice, noise: float) -> Tensor:
+    def _first(self, states: Tensor, targets: list[Tensor], places: slice, among: _Tolerance) -> Tensor:
         """The same among the tokens at some places of the order."""
         ids, weight = self.order[places], self.parts.head.weight
         at = torch.arange(places.start, places.start + len(ids), device=ids.device)
@@ -126,6 +139,7 @@ class DraftRows:
             beats = (ahead > 0) | ((ahead == 0) & (ids < target[:, None]))
             note(beats)
             if dtype == torch.float32:
-                note(beats | (ahead > -noise))
-                note(beats & (ahead >= noise))
+                tolerance = among.noise.around(among.base[:, None], own)
+                note(beats | (ahead > -tolerance))
+                note(beats & (ahead >= tolerance))
         return torch.stack(found)

@@ -42,7 +42,8 @@ def row_statistics(
     input_ids: Tensor,
     text_ids: Tensor,
     *,
-    noise: float = 0.0,
+    noise: float | Tensor = 0.0,
+    rounding: float = 0.0,
     temperature: float | None = None,
     rounded_dtype: torch.dtype | None = None,
     block: int | None = None,
@@ -54,7 +55,7 @@ def row_statistics(
     logits: (tokens, sites, vocabulary), float32 or a smaller float, the last dimension contiguous; left alone.
     model: (tokens, vocabulary), the model's own logits of each token; may be a view of `logits`.
     input_ids, text_ids: (tokens,), integers below the vocabulary: the token read, and the text's next one.
-    noise: logits; bounds `near_tie`.
+    noise: logits, (sites,) or one number; bounds `near_tie`, with rounding: relative to the contested logit.
     temperature: of the decoder that draws from the softmax of logits / temperature. With it, `overlap` is at that
         temperature and there is `accept_probability`; None: temperature 1.
     rounded_dtype: torch.bfloat16 or torch.float16; adds `argmax_rounded` and `agrees_rounded`.
@@ -88,7 +89,7 @@ def row_statistics(
             logits, logits.stride(0), logits.stride(1), model, model.stride(0), own, tops, text_ids, numbers, counts,
             tokens, sites, **setting,
         )  # fmt: skip
-    return _named(numbers, counts, tops, input_ids, (tokens, sites), noise, temperature, rounded_dtype)
+    return _named(numbers, counts, tops, input_ids, (tokens, sites), noise, rounding, temperature, rounded_dtype)
 
 
 def _named(
@@ -97,15 +98,19 @@ def _named(
     tops: Tensor,
     input_ids: Tensor,
     shape: tuple[int, int],
-    noise: float,
+    noise: float | Tensor,
+    rounding: float,
     temperature: float | None,
     rounded_dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """What the kernel left, by name, with the bits that follow from it."""
     found = dict(zip((*NUMBERS, *COUNTS), [*numbers.view(-1, *shape), *counts.view(-1, *shape)], strict=True))
-    found["finite"] = found.pop("scale").isfinite()  # largest + log-sum-exp
+    scale, behind = found.pop("scale"), found.pop("behind")  # largest + log-sum-exp; largest less the model's token's
+    found["finite"] = scale.isfinite()
     found["agrees"] = found["argmax"] == tops[0, :, None]
-    found["near_tie"] = torch.where(found["agrees"], found["margin"], found.pop("behind")) < noise
+    own = scale + found["probability"].log() - behind
+    tolerance = noise + rounding * own.abs() if rounding else noise
+    found["near_tie"] = torch.where(found["agrees"], found["margin"], behind) < tolerance
     found["echo"] = found["argmax"] == input_ids[:, None]
     if temperature is None:
         del found["accept_probability"]

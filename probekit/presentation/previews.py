@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.presentation import plots
-from probekit.presentation.paper.writing import save
+from probekit.presentation.figure_files import save
 from probekit.presentation.tables import lens_table
 from probekit.traces.trace import Trace
 

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from probekit.errors import InputError
 from probekit.foreign.json import read_json
 from probekit.html_tables import facts_html
+from probekit.lens.noise import Noise
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.ledger import LedgerEntry, ledger_entries
@@ -163,8 +164,12 @@ class BatchPlan:
 class Measured:
     """What the run found out about itself.
 
-    noise: largest difference, in logits, between a row computed alone and the same row among others, measured on the
-        first batch and multiplied by a safety factor; `drafter_noise` is the drafter's. None before that batch.
+    noise: how far, in logits, two of a row move against one another when it is computed alone and among others: the
+        largest of all layers, measured on the first batch and multiplied by a safety factor; `drafter_noise` is the
+        drafter's. None before that batch.
+    noise_by_layer: the same at each layer 0..L. None in runs of earlier versions: there, one number for all.
+    noise_rounding: what a decoder's rounding of its logits adds, relative to the logit: a near-tie of logits x is
+        closer than noise_by_layer + noise_rounding |x|.
     backoffs: where memory ran out: {"batch", "phase", "size", "limit"}; size and limit count prompts ("continue") or
         rows ("read").
     savings: of the agreement-only method: {"rows", "full", "candidates", "vocabulary", "witnessed_share",
@@ -178,6 +183,8 @@ class Measured:
 
     noise: Finite | None = None
     drafter_noise: Finite | None = None
+    noise_by_layer: tuple[Finite, ...] | None = field(default=None, repr=False)
+    noise_rounding: Finite = 0.0
     backoffs: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     savings: Mapping[str, int | float] | None = None
     logged: tuple[Mapping[str, int | float], ...] = field(default=(), repr=False)
@@ -185,6 +192,11 @@ class Measured:
         default_factory=lambda: {"generation_s": 0.0, "trace_s": 0.0, "tokens": 0}
     )
     files: Mapping[str, str] | None = field(default=None, repr=False)
+
+    @property
+    def tolerance(self) -> Noise:
+        """The noise by row; 0 before the first batch."""
+        return Noise(self.noise_by_layer or (self.noise or 0.0,), self.noise_rounding)
 
     def with_entries(self, entries: Iterable[LedgerEntry]) -> Measured:
         """The same with what ledgers add to it; what is in it already is not counted twice."""
@@ -218,8 +230,8 @@ _KEYS = (
     "model", "prompts_hash", "prompts_source", "batches", "drafter", "draft_vocabulary", "exit_heads", "dtype",
     "device", "text", "decoding", "seed", "max_new_tokens", "statistics", "lenses", "keep_residuals",
     "residual_dtype", "residual_rows", "residual_share", "top_prompts", "backend", "batch_invariant", "segment_rows",
-    "noise",
-    "drafter_noise", "ignored_processors", "remarks", "backoffs", "savings", "logged", "versions", "timings", "files",
+    "noise", "noise_by_layer", "noise_rounding", "drafter_noise", "ignored_processors", "remarks", "backoffs",
+    "savings", "logged", "versions", "timings", "files",
 )  # fmt: skip
 # Settings as two runs are compared, in the order in which differences are listed.
 _COMPARED = (

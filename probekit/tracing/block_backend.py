@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probekit.decoding.batch_invariant import InvariantEngine
 from probekit.errors import SelfCheckError
+from probekit.lens.noise import Noise
 from probekit.models.loaded import Loaded
 from probekit.tracing.backend import Reading
 
@@ -64,7 +65,7 @@ def read_text(engine: InvariantEngine, ids: Tensor, start: int) -> Tensor:
 
 
 @torch.inference_mode()
-def invariant_noise(loaded: Loaded, ids: Sequence[int]) -> float:
+def invariant_noise(loaded: Loaded, ids: Sequence[int]) -> Noise:
     """How far residuals of a text read whole lie from those of single steps: 0, or SelfCheckError.
 
     ids: of which the first NOISE_TOKENS are read.
@@ -79,4 +80,4 @@ def invariant_noise(loaded: Loaded, ids: Sequence[int]) -> float:
             f"{float((among - alone).abs().max()):.2g} from those of the same token among others.",
             "Trace it without batch-invariance.",
         )
-    return 0.0
+    return Noise()

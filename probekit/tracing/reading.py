@@ -18,6 +18,7 @@ from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import KINDS, Lens
+from probekit.lens.noise import Noise
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.anatomy import Anatomy
 from probekit.models.in_blocks import InBlocks
@@ -161,7 +162,7 @@ class LayerReader:
             mode="agreement" if manifest.settings.statistics == "agreement" else "all",
             warp=self.plan.warp,
             rounded_dtype=self.rounded,
-            noise=manifest.measured.noise or 0.0,
+            noise=manifest.measured.tolerance,
             top=top,
             heads=self.heads,
         )
@@ -195,7 +196,7 @@ class LayerReader:
             # heads may be padded to different sizes: the decoder cuts or fills up the drafter's, too
             q = functional.pad(q, (0, self.parts.vocabulary - q.shape[-1]), value=float("-inf"))
             p = own(reading.residuals[-1, here], self.parts.depth)
-            noise = manifest.measured.drafter_noise or 0.0
+            noise = Noise((manifest.measured.drafter_noise or 0.0,), manifest.measured.noise_rounding)
             pieces.append(drafter_statistics(q, p, text_ids[here], self.plan.warp, noise, self.rounded))
         return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
 
@@ -212,7 +213,7 @@ class LayerReader:
         if self.draft_rows is None:
             return None
         generated = tensor_of(np.flatnonzero(keys["output"] >= 0), self.loaded)
-        found = self.draft_rows.read(reading.residuals[:, generated], manifest.measured.noise or 0.0)
+        found = self.draft_rows.read(reading.residuals[:, generated], manifest.measured.tolerance)
         return {name: values.cpu() for name, values in found.items()}
 
 
@@ -284,7 +285,7 @@ def drafter_statistics(
     p: Tensor,
     text_ids: Tensor,
     warping: Callable[[Tensor], Tensor] | None,
-    noise: float,
+    noise: Noise,
     rounded_dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """A draft model's figures beside the model's: (rows,) each.
@@ -302,7 +303,7 @@ def drafter_statistics(
         "argmax": argmax.int(),
         "agrees": argmax == model,
         "margin": best[:, 0] - best[:, 1],
-        "near_tie": (mine - others).abs() < noise,
+        "near_tie": (mine - others).abs() < noise.around(mine.new_tensor(noise.by_site[-1]), mine),
         "overlap": torch.minimum(log_q.exp(), log_p.exp()).sum(-1),
     }
     if warping is not None:

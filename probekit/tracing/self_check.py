@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from transformers import DynamicCache
 from probekit.errors import InputError
 from probekit.hooks.capture import Capture
 from probekit.lens.lens import Lens, check_model_row
+from probekit.lens.noise import Noise
 from probekit.models.anatomy import Anatomy
 from probekit.models.loaded import Loaded
 from probekit.tracing.backend import Reading
 
 NOISE_TOKENS = 256  # of a text, to measure the noise
-NOISE_ROWS = 8  # of them, the rows that are computed alone
-NOISE_SAFETY = 4
+NOISE_ROWS = 16  # of them, the rows that are computed alone
+NOISE_LOGITS = 8  # of a row, the largest ones
+NOISE_SAFETY = 3
 
 
 @torch.inference_mode()
@@ -47,13 +50,14 @@ def row_noise(
     ids: Sequence[int],
     sites: Iterable[int],
     heads: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
-) -> float:
-    """How far logits of a row computed alone may lie from those of the same row among others.
+) -> Noise:
+    """How far two logits of a row may move against one another, between the row alone and the same row among others.
 
     The last rows of a text (of its beginning, where it is long) are computed among all of its rows, and again one by
-    one with a cache, as a decoder does. The largest difference of their final-norm logits over `sites`, times a
-    safety factor; where the dtype is smaller than float32, plus the spacing of numbers as large as the largest logit,
-    to which a decoder rounds. heads: {exit layer: map} put before the norm, as in Lens.
+    one with a cache, as a decoder does. An argmax is decided among the largest logits: of each row's largest ones, the
+    largest change of a difference of two, times a safety factor, at every site; no less than at the sites below it.
+    Where the dtype is smaller than float32 a decoder rounds its logits, too. heads: {exit layer: map} put before the
+    norm, as in Lens.
     """
     parts = loaded.anatomy
     text = torch.tensor([list(ids)[:NOISE_TOKENS]], device=parts.device)
@@ -67,11 +71,12 @@ def row_noise(
     with Capture(parts, sites) as single:
         for column in text[:, -alone:].split(1, dim=1):
             parts.decoder(input_ids=column, past_key_values=cache, use_cache=True)
-    lens, difference, largest = Lens(parts, heads=heads), 0.0, 0.0
+    lens, found = Lens(parts, heads=heads), []
     for site in sites:
         together = lens(among[site][0, -2 * alone :], site)[-alone:]
         apart = torch.cat([lens(step[site][0], site) for step in single.passes])
-        difference = max(difference, float((together - apart).abs().max()))
-        largest = max(largest, float(together.abs().max()))
-    spacing = 0.0 if parts.dtype == torch.float32 else torch.finfo(parts.dtype).eps * largest
-    return NOISE_SAFETY * difference + spacing
+        leaders = together.topk(min(NOISE_LOGITS, together.shape[-1])).indices
+        moved = (together - apart).gather(-1, leaders)
+        found.append(NOISE_SAFETY * float((moved.amax(-1) - moved.amin(-1)).max()))
+    rounding = 0.0 if parts.dtype == torch.float32 else torch.finfo(parts.dtype).eps
+    return Noise(tuple(accumulate(found, max)), rounding)

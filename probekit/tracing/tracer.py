@@ -18,6 +18,7 @@ import torch
 
 from probekit.lens.discovered import check_discovered
 from probekit.lens.exit_heads import ExitHead, pack_heads
+from probekit.lens.noise import Noise
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.progress import Progress, usual_progress
 from probekit.ranks import Ranks, joined
@@ -188,7 +189,7 @@ class TraceRun:
 
     def hear_noise(self, texts: Sequence[ContinuedText]) -> None:
         """Measure the noise on the first text of the run; every process hears of it before it writes a part."""
-        found = dict[str, float]()
+        found = dict[str, Any]()
         if (self.ranks.first or self.ranks.in_step) and texts:
             found = self._noise(texts[0].sequence[:-1])
         if self.ranks.first and texts:
@@ -199,13 +200,16 @@ class TraceRun:
         if not self.ranks.first:
             self.writer.update(**heard)
 
-    def _noise(self, ids: Sequence[int]) -> dict[str, float]:
+    def _noise(self, ids: Sequence[int]) -> dict[str, Any]:
+        """As the manifest has it."""
         loaded, drafter = self.plan.loaded, self.plan.drafter
-        if loaded.anatomy.batch_invariant:
-            readers = {"noise": loaded} | ({} if drafter is None else {"drafter_noise": drafter})
-            return {name: invariant_noise(reader, ids) for name, reader in readers.items()}
-        found = {"noise": row_noise(loaded, ids, loaded.anatomy.sites, self.plan.heads)}
-        return found if drafter is None else found | {"drafter_noise": row_noise(drafter, ids, [drafter.depth])}
+
+        def of(reader: Loaded, *reading: Any) -> Noise:
+            return invariant_noise(reader, ids) if loaded.anatomy.batch_invariant else row_noise(reader, ids, *reading)
+
+        own = of(loaded, loaded.anatomy.sites, self.plan.heads)
+        found = {"noise": max(own.by_site), "noise_by_layer": own.by_site, "noise_rounding": own.rounding}
+        return found if drafter is None else found | {"drafter_noise": of(drafter, [drafter.depth]).by_site[-1]}
 
     def read_layers(self, part: int, texts: Sequence[ContinuedText]) -> None:
         """Read every layer of one batch, and write the part."""

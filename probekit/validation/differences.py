@@ -41,7 +41,9 @@ class Difference:
 
 
 def with_margin(difference: Difference, trace: Trace, cell: Cell) -> Difference:
-    """The same with the margin that the trace has of that place."""
+    """The same with the margin that the trace has of that place, where it has none of its own."""
+    if difference.margin is not None:
+        return difference
     try:
         margins = trace.values(difference.prompt, "margin")[:, difference.output]
     except (InputError, IndexError):  # of agreement only; or behind the end of the text
@@ -158,18 +160,20 @@ def apart(
     if before == text.tokens[:place] and place < len(text.tokens):
         tie = bool(text.model_ties[place])
     else:  # both had left the trace together
-        tie = _margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before]) < (
-            trace.manifest.measured.noise or 0.0
-        )
+        margin, tie = _model_margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before], trace)
+        left = _difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))
+        return [replace(left, margin=margin)]
     return [_difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))]
 
 
-def _margin(loaded: Loaded, ids: Sequence[int]) -> float:
-    """Difference of the two top logits after these tokens."""
+def _model_margin(loaded: Loaded, ids: Sequence[int], trace: Trace) -> tuple[float, bool]:
+    """Difference of the model's two top logits after these tokens, which the trace has not, and whether it is a tie."""
     with torch.inference_mode():
         logits = loaded.model(torch.tensor([list(ids)], device=loaded.device)).logits[0, -1].float()
-    first, second = logits.topk(2).values.tolist()
-    return first - second
+    first, second = logits.topk(2).values
+    noise = trace.manifest.measured.tolerance
+    margin = first - second
+    return float(margin), bool(margin < noise.around(first.new_tensor(noise.by_site[-1]), first))
 
 
 def _difference(

@@ -12,6 +12,7 @@ from lens.spelled import random_texts, read, spelled
 from probekit.lens import agreement as witness
 from probekit.lens.agreement import AgreementSearch
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
+from probekit.lens.noise import Noise
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.loaded import load
 from probekit.models.shipped import TALES, bundled_models
@@ -51,7 +52,8 @@ def spelled_cases(draw):
     if draw(st.booleans()):
         logits[:-1] = logits[-1]  # every layer as the model
         logits[0, :, 0] += draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.1]))
-    noise = draw(st.sampled_from([0.0, 1e-3, 0.3, 5.0]))
+    by_row = Noise(tuple(0.3 * (layer + 1) for layer in range(depth + 1)), 0.013)
+    noise = draw(st.sampled_from([0.0, 1e-3, 0.3, 5.0, by_row]))
     rounded = draw(st.sampled_from([None, torch.bfloat16, torch.float16]))
     return spelled(vocabulary, depth), logits, StatisticsPlan(mode="agreement", noise=noise, rounded_dtype=rounded)
 

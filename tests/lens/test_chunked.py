@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from lens.spelled import random_texts, read, spelled
 from probekit.errors import InputError, SelfCheckError
 from probekit.lens import chunked as statistics
 from probekit.lens.chunked import StatisticsPlan, layer_statistics, peak_bytes
+from probekit.lens.noise import Noise
 from probekit.models.synthetic import synthetic
 
 
@@ -32,6 +34,7 @@ PLANS = {
     "sampled": StatisticsPlan(noise=1e-2, warp=partial(warp, temperature=0.7, top=4), top=3),
     "final-norm": StatisticsPlan(lenses=("final-norm",), top=2),
     "raw": StatisticsPlan(lenses=("raw",)),
+    "by row": StatisticsPlan(chunk_rows=4),
     "other way round": StatisticsPlan(lenses=("raw", "final-norm"), noise=math.inf),
 }
 
@@ -57,8 +60,11 @@ def _named(name, message):
 def test_models(any_tiny, name):
     ids = random_texts(any_tiny, 2, 15)
     residuals, inputs, texts, logits = read(any_tiny, ids)
-    found = layer_statistics(any_tiny.anatomy, residuals, inputs, texts, PLANS[name], logits)
-    expected = truth.layer_statistics(any_tiny.anatomy, residuals, inputs, texts, PLANS[name])
+    plan = PLANS[name]
+    if name == "by row":
+        plan = replace(plan, noise=Noise(tuple(0.05 * layer for layer in range(any_tiny.depth + 1)), 0.03))
+    found = layer_statistics(any_tiny.anatomy, residuals, inputs, texts, plan, logits)
+    expected = truth.layer_statistics(any_tiny.anatomy, residuals, inputs, texts, plan)
     assert_same(found, expected, float(residuals.abs().max()))
 
 
@@ -101,7 +107,9 @@ def spelled_cases(draw):
         logits[:] = logits[-1]
     ids = torch.randint(0, vocabulary, (2, rows), generator=generator)
     plan = StatisticsPlan(
-        noise=draw(st.sampled_from([0.0, 0.11 * scale])),
+        noise=draw(
+            st.sampled_from([0.0, 0.11 * scale, Noise(tuple(0.11 * scale * i for i in range(depth + 1)), 0.03)])
+        ),
         rounded_dtype=draw(st.sampled_from([None, torch.bfloat16])),
         warp=draw(st.sampled_from([None, partial(warp, temperature=0.5, top=2)])),
         top=draw(st.integers(0, 2)),

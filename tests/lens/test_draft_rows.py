@@ -10,6 +10,7 @@ from probekit.errors import InputError
 from probekit.lens import draft_rows
 from probekit.lens.draft_rows import DraftRows
 from probekit.lens.lens import Lens
+from probekit.lens.noise import Noise
 
 DEPTH, VOCABULARY, WIDTH = 5, 97, 36
 
@@ -42,13 +43,17 @@ def blocks(monkeypatch):
     monkeypatch.setattr(draft_rows, "BLOCK_BYTES", {"cpu": 4 * 5 * 20, "else": 400})
 
 
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), noise=st.sampled_from([0.0, 1.0, 2.5]), data=st.data())
+BY_ROW = Noise(tuple(1.0 + 0.5 * layer for layer in range(DEPTH + 1)), 0.1)
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), noise=st.sampled_from([0.0, 1.0, 2.5, BY_ROW]),
+       data=st.data())  # fmt: skip
 def test_every_size_of_head_by_brute_force(tiny, blocks, seed, rows, noise, data):
     parts, residuals = whole_numbers(tiny, seed, rows)
     order = data.draw(st.permutations(range(VOCABULARY)))
     found = DraftRows(parts, torch.tensor(order)).read(residuals, noise)
     logits = residuals @ parts.head.weight.T
-    model = lowest_argmax(logits[-1])
+    model, of = lowest_argmax(logits[-1]), Noise.of(noise)
     rank = torch.tensor(order).argsort()[model]
     up_to, surely, perhaps = (found[name] for name in ("agrees_up_to", "surely_up_to", "perhaps_up_to"))
     assert ((surely <= up_to) & (up_to <= perhaps)).all()
@@ -61,7 +66,8 @@ def test_every_size_of_head_by_brute_force(tiny, blocks, seed, rows, noise, data
         expected = agreement(logits[:-1], model, kept)
         assert torch.equal((inside & (size <= up_to))[:-1], expected & inside)
         assert not (expected & ~inside).any()
-        near = (own[..., 0] - others[..., kept].amax(-1)).abs() < noise
+        tolerance = of.around(torch.tensor(of.at(DEPTH))[:, None], own[..., 0])
+        near = (own[..., 0] - others[..., kept].amax(-1)).abs() < tolerance
         assert torch.equal(((surely < size) & (size <= perhaps))[:-1], near[:-1])
 
 
@@ -106,9 +112,9 @@ def test_few_rows_of_the_head_settle_a_layer_that_disagrees(tiny, monkeypatch):
     tried = []
     original = DraftRows._first
 
-    def watched(self, states, targets, places, noise):
+    def watched(self, states, targets, places, among):
         tried.append((places.start, len(states)))
-        return original(self, states, targets, places, noise)
+        return original(self, states, targets, places, among)
 
     monkeypatch.setattr(DraftRows, "_first", watched)
     monkeypatch.setattr(draft_rows, "FIRST_BLOCK", 10)

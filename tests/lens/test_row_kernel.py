@@ -18,6 +18,7 @@ from lens.spelled import random_texts, read
 from probekit.errors import InputError
 from probekit.lens.chunked import StatisticsPlan, layer_statistics
 from probekit.lens.lens import Lens
+from probekit.lens.noise import Noise
 
 pytest.importorskip("triton", reason="Triton is not installed: it is in the extra `kernel`.")
 
@@ -37,11 +38,14 @@ def run(logits, model, inputs, texts, **setting):
     return {name: figures.cpu() for name, figures in found.items()}
 
 
-def slow(logits, model, inputs, texts, noise=0.0, temperature=None, rounded_dtype=None):
+def slow(logits, model, inputs, texts, noise=0.0, rounding=0.0, temperature=None, rounded_dtype=None):
     """The truth's, site by site."""
     warp = None if temperature is None else partial(tempered, temperature=temperature)
-    plan = StatisticsPlan(noise=noise, warp=warp, rounded_dtype=rounded_dtype)
-    sites = [truth.row_statistics(site, model, inputs, texts, plan) for site in logits.float().unbind(1)]
+    by_site = noise.tolist() if isinstance(noise, torch.Tensor) else [noise] * logits.shape[1]
+    plan = StatisticsPlan(noise=Noise((*by_site, 0.0), rounding), warp=warp, rounded_dtype=rounded_dtype)
+    sites = [
+        truth.row_statistics(each, model, inputs, texts, plan, i) for i, each in enumerate(logits.float().unbind(1))
+    ]
     return {name: torch.stack([site[name] for site in sites], 1) for name in sites[0]}
 
 
@@ -86,7 +90,8 @@ def cases(draw):
         logits[:] = logits[:, :1]
     ids = torch.randint(0, vocabulary, (2, tokens), generator=generator)
     setting = {
-        "noise": draw(st.sampled_from([0.0, 0.11 * scale])),
+        "noise": draw(st.sampled_from([0.0, 0.11 * scale, 0.11 * scale * torch.arange(sites)])),
+        "rounding": draw(st.sampled_from([0.0, 0.0137])),
         "temperature": draw(st.sampled_from([None, 0.5, 1.7])),
         "rounded_dtype": draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probekit.lens.chunked import StatisticsPlan
 from probekit.lens.lens import Lens
+from probekit.lens.noise import Noise
 
 
 def first_argmax(logits: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def check_interpreter() -> None:
 
 
 def row_statistics(
-    logits: Tensor, model: Tensor, input_ids: Tensor, text_ids: Tensor, plan: StatisticsPlan
+    logits: Tensor, model: Tensor, input_ids: Tensor, text_ids: Tensor, plan: StatisticsPlan, site: int = 0
 ) -> dict[str, Tensor]:
     """Every figure of one lens at one layer. logits, model: (rows, vocabulary), float32; ids: (rows,)."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -45,6 +46,8 @@ def row_statistics(
     own = logits.gather(-1, target[:, None])[:, 0]
     others = logits.scatter(-1, target[:, None], -torch.inf).amax(-1)
     log_q, log_p = logits.double().log_softmax(-1), model.double().log_softmax(-1)
+    noise = Noise.of(plan.noise)
+    tolerance = noise.by_site[site if len(noise.by_site) > 1 else 0] + noise.rounding * own.abs().nan_to_num()
     found = {
         "argmax": argmax,
         "probability": log_q.amax(-1).exp(),
@@ -57,7 +60,7 @@ def row_statistics(
         "kl": torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum(-1),
         "overlap": torch.minimum(log_q.exp(), log_p.exp()).sum(-1),
         "echo": argmax == input_ids,
-        "near_tie": (own - others).abs() < plan.noise,
+        "near_tie": (own - others).abs() < tolerance,
     }
     if plan.warp is not None:
         warped_q, warped_p = plan.warp(logits).double(), plan.warp(model).double()
@@ -80,7 +83,7 @@ def layer_statistics(parts, residuals: Tensor, input_ids: Tensor, text_ids: Tens
     lenses = [Lens(parts, kind, plan.heads if kind == "final-norm" else None) for kind in plan.lenses]
     rows = [
         [
-            row_statistics(lens(residual, layer), model, input_ids, text_ids, plan)
+            row_statistics(lens(residual, layer), model, input_ids, text_ids, plan, layer)
             for layer, residual in enumerate(residuals)
         ]
         for lens in lenses

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.sampling import warp
 from probekit.errors import InputError, Remark, ResourceError
+from probekit.lens.noise import Noise
 from probekit.models.synthetic import synthetic
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
@@ -252,7 +253,7 @@ def test_drafter_figures_by_hand() -> None:
     p = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]]).log_softmax(-1)
     q = torch.tensor([[2.0, 1.9, 0.0], [5.0, 1.0, 0.0]])
     text = torch.tensor([1, 0])
-    found = drafter_statistics(q, p, text, lambda logits: logits.log_softmax(-1), 0.2, None)
+    found = drafter_statistics(q, p, text, lambda logits: logits.log_softmax(-1), Noise((0.2,)), None)
     assert found["argmax"].tolist() == [0, 0]
     assert found["agrees"].tolist() == [True, False]  # the model's tie goes to the lower id, 1
     assert found["near_tie"].tolist() == [True, False]  # 0.1 apart; 4 apart
@@ -260,11 +261,11 @@ def test_drafter_figures_by_hand() -> None:
     assert found["accept_probability"].tolist() == [1.0, 1.0]  # q gives more than p to both
     share = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1)
     torch.testing.assert_close(found["overlap"], share)
-    greedy = drafter_statistics(q, p, text, None, 0.0, torch.bfloat16)
+    greedy = drafter_statistics(q, p, text, None, Noise(), torch.bfloat16)
     assert "accept_probability" not in greedy
     assert greedy["argmax_rounded"].tolist() == [0, 0]
     never = drafter_statistics(
-        q, p, text, lambda logits: logits.log_softmax(-1).masked_fill(logits < 1.5, -torch.inf), 0.0, None
+        q, p, text, lambda logits: logits.log_softmax(-1).masked_fill(logits < 1.5, -torch.inf), Noise(), None
     )
     assert never["accept_probability"][0] == 1.0
 
@@ -307,12 +308,21 @@ def test_agreement_only_says_what_it_spared(tiny, tmp_path) -> None:
 
 @pytest.mark.parametrize("statistics", ["all", "agreement"])
 def test_near_ties_are_counted_in_every_trace(tiny, monkeypatch, statistics) -> None:
-    monkeypatch.setattr(room, "row_noise", lambda *_: 0.5)  # logits
+    monkeypatch.setattr(room, "row_noise", lambda *_: Noise((0.5,)))  # logits
     traced = trace(tiny, TEXTS, max_new_tokens=6, statistics=statistics)
     ties, bits = traced.near_tie_count()
     assert bits == (tiny.depth + 1) * int(traced.texts["new_tokens"].sum())
     assert ties == sum(int(traced.near_ties(prompt).sum()) for prompt in traced.prompts)
     assert 0 < ties < bits
+
+
+def test_a_run_keeps_its_noise_by_layer(tiny, tmp_path) -> None:
+    measured = trace(tiny, TEXTS, tmp_path / "run", max_new_tokens=6).manifest.measured
+    assert len(measured.noise_by_layer) == tiny.depth + 1 and measured.noise == max(measured.noise_by_layer)
+    assert measured.noise_rounding == 0
+    read = Trace.open(tmp_path / "run").manifest.measured
+    assert read.tolerance == measured.tolerance == Noise(measured.noise_by_layer)
+    assert replace(read, noise_by_layer=None).tolerance == Noise((measured.noise,))  # of an earlier version
 
 
 def test_nnsight_gives_equal_numbers(any_tiny, unchanged) -> None:

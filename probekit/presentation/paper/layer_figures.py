@@ -7,9 +7,9 @@ import math
 from matplotlib.figure import Figure
 
 from probekit.presentation import plots
+from probekit.presentation.figure_files import canvas
 from probekit.presentation.paper.look import Page
 from probekit.presentation.paper.panels import by_lens
-from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import lens_table
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from probekit.errors import InputError
 from probekit.files import atomic_text
+from probekit.presentation.figure_files import save
 from probekit.presentation.paper.figures import FIGURES, PaperFigure
 from probekit.presentation.paper.look import LOOK, PAGE, Look, Page
 from probekit.presentation.paper.printed_tables import make_tables
-from probekit.presentation.paper.writing import save
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tex_text import tex_text
 

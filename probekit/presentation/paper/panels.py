@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probekit.presentation import plots
+from probekit.presentation.figure_files import canvas
 from probekit.presentation.paper.look import Page
-from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
 
 Curve = Callable[..., Axes]

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from probekit.errors import InputError
 from probekit.presentation import plots
+from probekit.presentation.figure_files import canvas
 from probekit.presentation.paper.look import Page
 from probekit.presentation.paper.panels import grids, of_models
-from probekit.presentation.paper.writing import canvas
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import sweep_table
 

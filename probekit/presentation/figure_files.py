@@ -1,4 +1,4 @@
-"""How a paper's figures are written: the same bytes for the same study."""
+"""How figures are written: the same bytes for the same study."""
 
 from __future__ import annotations
 
