@@ -123,13 +123,14 @@ def test_every_table_comes_as_latex(made, table):
     assert "S[table-format=" in latex
 
 
-def compiled(tmp_path: Path, paper: Path, options: str = "", text_width: str = "6.9in") -> str:
+def compiled(tmp_path: Path, paper: Path, options: str = "", text_width: str = "6.9in", tables: bool = True) -> str:
     """What LaTeX says of a document that holds all figures and tables of a folder."""
     (tmp_path / "paper.tex").write_text(
         rf"\documentclass[{options}]{{article}}\usepackage[textwidth={text_width},textheight=9.6in]{{geometry}}"
         r"\usepackage{graphicx,pgf,booktabs,siunitx,longtable,import}\begin{document}"
         r"Figures~\ref{fig:lens-table} to~\ref{fig:trace-and-sweep}, Tables~\ref{tab:layers} to~\ref{tab:costs}."
-        rf"\import{{{paper}/}}{{figures}}\import{{{paper}/}}{{tables}}\end{{document}}"
+        rf"\import{{{paper}/}}{{figures}}"
+        + (rf"\import{{{paper}/}}{{tables}}\end{{document}}" if tables else r"\end{document}")
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     for _ in range(2):  # labels are known to the second run
@@ -180,6 +181,14 @@ def test_latex_sets_the_labels(study, tmp_path):
         b"CMR" in (tmp_path / "fig06_speedup.pdf").read_bytes().upper()
         or b"SFRM" in (tmp_path / "fig06_speedup.pdf").read_bytes()
     )
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_a_narrow_text_is_said_and_figures_stay_within_it(made, tmp_path):
+    log = compiled(tmp_path, made[0], text_width="5.5in", tables=False)
+    assert "Overfull \\hbox" not in log
+    assert "--width 397.4" in log.replace("\n", "")
+    assert "made for a text" not in compiled(tmp_path, made[0])
 
 
 def test_figures_have_captions_and_alternative_texts(made):

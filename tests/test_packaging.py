@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -87,6 +88,21 @@ def test_the_source_distribution_builds_the_tests_too(shipped):
         "tests/conftest.py",
         "figures/making.py",
     } <= names
+
+
+@pytest.mark.second
+def test_the_readme_of_the_wheel_leads_to_the_repository(shipped):
+    (wheel,) = shipped.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        described = archive.read(name).decode()
+    home, tag = PROJECT["urls"]["Homepage"], f"v{PROJECT['version']}"
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", described)
+    assert len(links) == len(re.findall(r"\]\(", (ROOT / "README.md").read_text(encoding="utf-8"))) > 5
+    for picture, address in links:
+        before = f"{home}/{'raw' if picture else 'blob'}/{tag}/"
+        assert address.startswith(before), address
+        assert (ROOT / address.removeprefix(before).partition("#")[0]).is_file(), address
 
 
 @pytest.mark.second
