@@ -92,7 +92,7 @@ def print_table(
     least = [max([min(_CELL, cell), *map(cell_len, head.split())]) for cell, head in zip(cells, columns, strict=True)]
     most = [max(cell, cell_len(head)) for cell, head in zip(cells, columns, strict=True)]
     out.print(Text(title, style="bold"))  # not the table's own, which would wrap where the table is narrow
-    for number, indices in enumerate(_folded(least, keys, out.width)):
+    for number, indices in enumerate(_folded(columns, least, keys, out.width)):
         if number:
             out.print()
         table = Table(show_edge=False, pad_edge=False)
@@ -109,15 +109,20 @@ def print_table(
         out.print(Text(footnote, style="dim"))
 
 
-def _folded(least: Sequence[int], keys: int, width: int) -> Iterator[list[int]]:
-    """Which columns stand beside one another, by their least widths: the keys, and as many others as there is room."""
-    ahead = list(range(keys))
-    beside = list(ahead)
-    for index in range(keys, len(least)):
-        if len(beside) > keys and _beside(least[each] for each in (*beside, index)) > width:
+def _folded(columns: Sequence[str], least: Sequence[int], keys: int, width: int) -> Iterator[list[int]]:
+    """Which columns stand beside one another, by their least widths: the keys, and as many others as there is room.
+
+    An interval stays with what it is of, the column before it.
+    """
+    beside = list(range(keys))
+    for index in range(keys, len(columns)):
+        if columns[index].startswith("95 %"):
+            continue
+        own = [index, *(each for each in (index + 1,) if columns[each:] and columns[each].startswith("95 %"))]
+        if len(beside) > keys and _beside(least[each] for each in (*beside, *own)) > width:
             yield beside
-            beside = list(ahead)
-        beside.append(index)
+            beside = list(range(keys))
+        beside += own
     yield beside
 
 
