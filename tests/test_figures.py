@@ -22,6 +22,7 @@ from probekit.errors import InputError
 from probekit.presentation.paper.figures import FIGURES
 from probekit.presentation.paper.look import PAGE, Look, Page, kinds_of
 from probekit.presentation.paper.printed_tables import PRINTED
+from probekit.presentation.paper.way_figures import NO_ORACLE
 from probekit.presentation.study_folder import TABLES, open_study
 
 pytestmark = pytest.mark.second
@@ -304,6 +305,19 @@ def test_a_study_of_sampled_text_has_its_figures(tmp_path):
     for name in ("fig05", "fig06"):
         result = run("--study", folder, "--only", name, "--format", "pdf")
         assert result.exit_code == 0, result.output
+
+
+def test_sampled_text_has_no_oracle_and_nobody_says_it_has(study, tmp_path):
+    folder = fabricate_study(
+        tmp_path / "sampled", ("tales-tied",), depth=3, prompts=4, tokens=8, draft_lengths=(2,), text="sampled"
+    )
+    sampled, greedy = open_study(folder), open_study(study)
+    with Look().worn():
+        figure = FIGURES["fig11_oracle_map"].draw(sampled, PAGE)
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == [NO_ORACLE], "why, and no colour bar"
+    assert "sampled" in FIGURES["fig11_oracle_map"].caption(sampled)
+    assert "upper bound" not in FIGURES["fig10_ladder"].caption(sampled)
+    assert "upper bound" in FIGURES["fig10_ladder"].caption(greedy)
 
 
 @pytest.mark.parametrize("name", ["fig05_acceptance", "fig06_speedup"])

@@ -143,9 +143,10 @@ def _page(
     with_lens = sum(prompt["lens"] is not None for model in data["models"] for prompt in model["prompts"])
     prompts = sum(len(model["prompts"]) for model in data["models"])
     shared = sum(prompt["attribution"] is not None for model in data["models"] for prompt in model["prompts"])
+    text = "text" if shared == 1 else "texts"
     notes = [
         f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",
-        f"Of {shared} {'text' if shared == 1 else 'texts'} it also says which layer's attention and MLP wrote the logit of the model's token "
+        f"Of {shared} {text} it also says which layer's attention and MLP wrote the logit of the model's token "
         "(the final norm's scale held; what all of them wrote adds up to it)." if shared else "",
         heads_note,
     ]  # fmt: skip

@@ -78,7 +78,11 @@ def test_as_a_module():
 
 @pytest.mark.parametrize(
     ("words", "unwanted"),
-    [(["--version"], {"torch", "transformers", "pandas"}), (["models"], {"torch", "transformers"})],
+    [
+        (["--version"], {"torch", "transformers", "pandas"}),
+        (["models"], {"torch", "transformers"}),
+        (["study", "--temperature", "0.7", "--print-config"], {"torch", "transformers"}),
+    ],
 )
 def test_a_quick_answer_imports_nothing_large(words, unwanted):
     code = (
