@@ -161,9 +161,18 @@ def test_workflows_and_templates_are_whole(path):
         for job in document["jobs"].values():
             assert job["runs-on"] == "ubuntu-latest"
             assert all("uses" in step or "run" in step for step in job["steps"])
-    elif path.name != "config.yml":
+    elif path.parent.name == "ISSUE_TEMPLATE" and path.name != "config.yml":
         assert {"name", "description", "body"} <= set(document)
         assert len({part["id"] for part in document["body"]}) == len(document["body"])
+
+
+def test_actions_are_pinned_to_commits():
+    """A tag can be moved by whoever owns, or takes over, the action's repository; the release has rights to publish."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    uses = re.findall(r"uses: (.*)", text)
+    assert uses
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", each) for each in uses), uses
+    assert len({each.partition("@")[0] for each in uses}) == len(set(uses)), "one version of each"
 
 
 def test_what_workflows_run_is_there():
