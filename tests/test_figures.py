@@ -22,6 +22,7 @@ from probekit.errors import InputError
 from probekit.presentation.paper.figures import FIGURES
 from probekit.presentation.paper.look import PAGE, Look, Page, kinds_of
 from probekit.presentation.paper.printed_tables import PRINTED
+from probekit.presentation.paper.way_figures import NO_ORACLE
 from probekit.presentation.study_folder import TABLES, open_study
 
 pytestmark = pytest.mark.second
@@ -123,13 +124,14 @@ def test_every_table_comes_as_latex(made, table):
     assert "S[table-format=" in latex
 
 
-def compiled(tmp_path: Path, paper: Path, options: str = "", text_width: str = "6.9in") -> str:
+def compiled(tmp_path: Path, paper: Path, options: str = "", text_width: str = "6.9in", tables: bool = True) -> str:
     """What LaTeX says of a document that holds all figures and tables of a folder."""
     (tmp_path / "paper.tex").write_text(
         rf"\documentclass[{options}]{{article}}\usepackage[textwidth={text_width},textheight=9.6in]{{geometry}}"
         r"\usepackage{graphicx,pgf,booktabs,siunitx,longtable,import}\begin{document}"
         r"Figures~\ref{fig:lens-table} to~\ref{fig:trace-and-sweep}, Tables~\ref{tab:layers} to~\ref{tab:costs}."
-        rf"\import{{{paper}/}}{{figures}}\import{{{paper}/}}{{tables}}\end{{document}}"
+        rf"\import{{{paper}/}}{{figures}}"
+        + (rf"\import{{{paper}/}}{{tables}}\end{{document}}" if tables else r"\end{document}")
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     for _ in range(2):  # labels are known to the second run
@@ -180,6 +182,14 @@ def test_latex_sets_the_labels(study, tmp_path):
         b"CMR" in (tmp_path / "fig06_speedup.pdf").read_bytes().upper()
         or b"SFRM" in (tmp_path / "fig06_speedup.pdf").read_bytes()
     )
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="needs pdflatex")
+def test_a_narrow_text_is_said_and_figures_stay_within_it(made, tmp_path):
+    log = compiled(tmp_path, made[0], text_width="5.5in", tables=False)
+    assert "Overfull \\hbox" not in log
+    assert "--width 397.4" in log.replace("\n", "")
+    assert "made for a text" not in compiled(tmp_path, made[0])
 
 
 def test_figures_have_captions_and_alternative_texts(made):
@@ -295,6 +305,19 @@ def test_a_study_of_sampled_text_has_its_figures(tmp_path):
     for name in ("fig05", "fig06"):
         result = run("--study", folder, "--only", name, "--format", "pdf")
         assert result.exit_code == 0, result.output
+
+
+def test_sampled_text_has_no_oracle_and_nobody_says_it_has(study, tmp_path):
+    folder = fabricate_study(
+        tmp_path / "sampled", ("tales-tied",), depth=3, prompts=4, tokens=8, draft_lengths=(2,), text="sampled"
+    )
+    sampled, greedy = open_study(folder), open_study(study)
+    with Look().worn():
+        figure = FIGURES["fig11_oracle_map"].draw(sampled, PAGE)
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == [NO_ORACLE], "why, and no colour bar"
+    assert "sampled" in FIGURES["fig11_oracle_map"].caption(sampled)
+    assert "upper bound" not in FIGURES["fig10_ladder"].caption(sampled)
+    assert "upper bound" in FIGURES["fig10_ladder"].caption(greedy)
 
 
 @pytest.mark.parametrize("name", ["fig05_acceptance", "fig06_speedup"])

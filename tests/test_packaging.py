@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -90,6 +91,21 @@ def test_the_source_distribution_builds_the_tests_too(shipped):
 
 
 @pytest.mark.second
+def test_the_readme_of_the_wheel_leads_to_the_repository(shipped):
+    (wheel,) = shipped.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        described = archive.read(name).decode()
+    home, tag = PROJECT["urls"]["Homepage"], f"v{PROJECT['version']}"
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", described)
+    assert len(links) == len(re.findall(r"\]\(", (ROOT / "README.md").read_text(encoding="utf-8"))) > 5
+    for picture, address in links:
+        before = f"{home}/{'raw' if picture else 'blob'}/{tag}/"
+        assert address.startswith(before), address
+        assert (ROOT / address.removeprefix(before).partition("#")[0]).is_file(), address
+
+
+@pytest.mark.second
 def test_the_wheel_runs_from_an_empty_folder(installed, tmp_path):
     def probekit(*arguments: object) -> str:
         return ran(installed / "bin" / "probekit", *arguments, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
@@ -145,9 +161,18 @@ def test_workflows_and_templates_are_whole(path):
         for job in document["jobs"].values():
             assert job["runs-on"] == "ubuntu-latest"
             assert all("uses" in step or "run" in step for step in job["steps"])
-    elif path.name != "config.yml":
+    elif path.parent.name == "ISSUE_TEMPLATE" and path.name != "config.yml":
         assert {"name", "description", "body"} <= set(document)
         assert len({part["id"] for part in document["body"]}) == len(document["body"])
+
+
+def test_actions_are_pinned_to_commits():
+    """A tag can be moved by whoever owns, or takes over, the action's repository; the release has rights to publish."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    uses = re.findall(r"uses: (.*)", text)
+    assert uses
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", each) for each in uses), uses
+    assert len({each.partition("@")[0] for each in uses}) == len(set(uses)), "one version of each"
 
 
 def test_what_workflows_run_is_there():

@@ -22,7 +22,8 @@ With `--json` a command prints one [JSON document](json.md) on standard output, 
 Progress is shown on a terminal only. The exit status is 0 when the work is done, 2 for wrong use or bad input (one
 line says what was given, what was expected and what to do), 1 for anything else; `validate` ends with 1 when a
 difference is no near-tie, `verify` when something is not as it was written. After Ctrl-C it is 130, after SIGTERM 143,
-after SIGHUP 129: one line says what is kept, and the command that goes on. `-v` shows the traceback of an error.
+after SIGHUP 129: one line says what is kept, and the command that goes on; a second signal ends it
+at once, without a word. `-v` shows the traceback of an error.
 
 `study` takes its options from a TOML file, too (`--config study.toml`, with their long names as keys); the command line
 comes before it, and `--print-config` prints what holds.

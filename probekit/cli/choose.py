@@ -168,6 +168,7 @@ def choose(
                 for (count, at), each in plan.choices.items()
             ],
             "off: no way of drafting is predicted to beat plain decoding of the same batch.",
+            keys=2,
         )
     if answers:
         print_table(
@@ -202,6 +203,7 @@ def choose(
                  ways.share_of_oracle(row)]
                 for row in ways.shortlist(5)
             ],
+            keys=3,
         )  # fmt: skip
 
 

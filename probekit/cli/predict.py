@@ -85,4 +85,5 @@ def predict(
         ],
         "acceptance rate: accepted / drafted, pooled over prompts. alpha: accepted / (accepted + rounds that ended by "
         "a rejection). tokens per round: tokens / rounds, the token that verification adds is in it.",
+        keys=2,
     )

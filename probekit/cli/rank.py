@@ -132,6 +132,7 @@ def _show(ranking: Ranking, checked: WaysValidation | None) -> None:
         "policy the best length. of the oracle: its speed over the oracle's. exact: so are drafted tokens; what a "
         "policy that looks at drafts lets be drafted behind a mismatch is estimated. Learned ways are judged on the "
         "half of the prompts that they were not learned on.",
+        keys=3,
     )  # fmt: skip
     for ways, why in ranking.not_ranked:
         notice(f"Not ranked: {ways}; {why}.")
@@ -164,4 +165,5 @@ def show_run(checked: WaysValidation) -> None:
             for each in checked.ways
         ],
         "counts are predicted / measured.",
+        keys=3,
     )  # fmt: skip

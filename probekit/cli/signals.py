@@ -42,7 +42,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Signals raise `Stopped` in here, once: a second one ends the process as it would have without us.
+    """Signals raise `Stopped` in here, once: a second one ends the process at once, without a word.
 
     Signals that are ignored stay ignored (a shell's background jobs, `nohup`). One that falls into a destructor or a
     weak reference's callback, from which nothing can be raised, is raised again a moment later.
@@ -64,7 +64,8 @@ def stoppable() -> Iterator[None]:
         threading.Timer(_AGAIN_AFTER_S, _raised_here, [fault.exc_value.number]).start()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        restore()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)  # not what was there: Python's own answer to Ctrl-C is a traceback
         _received.append(number)
         raise Stopped(number)
 

@@ -62,25 +62,27 @@ def study(
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """The main job: trace, predict, choose on the even prompts, validate on the odd ones, report."""
-    from probekit.engines.export import check_export
     from probekit.settings import Sampling
-    from probekit.study.estimate import estimate_study
-    from probekit.study.log_to import check_tracker, log_study
-    from probekit.study.plan import plan_study, study_settings
-    from probekit.study.run import run_study
 
     options.at_least_one(max_new_tokens, "--max-new-tokens")
     options.at_least_one(step_context, "--context")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     exits = options.integers(exit_layers, "--exit-layers")
     lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    if print_config:
+        out.print(config_text(context), markup=False, soft_wrap=True, end="")
+        return
+
+    from probekit.engines.export import check_export
+    from probekit.study.estimate import estimate_study
+    from probekit.study.log_to import check_tracker, log_study
+    from probekit.study.plan import plan_study, study_settings
+    from probekit.study.run import run_study
+
     if log_to is not None:
         check_tracker(log_to)
     if export is not None:
         check_export(export, several=True)
-    if print_config:
-        out.print(config_text(context), markup=False, soft_wrap=True, end="")
-        return
     if plan_only:
         settings = study_settings(
             models, prompts=prompts, max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model,

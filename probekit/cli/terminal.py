@@ -6,11 +6,12 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -79,21 +80,55 @@ def warnings_as_notices(quiet: bool, kind: type[Warning] = UserWarning) -> Itera
         yield
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footnote: str = "") -> None:
-    """A table whose cells are data, never markup."""
-    table = Table(show_edge=False, pad_edge=False)
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footnote: str = "", *, keys: int = 1
+) -> None:
+    """A table whose cells are data, never markup. Where it is wider than the window, several below one another.
+
+    keys: the first columns, which say what a row is about; they stand in each of the tables.
+    """
     shown = [[show(value) for value in row] for row in rows]
-    for index, column in enumerate(columns):
-        widest = max((len(row[index]) for row in shown), default=0)
-        table.add_column(
-            Text(column), justify="left" if index == 0 else "right", overflow="fold", min_width=min(widest, _CELL)
-        )
-    for row in shown:
-        table.add_row(*map(Text, row))
+    cells = [max((cell_len(row[index]) for row in shown), default=0) for index in range(len(columns))]
+    least = [max([min(_CELL, cell), *map(cell_len, head.split())]) for cell, head in zip(cells, columns, strict=True)]
+    most = [max(cell, cell_len(head)) for cell, head in zip(cells, columns, strict=True)]
     out.print(Text(title, style="bold"))  # not the table's own, which would wrap where the table is narrow
-    out.print(table)
+    for number, indices in enumerate(_folded(columns, least, keys, out.width)):
+        if number:
+            out.print()
+        table = Table(show_edge=False, pad_edge=False)
+        spare = out.width - _beside(least[each] for each in indices)
+        for index in indices:
+            side: Any = "left" if index == 0 else "right"
+            more = min(most[index] - least[index], max(0, spare))
+            spare -= more
+            table.add_column(Text(columns[index]), justify=side, overflow="fold", width=least[index] + more)
+        for row in shown:
+            table.add_row(*(Text(row[index]) for index in indices))
+        out.print(table)
     if footnote:
         out.print(Text(footnote, style="dim"))
+
+
+def _folded(columns: Sequence[str], least: Sequence[int], keys: int, width: int) -> Iterator[list[int]]:
+    """Which columns stand beside one another, by their least widths: the keys, and as many others as there is room.
+
+    An interval stays with what it is of, the column before it.
+    """
+    beside = list(range(keys))
+    for index in range(keys, len(columns)):
+        if columns[index].startswith("95 %"):
+            continue
+        own = [index, *(each for each in (index + 1,) if columns[each:] and columns[each].startswith("95 %"))]
+        if len(beside) > keys and _beside(least[each] for each in (*beside, *own)) > width:
+            yield beside
+            beside = list(range(keys))
+        beside += own
+    yield beside
+
+
+def _beside(widths: Iterable[int]) -> int:
+    """How wide columns are together, with the lines between them."""
+    return sum(width + len(" │ ") for width in widths) - len(" │ ")
 
 
 def show(value: Any) -> str:

@@ -98,6 +98,7 @@ def validate(
             ],
             "counts are predicted / measured. ties: rounds that differ at a near-tie of the argmax. excusable: "
             "positions that are near one, where a difference would be excused.",
+            keys=2,
         )  # fmt: skip
         _show_differences(validation.cells)
     if not validation.holds:
@@ -120,6 +121,7 @@ def _show_differences(cells):
             [["-" if value is None else value for value in row] for row in rows[:SHOWN_DIFFERENCES]],
             "margin: logits between the two most probable tokens there, of the model or the exit, the smaller one."
             + (f" {more} more are in the JSON (--json)." if more > 0 else ""),
+            keys=4,
         )
 
 

@@ -18,7 +18,7 @@ from probekit.drafting.policies import Policy
 from probekit.drafting.trees import TreeShape
 from probekit.errors import InputError
 from probekit.foreign.special_tokens import begins_twice, remark_on_bos
-from probekit.foreign.text import check_text
+from probekit.foreign.text import check_text, token_ids
 from probekit.lens.exit_heads import ExitHead, check_heads, load_heads
 from probekit.models.loaded import Loaded, as_loaded
 from probekit.models.loaded import batch_invariant as made_invariant
@@ -143,7 +143,7 @@ def decode(
         if begins_twice(prompt_ids, loaded.tokenizer):
             warnings.warn(remark_on_bos((), loaded.tokenizer), stacklevel=2)
     else:
-        prompt_ids = prompt
+        prompt_ids = token_ids(prompt, "the prompt")
 
     def hand_out(piece: Piece) -> None:
         if on_accept is not None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from probekit.errors import InputError
 
@@ -36,10 +39,12 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
 
 
 def check_text(text: str, where: str) -> str:
-    """The text, or InputError where it is longer than MOST_CHARACTERS or no Unicode text (halves of surrogate pairs).
+    """The text, or InputError: it is none, or too long (MOST_CHARACTERS), or no Unicode (halves of surrogate pairs).
 
     where: what it is, as the sentence begins: "line 3: `prompt`".
     """
+    if not isinstance(text, str):
+        raise InputError(f"{where} is a {type(text).__name__}; expected one text.")
     if len(text) > MOST_CHARACTERS:
         raise InputError(
             f"{where} has {len(text):,} characters; at most {MOST_CHARACTERS:,} are encoded.", "Cut it into several."
@@ -51,6 +56,17 @@ def check_text(text: str, where: str) -> str:
             "Write it again as UTF-8.",
         )
     return text
+
+
+def token_ids(given: Any, where: str) -> list[int]:
+    """Token ids, of a list, an array or a tensor. Raises InputError for anything else, a batch of them among it."""
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(ids, Sequence) or not all(isinstance(each, Integral) for each in ids):
+        raise InputError(
+            f"{where} is a {type(given).__name__} that is none of token ids; expected a text, or token ids.",
+            "probekit.trace takes many texts; this takes one.",
+        )
+    return [int(each) for each in ids]
 
 
 def printable(text: str) -> str:

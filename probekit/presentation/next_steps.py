@@ -42,6 +42,12 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
     words = "Take the choice to your own code, or hold the decoder against the prediction on every text."
     if choice.get("few_prompts"):
         words = f"The choice rests on {choice.get('prompts')} texts: trace more before you rely on it. {words}"
+    measured = (entry.get("chosen_validation") or {}).get("speedup_measured")
+    if measured is not None and measured <= 1:
+        words = (
+            f"Measured, it gained nothing ({measured:.2f}x): study again while the machine does nothing else, before "
+            f"you draft so. {words}"
+        )
     exits = [] if choice["exit_layer"] is None else ["--exit-layers", str(choice["exit_layer"])]
     return {
         "words": words,

@@ -38,6 +38,7 @@ from probekit.presentation.report_text import (
 )
 from probekit.presentation.report_ways import ways_view
 from probekit.presentation.study_folder import StudyFolder, open_study
+from probekit.presentation.tables import lens_table
 from probekit.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def write_lens_page(trace: Trace, path: str | Path, attributions: Mapping[int, A
         study=None,
         stills={},
         heads_note=_heads_note([trace]),
+        plain_lens=_plain_lens(trace) if models[0]["prompts"][0]["lens"] else None,
     )
     path = Path(path)
     atomic_text(path, page)
@@ -97,6 +99,18 @@ def _heads_note(traces: Sequence[Trace]) -> str:
     """Which models' final-norm lens is not the plain one."""
     names = [trace.manifest.model.name for trace in traces if trace.manifest.settings.exit_heads is not None]
     return f"The final-norm lens of {listed(names)} is read through exit heads; the raw lens is not." if names else ""
+
+
+def _plain_lens(trace: Trace) -> dict[str, Any]:
+    """The lens table of the first text in words alone, for a reader without scripts: from the model down."""
+    table = lens_table(trace, trace.prompts[0], trace.manifest.settings.lenses[0])
+    agrees = [row["agrees"].tolist() for _, row in table.frame.groupby("layer")]
+    rows = [
+        (f"{layer} model" if layer == trace.depth else f"{layer} embedding" if layer == 0 else str(layer),
+         [(token, same) for (token, _), same in zip(cells, agrees[layer], strict=True)])
+        for layer, cells in enumerate(table.cells)
+    ]  # fmt: skip
+    return {"inputs": table.inputs, "generated": table.generated, "rows": rows[::-1]}
 
 
 STILLS = {
@@ -123,15 +137,16 @@ def _stills(folder: Path) -> dict[str, dict[str, str]]:
 
 def _page(
     title: str, standfirst: str, data: dict[str, Any], study: dict[str, Any] | None, stills: dict[str, Any],
-    heads_note: str,
+    heads_note: str, plain_lens: dict[str, Any] | None = None,
 ) -> str:  # fmt: skip
     script, style, dark_style = joined_scripts(), _asset("report.css"), _asset("dark.css")
     with_lens = sum(prompt["lens"] is not None for model in data["models"] for prompt in model["prompts"])
     prompts = sum(len(model["prompts"]) for model in data["models"])
     shared = sum(prompt["attribution"] is not None for model in data["models"] for prompt in model["prompts"])
+    text = "text" if shared == 1 else "texts"
     notes = [
         f"To keep the page small it holds {with_lens} of {prompts} texts." if with_lens < prompts else "",
-        f"Of {shared} texts it also says which layer's attention and MLP wrote the logit of the model's token "
+        f"Of {shared} {text} it also says which layer's attention and MLP wrote the logit of the model's token "
         "(the final norm's scale held; what all of them wrote adds up to it)." if shared else "",
         heads_note,
     ]  # fmt: skip
@@ -148,6 +163,7 @@ def _page(
         study=study,
         stills={name: stills.get(name) for name in STILLS},
         has_lens=with_lens > 0,
+        plain_lens=plain_lens,
         heads_note=heads_note,
         lens_note=" ".join(filter(None, notes)),
         definitions=DEFINITIONS,

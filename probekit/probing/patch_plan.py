@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
-from probekit.foreign.text import check_text
+from probekit.foreign.text import check_text, token_ids
 from probekit.hooks.components import BRANCHES, Site, all_sites, check_site
 from probekit.models.anatomy import Anatomy
 from probekit.models.loaded import Loaded, as_loaded
@@ -88,7 +88,7 @@ def read_text(loaded: Loaded, text: Text, name: str) -> Tensor:
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.name} has no tokenizer, so it cannot read {name}.", "Give token ids.")
         text = loaded.tokenizer(check_text(text, name))["input_ids"]
-    ids = [int(each) for each in text]
+    ids = token_ids(text, name)
     if not ids:
         raise InputError(f"{name} has no tokens.")
     if strange := [each for each in ids if each not in range(loaded.anatomy.vocabulary)]:

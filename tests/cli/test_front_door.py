@@ -12,7 +12,9 @@ import tomllib
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from cli.processes import Command
 from transformers import AutoModelForCausalLM
 
@@ -77,7 +79,11 @@ def test_as_a_module():
 
 @pytest.mark.parametrize(
     ("words", "unwanted"),
-    [(["--version"], {"torch", "transformers", "pandas"}), (["models"], {"torch", "transformers"})],
+    [
+        (["--version"], {"torch", "transformers", "pandas"}),
+        (["models"], {"torch", "transformers"}),
+        (["study", "--temperature", "0.7", "--print-config"], {"torch", "transformers"}),
+    ],
 )
 def test_a_quick_answer_imports_nothing_large(words, unwanted):
     code = (
@@ -159,6 +165,22 @@ def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, s
     assert line.endswith("4 --resume")
     assert f"'{out}'" in line  # a name with a space is quoted
     assert len(list(out.glob("*.unfinished"))) <= 1
+
+
+@pytest.mark.second
+def test_a_second_signal_ends_at_once_and_without_a_traceback(tmp_path):
+    late = (
+        "import signal, os, time\n"
+        "from probekit.cli import main\n"
+        "def slow(*_, **__):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "    finally: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "import probekit.models.loaded; probekit.models.loaded.load = slow\n"
+        "main(['inspect', 'tales-tied'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", late], env=HERE, capture_output=True, text=True, timeout=50)
+    assert done.returncode == -signal.SIGINT, "130, as a shell gives it"
+    assert "Traceback" not in done.stderr
 
 
 def test_a_signal_in_json(tmp_path):
@@ -299,6 +321,20 @@ def test_python_says_what_it_takes(tiny_folder):
     for wrong in ([3.5], [["a", 5]], [None], [5], 5, "abc", [[]]):
         with pytest.raises(InputError):
             probekit.trace(loaded, wrong, max_new_tokens=2)
+
+
+def test_python_takes_one_prompt_where_one_is_expected(tiny_folder):
+    model = probekit.load(tiny_folder, device="cpu")
+    ids = model.tokenizer("abc")["input_ids"]
+    for given in (ids, tuple(ids), np.array(ids), torch.tensor(ids)):
+        assert probekit.decode(model, given, max_new_tokens=2).tokens
+    for given in (["abc", "de"], [ids], torch.tensor([ids]), {"prompt": "abc"}, None, 3):
+        with pytest.raises(InputError, match="expected a text, or token ids"):
+            probekit.decode(model, given, max_new_tokens=2)
+    for door in (lambda given: probekit.inspect_prompt(model, given), lambda given: probekit.patch(model, given, "de")):
+        for given in (["abc"], 3, None):
+            with pytest.raises(InputError, match="expected"):
+                door(given)
 
 
 def test_chat_messages_are_prompts(tiny_folder):

@@ -27,7 +27,7 @@ def window(monkeypatch):
     def open_window(width: int, is_terminal: bool = True) -> Console:
         console = Console(file=io.StringIO(), width=width, force_terminal=is_terminal, highlight=False,
                           color_system="256" if is_terminal else "auto")  # fmt: skip
-        for room in (looking, running):
+        for room in (looking, running, terminal):
             monkeypatch.setattr(room, "out", console)
         return console
 
@@ -96,6 +96,27 @@ def test_the_lens_table_has_no_colour_in_a_file(window, table: LensTable):
     console = window(80, is_terminal=False)
     looking._print_lens(table)
     assert "\x1b" not in written(console)
+
+
+# -- tables
+@pytest.mark.parametrize("width", [44, 60, 80, 140])
+def test_a_wide_table_folds_and_cuts_nothing(window, width):
+    console = window(width)
+    heads = ["drafts at", "length", "speedup predicted", "95 %", "measured", "tokens per round", "parameters"]
+    rows = [[f"layer {each}", each, 1.2345, [0.5, 10.25], None, 22.5, 3_263_616 + each] for each in range(3)]
+    terminal.print_table("a title", heads, rows, "a note", keys=2)
+    lines = [ESCAPES.sub("", line) for line in written(console).splitlines()]
+    assert max(columns(line) for line in lines) <= width
+    text = "\n".join(lines)
+    for each in range(3):
+        assert text.count(f"layer {each} ") == text.count("drafts")
+        assert f"{3_263_616 + each:,}" in text
+    for word in " ".join(heads).split():
+        assert word in text, "a heading folds between words only"
+    intervals = [line for line in lines if "[0.50, 10.25]" in line]
+    assert len(intervals) == 3
+    assert all("1.2345"[:5] in line for line in intervals), "an interval stays with its figure"
+    assert (text.count("drafts") == 1) == (width >= 80)
 
 
 # -- decoding as it streams

@@ -291,6 +291,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert NO_DRAFTS.draft_length == 0
 
 
+def test_the_readme_names_every_engine_and_its_command():
+    told = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in told.splitlines() if line.startswith("| ") and "`probekit " in line]
+    for name in ENGINES:
+        command = "probekit choose RUN --export" if name == "transformers" else f"--engine {name}`"
+        assert sum(command in row for row in rows) == 1, name
+
+
 def test_transformers_settings_are_written_in_one_place():
     """The snippet of a study's next steps and the README of an export."""
     from probekit.presentation.next_steps import next_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import shutil
 import warnings
@@ -211,6 +212,45 @@ def test_a_table_may_be_named(drawn):
         name = next(iter(inspect.signature(plot).parameters))
         options = {"statistic": "echo"} if plot is plots.by_layer else {}
         assert plot(**{name: table}, **options, ax=Figure().subplots()).has_data()
+
+
+@pytest.mark.parametrize("sides", [(False, False), (False, True), (True, True)])
+def test_names_of_tokens_do_not_ask_which_ticks_are_shown(drawn, sides):
+    below, above = sides
+    with matplotlib.rc_context({"xtick.labelbottom": below, "xtick.labeltop": above, "xtick.top": above}):
+        for plot in (plots.lens_table, plots.patch_map):
+            ax = draw(plot, drawn[plot], ax=Figure(figsize=(5, 3)).subplots())
+            ax.figure.draw_without_rendering()
+            labels = [label for tick in ax.xaxis.get_major_ticks() for label in (tick.label1, tick.label2)]
+            assert {label.get_rotation() for label in labels} == {40}
+            assert any(label.get_visible() and label.get_text() for label in labels) == any(sides)
+
+
+def test_letters_that_the_font_lacks_come_from_another(drawn):
+    names = {"model": "\N{GREEK SMALL LETTER ALPHA}\N{DOUBLE VERTICAL LINE} one"}
+    layers = pd.concat([drawn[plots.kl_by_layer], drawn[plots.kl_by_layer].assign(**names)])
+    with matplotlib.rc_context({"font.family": ["cmss10"], "axes.unicode_minus": False, "text.parse_math": False}):
+        figure = Figure(figsize=(5, 3))
+        axes = figure.subplots(1, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plots.entropy_and_kl(layers, axes=axes)
+            figure.draw_without_rendering()
+            plots.one_legend(figure, axes)
+            plots.one_bar(figure, [plots.lens_table(drawn[plots.lens_table], ax=axes[0])], "KL(p \N{PARALLEL TO} q)")
+            figure.draw_without_rendering()
+
+
+def test_notes_above_a_table_do_not_cover_one_another(drawn):
+    table = drawn[plots.lens_table].to_pandas()
+    for last in (table["position"].max(), table.loc[table["generated"], "position"].min()):
+        ax = Figure(figsize=(3, 3)).subplots()
+        draw(plots.lens_table, table[table["position"] <= last], ax=ax)
+        ax.figure.draw_without_rendering()
+        notes = [text.get_window_extent().padded(-1) for text in ax.texts if text.get_text().strip() in
+                 ("prompt", "continuation", "• the model's token")]  # fmt: skip
+        assert len(notes) == 3
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(notes, 2))
 
 
 def test_labels_follow_what_reads_them():

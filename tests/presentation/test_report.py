@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shlex
@@ -21,13 +22,12 @@ from presentation.fabricate_study import fabricate_study, fabricate_trace
 from traces.fabricate import fabricate
 
 from probekit.errors import InputError
-from probekit.presentation.next_steps import next_steps
-from probekit.presentation.report import joined_scripts, write_lens_page, write_report
+from probekit.presentation.report import ASSETS, joined_scripts, write_lens_page, write_report
 from probekit.presentation.report_data import Source, pack_models, packed, safe_json, token_texts
 from probekit.presentation.report_text import way_label
 from probekit.presentation.study_folder import open_study
+from probekit.presentation.tables import lens_table
 from probekit.probing.attribution import attribute
-from probekit.settings import Sampling
 from probekit.traces.token_text import visible
 from probekit.traces.trace import Trace
 from probekit.tracing.tracer import trace
@@ -240,42 +240,6 @@ def test_what_to_do_next_can_be_typed_and_pasted(study, page):
     assert "Not measured here: other engines" in page.text
 
 
-def test_few_texts_and_hostile_names_in_the_next_steps():
-    entry = {"name": "a'; rm -rf b", "trace": "traces/a", "choice": {
-        "speculate": True, "few_prompts": True, "prompts": 3, "exit_layer": 2, "draft_length": 4}}  # fmt: skip
-    steps = next_steps(entry, Path("a study") / "traces" / "a'; rm")
-    assert "rests on 3 texts" in steps["words"]
-    for command in steps["commands"]:
-        assert shlex.split(command)[:2] in (["probekit", "choose"], ["probekit", "validate"])
-        assert "a study/traces/a'; rm" in shlex.split(command)
-    compile(steps["snippet"], "snippet", "exec")
-    sampled = next_steps(entry, Path("a"), Sampling(0.7, top_p=0.9))["snippet"]
-    assert "assistant_early_exit=2, do_sample=True, temperature=0.7, top_k=0, top_p=0.9)" in sampled
-
-
-def test_the_next_steps_follow_the_best_of_all_ways():
-    nothing = {"speculate": False, "speedup": 1.0, "exit_layer": None, "draft_length": None}
-    lookup = {"drafter": "ngram:2", "policy": "fixed", "exit_layer": None, "draft_length": 4, "speedup": 1.2}
-    steps = next_steps({"name": "a", "choice": nothing | {"way": lookup}}, Path("a run"))
-    assert "prompt lookup" in steps["words"]
-    assert "prompt_lookup_num_tokens=4, max_matching_ngram_size=2" in steps["snippet"]
-    compile(steps["snippet"], "snippet", "exec")
-    for command in steps["commands"]:
-        words = shlex.split(command)
-        assert words[0] == "probekit" and "a run" in words and "ngram:2" in words
-    of_vllm = next_steps({"name": "a", "choice": nothing | {"way": lookup | {"drafter": "ngram:2-3:vllm"}}}, Path("a"))
-    assert "--engine vllm" in of_vllm["commands"][0] and not of_vllm["snippet"]
-
-    pair = {"speculate": True, "speedup": 1.1, "exit_layer": 3, "draft_length": 2}
-    tree = {"drafter": "tree:2x1", "policy": "fixed", "exit_layer": 3, "draft_length": 2, "speedup": 1.3}
-    steps = next_steps({"name": "a", "choice": pair | {"way": tree}}, Path("a"))
-    assert "validate a --ways" in steps["commands"][0] and "assistant_early_exit=3" in steps["snippet"]
-    alone = next_steps({"name": "a", "choice": nothing | {"way": tree}}, Path("a"))
-    assert "no way that pays here" in alone["words"] and not alone["snippet"]
-    slower = next_steps({"name": "a", "choice": pair | {"way": lookup | {"speedup": 1.1}}}, Path("a"))
-    assert "assistant_early_exit=3" in slower["snippet"] and "prompt lookup" not in slower["words"]
-
-
 @pytest.mark.second
 def test_do_not_speculate_is_said(study, tmp_path):
     folder = _copy(study, tmp_path)
@@ -333,6 +297,26 @@ def test_a_lens_page_of_one_trace(tmp_path):
     (model,) = page.data["models"]
     assert set(model["prompts"][0]["lens"]) == {"final-norm", "raw"}
     assert model["prompts"][0]["signal"] is None and model["prompts"][0]["attribution"] is None
+
+
+def test_a_lens_page_without_scripts_has_the_table(tmp_path):
+    run = fabricate_trace("tales-tied", depth=3, prompts=1)
+    page = write_lens_page(run, tmp_path / "lens.html").read_text(encoding="utf-8")
+    plain = "".join(re.findall(r"<noscript>(.*?)</noscript>", page, re.DOTALL))
+    table = lens_table(run, 0)
+    cells = re.findall(r'<td class="token-cell( agrees)?">(.*?)</td>', plain)
+    tokens = [token for row in reversed(table.cells) for token, _ in row]
+    assert [html.unescape(text) for _, text in cells] == tokens
+    assert sum(bool(dot) for dot, _ in cells) == table.frame["agrees"].sum()
+    assert plain.count('class="prompt"') == table.generated.count(False)
+    assert "the table is shown without its colours" in plain
+    assert "charts" not in plain and "replay" not in plain
+
+
+def test_the_colours_have_the_names_that_the_page_gives_them():
+    for name in ("report.css", "dark.css"):
+        red, green, blue = map(int, re.search(r"--loss: (\d+) (\d+) (\d+);", (ASSETS / name).read_text()).groups())
+        assert red > 1.9 * max(green, blue), "losses are red, the page says"
 
 
 def test_who_wrote_a_logit_stands_beside_the_lens(tiny, tmp_path):

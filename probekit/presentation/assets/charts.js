@@ -80,7 +80,7 @@ export function speedupChart(place, labels, points) {
   const ticks = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) ticks.push([tick, tick.toFixed(2)]);
   const { root, across, up } = plot({
-    label: "Predicted against measured speedup; the numbers are in the table beside it.",
+    label: "Predicted against measured speedup; the numbers are in the table below it.",
     x: [low, high], y: [low, high], xTicks: ticks, yTicks: ticks, xTitle: "predicted speedup", yTitle: "measured speedup",
     width: 400, height: 400,
   });

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
 from probekit.presentation.paper.round_figures import sweep_of
-from probekit.presentation.paper.way_figures import oracle_rounds, rungs_of
+from probekit.presentation.paper.way_figures import is_sampled, oracle_rounds, rungs_of
 from probekit.presentation.study_folder import StudyFolder
 from probekit.presentation.tables import lens_table
 
@@ -80,13 +81,22 @@ def of_trace_and_sweep(study: StudyFolder) -> str:
 
 def of_ladder(study: StudyFolder) -> str:
     costs = " and ".join(sorted({_costs(study, model) for model in study.models}))
+    oracle = "" if all(map(partial(is_sampled, study), study.models)) else (
+        " The oracle, which knows the text, is an upper bound."
+    )  # fmt: skip
     return (
         f"What each kind of drafting gains over autoregressive decoding, predicted with {costs}; in grey the best of "
-        "its kind. The oracle, which knows the text, is an upper bound. Bars: 95 % intervals, bootstrap over prompts."
+        f"its kind.{oracle} Bars: 95 % intervals, bootstrap over prompts."
     )
 
 
 def of_oracle_map(study: StudyFolder) -> str:
+    sampled = [study.label(model) for model in study.models if is_sampled(study, model)]
+    if len(sampled) == len(study.models):
+        return (
+            "Where an oracle would exit: nowhere in this study. Its text is sampled, so that drafts are accepted by "
+            "chance, which no oracle knows beforehand."
+        )
     return (
         "Where an oracle would exit: texts from top to bottom, each round of the quickest path a bar as long as the "
         "tokens that it emits, coloured by the exit layer that drafts; grey: a step without drafts."

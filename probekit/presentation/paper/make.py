@@ -49,7 +49,7 @@ def make(
     yield from tables
     if any(kind in look.kinds for kind in _INCLUDED):
         yield _write(output / "figures.tex", _figures_tex(study, wanted, widths, page, look))
-    yield _write(output / "tables.tex", _tables_tex({path.stem: len(study.table(path.stem)) for path in tables}))
+    yield _write(output / "tables.tex", _tables_tex({path.stem: len(study.table(path.stem)) for path in tables}, page))
 
 
 def _chosen(only: Sequence[str], figures: Mapping[str, PaperFigure]) -> dict[str, PaperFigure]:
@@ -83,14 +83,18 @@ def _figures_tex(
     packages = "pgf" if kind == "pgf" else "graphicx"
     lines = [
         rf"% In the preamble: \usepackage{{{packages},import}}. Then: \import{{FOLDER/}}{{figures}}.",
-        "% Each figure has the size that it is printed at, so that its letters have theirs.",
+        "% Each figure has the size that it is printed at, so that its letters have theirs; one that is wider than the",
+        "% line shrinks to it.",
+        *_made_for(page),
+        r"\providecommand{\probekitfitted}[1]{\sbox0{#1}%",
+        r"  \ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}",
     ]
     for name, figure in figures.items():
         alt, caption = tex_text(figure.alt(study)), tex_text(figure.caption(study))
         place = "figure*" if widths[name] > page.column + 0.01 else "figure"
         label = name.partition("_")[2].replace("_", "-")
-        picture = rf"\includegraphics[alt={{{alt}}}]{{{name}.{kind}}}"
-        included = rf"\input{{{name}.pgf}}% alt: {alt}" if kind == "pgf" else picture
+        picture = rf"\probekitfitted{{\includegraphics[alt={{{alt}}}]{{{name}.{kind}}}}}"
+        included = rf"\probekitfitted{{\input{{{name}.pgf}}}}% alt: {alt}" if kind == "pgf" else picture
         lines += [
             "", rf"\begin{{{place}}}[tp]", r"\centering", included, rf"\caption{{{caption}}}\label{{fig:{label}}}",
             rf"\end{{{place}}}",
@@ -98,11 +102,21 @@ def _figures_tex(
     return "\n".join([*lines, ""])
 
 
-def _tables_tex(rows: Mapping[str, int]) -> str:
+def _made_for(page: Page) -> tuple[str, ...]:
+    """LaTeX that warns where the document's text is narrower, and says what to do."""
+    return (
+        rf"\ifdim\textwidth<{page.text - 0.02:.2f}in",
+        rf"  \PackageWarningNoLine{{probekit}}{{made for a text {page.text:g}in wide, and this one is \the\textwidth:",
+        r"  probekit figures STUDY --width \the\textwidth}\fi",
+    )
+
+
+def _tables_tex(rows: Mapping[str, int], page: Page) -> str:
     """The tables one after the other; those of a book's length are named, and left out."""
     lines = [
         r"% In the preamble: \usepackage{booktabs,siunitx,longtable,import}. Then: \import{FOLDER/}{tables}.",
         r"% Long tables cannot break over pages in two columns: what follows is set in one, as in an appendix.",
+        *_made_for(page),
         r"\makeatletter\if@twocolumn\onecolumn\fi\makeatother",
     ]
     for name, count in rows.items():

@@ -15,6 +15,7 @@ from probekit.presentation.paper.panels import of_models
 from probekit.presentation.study_folder import StudyFolder
 
 TEXTS = 12  # of a map
+NO_ORACLE = "sampled text: drafts are accepted by chance"
 _COLUMNS = ["prompt", "start", "emitted", "exit_layer"]
 
 
@@ -35,10 +36,14 @@ def oracle_map(study: StudyFolder, page: Page) -> Figure:
     """Where in its texts an oracle would exit: the layer that drafts in each round of the quickest path."""
     figure, axes = of_models(study, page, height=2.3)
     deepest = max(study.trace(model).depth for model in study.models) - 1
-    for ax, model in zip(axes, study.models, strict=True):
-        plots.exit_map(oracle_rounds(study, model), deepest, ax=ax)
+    found = [oracle_rounds(study, model) for model in study.models]
+    why = [NO_ORACLE if is_sampled(study, model) else "no text has a round" for model in study.models]
+    for ax, rounds, empty in zip(axes, found, why, strict=True):
+        plots.exit_map(rounds, deepest, ax=ax, empty=empty)
         if ax is not axes[0]:
             ax.set_ylabel("")
+    if all(rounds.empty for rounds in found):
+        return figure
     bar = figure.colorbar(plots.exit_colours(deepest), ax=list(axes), shrink=0.8, pad=0.01)
     bar.set_ticks(list(range(1, deepest + 1, max(1, deepest // 6))))
     bar.set_label("exit layer that drafts; grey: none")
@@ -56,7 +61,7 @@ def rungs_of(study: StudyFolder, model: str) -> pd.DataFrame:
 def oracle_rounds(study: StudyFolder, model: str) -> pd.DataFrame:
     """The oracle's rounds along the first texts, exits taking turns; none on text that is not greedy."""
     costs, trace = _costs(study, model), study.trace(model)
-    if trace.manifest.settings.text != "greedy":
+    if is_sampled(study, model):
         return pd.DataFrame(columns=_COLUMNS)
     some = trace.select(trace.prompts[:TEXTS])
     exits = traced_drafters(some, draft_model=False, draft_rows=costs.draft_head.rows)
@@ -72,6 +77,11 @@ def oracle_rounds(study: StudyFolder, model: str) -> pd.DataFrame:
         ],
         columns=_COLUMNS,
     )
+
+
+def is_sampled(study: StudyFolder, model: str) -> bool:
+    """Whether drafts were accepted by chance, so that nobody knows beforehand which: no oracle does."""
+    return study.trace(model).manifest.settings.text != "greedy"
 
 
 def _costs(study: StudyFolder, model: str) -> Costs:

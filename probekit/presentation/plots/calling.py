@@ -15,7 +15,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from probekit.errors import InputError
-from probekit.presentation.plots.glyphs import plain
+from probekit.presentation.plots.glyphs import plain, with_their_fonts
 
 Plot = TypeVar("Plot", bound=Callable[..., Any])
 
@@ -35,7 +35,9 @@ def plot(*columns: str) -> Callable[[Plot], Plot]:
             if table in options:
                 arguments = (*arguments, options.pop(table))
             if not arguments or not isinstance(arguments[0], Axes):
-                return draw(*_checked(draw.__name__, arguments, columns), ax=axes_or_current(ax), **options)
+                drawn = draw(*_checked(draw.__name__, arguments, columns), ax=axes_or_current(ax), **options)
+                with_their_fonts(drawn)
+                return drawn
             warnings.warn(
                 f"{draw.__name__}(ax, table) is now {draw.__name__}(table, ax=ax), and returns the Axes.",
                 DeprecationWarning,
@@ -75,7 +77,9 @@ def one_bar(figure: Figure, axes: Sequence[Axes], label: str, **options: Any) ->
     """One colour bar for heat maps that share their colours; none where all of them are empty."""
     found = next((colours for ax in axes if (colours := _mapped(ax))), None)
     if found is not None:
-        figure.colorbar(found, ax=list(axes), **options).set_label(plain(label))
+        bar = figure.colorbar(found, ax=list(axes), **options)
+        bar.set_label(plain(label))
+        with_their_fonts(bar.ax)
 
 
 def _mapped(ax: Axes) -> ScalarMappable | None:

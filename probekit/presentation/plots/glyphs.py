@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from probekit.presentation.tex_text import escaped, has_tex, tex_text
 from probekit.presentation.tokens import shown
@@ -24,6 +28,28 @@ def families(text: str) -> list[str]:
     usual = _usual()
     found = (_font_with(character, usual) for character in dict.fromkeys(text))
     return [*usual, *dict.fromkeys(family for family in found if family is not None and family not in usual)]
+
+
+def with_their_fonts(artist: Artist) -> None:
+    """Give each text on this the fonts that have its letters, where the usual ones lack some."""
+    for text in artist.findobj(Text):
+        needed = families(text.get_text())
+        if text.get_fontfamily() != needed and len(needed) > len(_usual()):
+            text.set_family(needed)
+
+
+def token_ticks(ax: Axes, visible: Sequence[str], inks: Sequence[Any] | None = None, **look: Any) -> None:
+    """Name the columns of a table after tokens, slanted; `inks`: their colours, `look` what else the names take."""
+    ax.set_xticks([place + 0.5 for place in range(len(visible))], [token(text) for text in visible])
+    ax.tick_params(length=0)
+    # Not the Axes' tick labels: settings can hide them, or have them twice, below and above.
+    for place, tick in enumerate(ax.xaxis.get_major_ticks()):
+        own = {} if inks is None else {"color": inks[place]}
+        for label, align, side in ((tick.label1, "right", "top"), (tick.label2, "left", "bottom")):
+            label.set(
+                parse_math=False, usetex=False, family=families(visible[place]), rotation=40, ha=align, va=side,
+                rotation_mode="anchor", **own, **look,
+            )  # fmt: skip
 
 
 def plain(text: str) -> str:

@@ -85,15 +85,15 @@ def speedup_surface(
     ends = _ends(grid, low, high)
     _grid(ax, grid, "speedup", diverging(*ends, cmap), numbers)
     gain = grid.to_numpy() > 1.0
-    ax.add_collection(LineCollection(_border(gain), colors="white", linewidths=2.0, zorder=3))
-    ax.add_collection(LineCollection(_border(gain), colors=INK, linewidths=0.9, zorder=3))
+    ax.add_collection(LineCollection(_border(gain), colors="white", linewidths=2.0, zorder=2.2))
+    ax.add_collection(LineCollection(_border(gain), colors=INK, linewidths=0.9, zorder=2.2))
     if chosen is not None and grid.notna().any(axis=None):
         exit_layer, draft_length = chosen
         row = int(np.argmax(grid.index == (-1 if exit_layer is None else exit_layer)))
         corner = (int(np.argmax(grid.columns == draft_length)), row)
         for colour, width in (("white", 3.4), (INK, 1.8)):
             ax.add_patch(
-                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=4, clip_on=False)
+                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=2.4, clip_on=False)
             )
     return ax
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from probekit.errors import InputError
 from probekit.lens.statistics import COLOURED as STATISTICS
 from probekit.presentation.plots.calling import axes_or_current, plot
-from probekit.presentation.plots.glyphs import drawable, families, plain, token
+from probekit.presentation.plots.glyphs import drawable, families, plain, token, token_ticks
 from probekit.presentation.plots.style import (
     SEQUENTIAL,
     faint,
@@ -93,18 +93,14 @@ def lens_table(
     ax.set_xlabel("token that is read")
     ax.minorticks_off()
     inputs = [clipped(text, 9, drawable) for text in heads["input"]]
-    ax.set_xticks(np.arange(len(inputs)) + 0.5, [token(text) for text in inputs])
-    ax.tick_params(length=0)
-    for tick, text, is_prompt in zip(ax.get_xticklabels(), inputs, prompt, strict=True):
-        tick.set(
-            parse_math=False, usetex=False, family=families(text), fontsize=font_size, rotation=40, ha="right",
-            va="top", rotation_mode="anchor", color=pale if is_prompt else ink,
-        )  # fmt: skip
+    token_ticks(ax, inputs, [pale if is_prompt else ink for is_prompt in prompt], fontsize=font_size)
     ax.axhline(len(layers) - 1, color=ground, linewidth=3)
     ax.axhline(len(layers) - 1, color=ink, linewidth=0.6)
-    _above(ax, len(prompt), "• the model's token ", "right", font_size, ink)
+    first = int(np.argmin(prompt))
+    notes = sum(points(text, font_size) for text in ("• the model's token ", " continuation "))
+    crowded = prompt[0] and notes > points_of(ax)[0] * (1 - first / len(prompt))
+    _above(ax, len(prompt), "• the model's token ", "right", font_size, ink, 1.4 * font_size if crowded else 0.0)
     if prompt.any() and not prompt.all():
-        first = int(np.argmin(prompt))
         ax.axvline(first, color=ink, linewidth=0.8)
         _above(ax, first, "prompt ", "right", font_size, pale)
         _above(ax, first, " continuation", "left", font_size, ink)
@@ -112,11 +108,11 @@ def lens_table(
     return ax
 
 
-def _above(ax: Axes, column: int, text: str, align: str, font_size: float, ink: Any) -> None:
-    """A small note above the table, at the left edge of a column."""
+def _above(ax: Axes, column: int, text: str, align: str, font_size: float, ink: Any, lift: float = 0.0) -> None:
+    """A small note above the table, at the left edge of a column, `lift` points higher than others."""
     ax.annotate(
         plain(text), (column, 1), xycoords=("data", "axes fraction"), ha=align, va="bottom", fontsize=font_size,
-        color=ink, xytext=(0, 1.5), textcoords="offset points",
+        color=ink, xytext=(0, 1.5 + lift), textcoords="offset points",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from probekit.errors import InputError
 from probekit.presentation.plots.calling import axes_or_current, plot
-from probekit.presentation.plots.glyphs import drawable, families, token
+from probekit.presentation.plots.glyphs import drawable, token_ticks
 from probekit.presentation.plots.style import DIVERGING, colormap, label_points, nothing_to_show, points_of
 from probekit.presentation.tokens import clipped
 
@@ -63,13 +63,7 @@ def patch_map(
     ax.set_yticks([place + 0.5 for place in ticks], [str(grid.index[place]) for place in ticks], rotation=0)
     texts = rows.drop_duplicates("position").set_index("position")["token"].loc[grid.columns]
     names = [clipped(text, 9, drawable) for text in texts]
-    ax.set_xticks(np.arange(len(names)) + 0.5, [token(text) for text in names])
-    ax.tick_params(length=0)
-    for tick, text in zip(ax.get_xticklabels(), names, strict=True):
-        tick.set(
-            parse_math=False, usetex=False, family=families(text), rotation=40, ha="right", va="top",
-            rotation_mode="anchor",
-        )  # fmt: skip
+    token_ticks(ax, names)
     ax.set_xlabel("token that is read")
     ax.set_ylabel("residual after layer" if kind == "residual" else f"{kind} of layer")
     return ax

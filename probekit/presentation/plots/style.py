@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.textpath import text_to_path
 
-from probekit.presentation.plots.glyphs import families, plain
+from probekit.presentation.plots.glyphs import families, plain, with_their_fonts
 
 SEQUENTIAL = "mako_r"
 DIVERGING = "RdBu"
@@ -127,9 +127,10 @@ def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
     handles, labels = next(ax for ax in axes if ax.get_legend() is not None).get_legend_handles_labels()
     for legend in legends:
         legend.remove()
-    figure.legend(
+    shared = figure.legend(
         handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 6 else 4, columnspacing=1.6
     )
+    with_their_fonts(shared)
 
 
 def nothing_to_show(ax: Axes, why: str) -> None:
@@ -148,6 +149,7 @@ def label_points() -> float:
 def points_of(ax: Axes) -> tuple[float, float]:
     """Width and height in points, once the layout is done."""
     figure: Any = ax.figure.get_figure(root=True)
+    with_their_fonts(figure)
     figure.draw_without_rendering()
     extent = ax.get_window_extent()
     return extent.width / figure.dpi * 72, extent.height / figure.dpi * 72

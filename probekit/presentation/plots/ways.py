@@ -59,15 +59,17 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @plot("prompt", "start", "emitted", "exit_layer")
-def exit_map(rounds: pd.DataFrame, exits: int | None = None, *, ax: Axes | None = None) -> Axes:
+def exit_map(
+    rounds: pd.DataFrame, exits: int | None = None, *, ax: Axes | None = None, empty: str = "no text has a round"
+) -> Axes:
     """Each text a line, each round a bar as long as the tokens that it emits, coloured by the exit that drafts.
 
     rounds: columns prompt, start, emitted, exit_layer (NO_EXIT: no drafts, light grey). exits: the last exit layer;
-    by default the last that drafts. `exit_colours(exits)` is what a colour bar needs.
+    by default the last that drafts. `exit_colours(exits)` is what a colour bar needs. empty: why there may be none.
     """
     ax = axes_or_current(ax)
     if rounds.empty:
-        nothing_to_show(ax, "no text has a round")
+        nothing_to_show(ax, empty)
         return ax
     mappable = exit_colours(max(1, int(rounds["exit_layer"].max())) if exits is None else exits)
     lines = {prompt: line for line, prompt in enumerate(dict.fromkeys(rounds["prompt"]))}
