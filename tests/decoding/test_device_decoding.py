@@ -134,6 +134,7 @@ def test_bundled_models(name):
     assert_same(loaded, prompts, [(None, 0), (2, 3)], max_new_tokens=80)
 
 
+@pytest.mark.long
 def test_smollm2(smollm2):
     prompts = [smollm2.tokenizer("The capital of France is")["input_ids"]]
     assert_same(smollm2, prompts, [(None, 0), (12, 2), (27, 4)], max_new_tokens=24)

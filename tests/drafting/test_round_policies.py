@@ -314,11 +314,8 @@ def judge(loaded, run, exits) -> None:
     print(f"{loaded.name}, exits in turn by del: {compared(loaded, run, [Way(turns, 8, DynamicExit(loaded.depth))])}")
 
 
-@pytest.mark.second
-@pytest.mark.parametrize(
-    "name",
-    ["tales-tied", *(pytest.param(name, marks=pytest.mark.long) for name in ("tales-untied", "tales-layerskip"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tales-tied", "tales-untied", "tales-layerskip"])
 def test_policies_on_the_bundled_models(name):
     loaded = probekit.load(name)
     judge(loaded, trace(loaded, bundled_prompts("tales")[:4], max_new_tokens=40), [2, 4, 8])

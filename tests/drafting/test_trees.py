@@ -284,11 +284,8 @@ def test_a_draft_model_and_trees_cannot_take_turns():
         Way((trees_of((2,))[0], DraftModel("small")), 2, Planned({}))
 
 
-@pytest.mark.second
-@pytest.mark.parametrize(
-    "name",
-    ["tales-tied", *(pytest.param(name, marks=pytest.mark.long) for name in ("tales-untied", "tales-layerskip"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tales-tied", "tales-untied", "tales-layerskip"])
 def test_trees_on_the_bundled_models(name):
     loaded = probekit.load(name)
     hold(loaded, trace(loaded, bundled_prompts("tales")[:4], max_new_tokens=40), (2, 4, 8), ("4", "4x2x1", SHAPES[2]))

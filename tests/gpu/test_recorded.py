@@ -55,7 +55,7 @@ SECOND = pytest.mark.second
 @GREEDY_AND_SAMPLED
 @pytest.mark.parametrize(
     ("draft_length", "rows"), [(4, 3), pytest.param(4, 1, marks=SECOND), pytest.param(0, 1, marks=SECOND),
-                               pytest.param(0, 3, marks=SECOND)],
+                               pytest.param(0, 3, marks=pytest.mark.long)],
 )  # fmt: skip
 def test_replays_are_the_host_decoders_rounds(cuda, draft_length, rows, sampling):
     """Over two buckets of slots: the first round of each for real, all others from its recording."""
