@@ -6,21 +6,21 @@ The counted ones are commands: `python tests/tools/kills.py`, `python tests/tool
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tracing.jobs import ran
 
 TOOLS = Path(__file__).parent / "tools"
 
 
-def counted(*words: str) -> dict:
+def counted(*words: object) -> dict:
     """What a command writes; it must end with status 0."""
-    output = Path(words[-1])
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(output.read_text())
+    script, *given = words
+    program = f"import runpy, sys; sys.argv[0] = {str(script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    assert ran(program, *given) == 0
+    return json.loads(Path(words[-1]).read_text())
 
 
 @pytest.mark.second

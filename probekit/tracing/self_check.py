@@ -20,7 +20,7 @@ from probekit.tracing.backend import Reading
 NOISE_TOKENS = 256  # of a text, to measure the noise
 NOISE_ROWS = 16  # of them, the rows that are computed alone
 NOISE_LOGITS = 8  # of a row, the largest ones
-NOISE_SAFETY = 3
+NOISE_SAFETY = 2
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from probekit.settings import Sampling
 from probekit.tracing.block_backend import invariant_noise
 
 PROMPTS = ["Once upon a time", "The king had a daughter", "In a deep wood"]
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", pytest.param("bfloat16", marks=pytest.mark.second))
 
 
 @pytest.fixture(scope="module", params=DTYPES)

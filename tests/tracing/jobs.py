@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ def job(
         process.join()
     assert not late, f"{len(late)} of {size} processes did not end"
     return [process.exitcode or 0 for process in processes]
+
+
+def ran(code: str, *words: object) -> int:
+    """The exit status of Python code as a program of its own with these arguments; below 0 after a signal."""
+    process = MANY.Process(target=_run, args=(code, ["-c", *map(str, words)]))
+    process.start()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode or 0
+
+
+def _run(code: str, words: list[str]) -> None:
+    sys.argv = words
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def _work(rank: int, size: int, port: int, folder: str, settings: dict[str, Any], dies: int | None, work: Any) -> None:

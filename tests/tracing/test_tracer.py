@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tracing.jobs import ran
 
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.sampling import warp
@@ -655,9 +656,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(victim, tiny, tiny_draft, tmp_pat
     whole_run = trace(tiny, TEXTS, tmp_path / "whole", draft_model=tiny_draft, **SETTINGS)
     folder = tmp_path / "killed"
     code = KILLED.format(victim=victim, texts=TEXTS, settings=SETTINGS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    died = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=False, cwd=ROOT)
-    assert died.returncode == -signal.SIGKILL
+    assert ran(code, folder) == -signal.SIGKILL
     assert 0 < len(list(folder.glob("layers-*.parquet"))) < 4
 
     with pytest.raises(InputError, match=r"not finished: \d of 4 parts are missing"):
