@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 PAGES = [Path(__file__).parent.parent / "tutorials" / f"{name}.md" for name in ("early-exit", "inside")]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r'^!!! \w+ "(.*?)"\n((?:    .*\n|\n)+)', re.MULTILINE)
+OPENING = "Where probekit is not installed (in Colab, say), run this in a cell of its own first: `%pip install probekit`"
 KEPT = ("text/plain", "text/html", "image/png")
 
 
@@ -24,13 +25,13 @@ class Cell(NamedTuple):
 
 
 def cells_of(page: str) -> list[Cell]:
-    """The page's text and Python blocks, in order."""
+    """How to install it, then the page's text and Python blocks, in order."""
     pieces = BLOCK.split(page)  # text, code, text, code, ..., text
     found = [
         Cell("code", piece.rstrip()) if place % 2 else Cell("markdown", _text(piece))
         for place, piece in enumerate(pieces)
     ]
-    return [cell for cell in found if cell.source]
+    return [Cell("markdown", OPENING), *(cell for cell in found if cell.source)]
 
 
 def _text(markdown: str) -> str:

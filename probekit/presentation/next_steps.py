@@ -22,11 +22,37 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
 
     entry: what the study's summary says of the model. run: the folder of its trace. sampling: how its text was chosen.
     """
+    steps = _steps(entry, run, sampling)
+    measured = _measured(entry)
+    if measured is not None and measured <= 1:
+        steps["words"] = (
+            f"Measured, it gained nothing ({measured:.2f}x): study again while the machine does nothing else, before "
+            f"you draft so. {steps['words']}"
+        )
+    return steps
+
+
+def _measured(entry: Mapping[str, Any]) -> float | None:
+    """The speedup of what is advised, where the decoder ran it; None where nothing is, or nothing was run."""
+    choice, ways = entry.get("choice") or {}, (entry.get("ways") or {}).get("validated") or []
+    if _is_faster(choice):
+        return ways[0]["speedup_measured"] if ways else None
+    return (entry.get("chosen_validation") or {}).get("speedup_measured") if choice.get("speculate") else None
+
+
+def _is_faster(choice: Mapping[str, Any]) -> bool:
+    """Whether another way of drafting is advised in place of the best pair."""
+    way = choice.get("way")
+    return (
+        way is not None and way["policy"] != "none" and way["speedup"] > (choice.get("speedup") or 1.0) * MARGIN
+    )  # fmt: skip
+
+
+def _steps(entry: Mapping[str, Any], run: Path, sampling: Sampling) -> dict[str, Any]:
     choice, name = entry.get("choice") or {}, str(entry["name"])
     reference = str(entry.get("reference") or name)
-    way = choice.get("way")
-    if way is not None and way["policy"] != "none" and way["speedup"] > (choice.get("speedup") or 1.0) * MARGIN:
-        return _by_another_way(choice, way, run, sampling)
+    if _is_faster(choice):
+        return _by_another_way(choice, choice["way"], run, sampling)
     if not choice.get("speculate"):
         study = ["probekit", "study", reference]
         learned = ["--fit-heads", "--draft-rows", "2048", "-o", f"{name}-heads"]
@@ -42,12 +68,6 @@ def next_steps(entry: Mapping[str, Any], run: Path, sampling: Sampling = GREEDY)
     words = "Take the choice to your own code, or hold the decoder against the prediction on every text."
     if choice.get("few_prompts"):
         words = f"The choice rests on {choice.get('prompts')} texts: trace more before you rely on it. {words}"
-    measured = (entry.get("chosen_validation") or {}).get("speedup_measured")
-    if measured is not None and measured <= 1:
-        words = (
-            f"Measured, it gained nothing ({measured:.2f}x): study again while the machine does nothing else, before "
-            f"you draft so. {words}"
-        )
     exits = [] if choice["exit_layer"] is None else ["--exit-layers", str(choice["exit_layer"])]
     return {
         "words": words,

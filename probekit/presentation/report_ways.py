@@ -9,6 +9,7 @@ from probekit.presentation.report_text import capital, way_label
 from probekit.presentation.study_folder import StudyFolder
 
 WIDTH = 100.0  # of a bar's drawing
+FARTHEST = 2.0  # of the greatest speedup: bars end there, whose figures stand beside them
 
 
 def ways_view(study: StudyFolder) -> list[dict[str, Any]]:
@@ -34,7 +35,10 @@ def _scale(documents: Sequence[Mapping[str, Any]]) -> Any:
     rungs = [row for document in documents for row in document["ladder"]]
     low = min([1.0, *(row["speedup_low"] or row["speedup"] for row in rungs)])
     high = max([1.0, *(row["speedup_high"] or row["speedup"] for row in rungs)])
-    return lambda speedup: round(2 + (WIDTH - 4) * (speedup - low) / (high - low if high > low else 1.0), 2)
+    high = min(high, FARTHEST * max([1.0, *(row["speedup"] for row in rungs)]))
+    return lambda speedup: round(
+        2 + (WIDTH - 4) * (min(speedup, high) - low) / (high - low if high > low else 1.0), 2
+    )  # fmt: skip
 
 
 def _rung(row: Mapping[str, Any], place: Any) -> dict[str, Any]:

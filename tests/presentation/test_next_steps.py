@@ -51,3 +51,9 @@ def test_what_gained_nothing_when_measured_is_not_handed_on_without_a_word():
     for measured, said in ((0.96, True), (1.0, True), (1.07, False), (None, False)):
         words = next_steps(entry | {"chosen_validation": {"speedup_measured": measured}}, Path("a"))["words"]
         assert words.startswith("Measured, it gained nothing") == said
+    way = {"drafter": "exit", "policy": "tree", "speedup": 1.9, "draft_length": 2}
+    entry["choice"] |= {"way": way, "speedup": 1.2}
+    for measured, said in ((0.72, True), (1.1, False), (None, False)):
+        ran = {"chosen_validation": {"speedup_measured": 0.5}, "ways": {"validated": [{"speedup_measured": measured}]}}
+        words = next_steps(entry | ran, Path("a"))["words"]
+        assert words.startswith("Measured, it gained nothing") == said, "of the way that is advised"

@@ -458,6 +458,8 @@ def test_every_way_of_drafting_is_in_the_page(tmp_path):
             assert f">{way_label(row)}</th>" in section and f"{row['tokens_per_round']:.2f}" in section
         assert f"{100 * ways['ways'][0]['oracle_share']:.0f} %" in section
         assert len(re.findall(r"<td>\d+ / \d+</td>", section)) == 2 * 10 * len(study.entries)
+    at = re.findall(r'x2="([\d.]+)"', section)
+    assert at and all(0 <= float(each) <= 100 for each in at), "no bar leaves its drawing"
     assert section.count("<circle") == sum(len(entry["ways"]["ladder"]) for entry in study.entries)
     places = [float(x) for x in re.findall(r'<circle class="point" cx="([\d.]+)"', section)]
     assert min(places) > 0 and max(places) < 100

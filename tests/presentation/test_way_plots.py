@@ -38,6 +38,18 @@ def test_the_ladder_has_a_point_and_its_number_for_each_rung(ax):
     )
 
 
+def test_one_wide_interval_does_not_push_the_points_together(ax):
+    rungs = pd.DataFrame(
+        {"rung": ["autoregressive", "best tree"], "way": ["", "layer 11"], "speedup": [1.0, 2.0],
+         "speedup_low": [np.nan, 0.04], "speedup_high": [np.nan, 166.7]}
+    )  # fmt: skip
+    plots.ladder(rungs, ax=ax)
+    assert 4.0 < ax.get_xlim()[1] < 6.0
+    ends = [path.vertices[:, 0].max() for path in ax.collections[0].get_paths()]
+    assert max(ends) == 4.0
+    assert [list(each.get_offsets()[0]) for each in ax.collections[1:2]] == [[4.0, 1.0]], "an arrow goes on"
+
+
 def test_the_map_covers_each_text_once(ax):
     made = fabricate(prompts=3, tokens=20)
     exits = traced_drafters(made, draft_model=False)

@@ -17,12 +17,15 @@ from probekit.presentation.plots.style import SEQUENTIAL, colormap, faint, groun
 
 NO_EXIT = -1
 """In place of an exit layer: a round without drafts."""
+FARTHEST = 2.0  # of the greatest speedup: where intervals end that would push all points together
 _NOTHING = "#d9d9d9"
 
 
 @plot("rung", "way", "speedup", "speedup_low", "speedup_high")
 def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A point for each rung, from plain decoding at the bottom to the oracle at the top, with 95 % intervals.
+
+    An interval that reaches beyond twice the greatest speedup ends there in an arrow, so that the points stay apart.
 
     rungs: columns rung, way (what it is there), speedup, speedup_low, speedup_high (may be NaN); the lowest first.
     """
@@ -34,6 +37,8 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     small = 0.8 * matplotlib.rcParams["font.size"]
     speedup, low, high = (rungs[name].to_numpy(dtype=float) for name in ("speedup", "speedup_low", "speedup_high"))
     ends = np.where(np.isfinite(high), high, speedup)
+    beyond = ends > FARTHEST * speedup.max()
+    ends = np.where(beyond, FARTHEST * speedup.max(), ends)
     ax.hlines(heights, np.where(np.isfinite(low), low, speedup), ends, color=colour, linewidth=1.6, alpha=0.5)
     for height, (gain, end, way) in enumerate(zip(speedup, ends, rungs["way"], strict=True)):
         ax.annotate(
@@ -45,6 +50,7 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 plain(way), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center", color=pale,
                 fontsize=0.85 * small,
             )  # fmt: skip
+    ax.scatter(ends[beyond], heights[beyond], s=16, color=colour, marker=">", linewidths=0)
     ax.scatter(speedup, heights, s=20, color=colour, zorder=3)
     ax.axvline(1.0, color=pale, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
     ax.set_yticks(heights, [plain(rung) for rung in rungs["rung"]])
