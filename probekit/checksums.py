@@ -44,7 +44,10 @@ def read_sums(folder: Path) -> dict[str, str]:
         name = "" if found is None else _unescaped(found["name"]) if found["escaped"] else found["name"]
         place = PurePosixPath(name)
         if found is None or place.is_absolute() or ".." in place.parts or "\0" in name:
-            raise InputError(f"{path}, line {number} is no checksum and file of this folder.")
+            raise InputError(
+                f"{path}, line {number} is no checksum and file of this folder.",
+                "Delete this list; what wrote the folder writes it anew.",
+            )
         sums[name] = found["digest"]
     return sums
 

@@ -150,7 +150,9 @@ def check_file_target(path: str | Path, name: str = "") -> Path:
     if kind is not None and not stat.S_ISREG(kind):
         raise InputError(f"{said}{which} is no file that can be written.", "Name a file.")
     if not os.path.isdir(path.parent):
-        raise InputError(f"{said}and there is no folder {path.parent}.", "Make it, or name another file.")
+        raise InputError(
+            f"{said}{'and ' if name else ''}there is no folder {path.parent}.", "Make it, or name another file."
+        )
     if not os.access(path if kind is not None else path.parent, os.W_OK):
         raise InputError(f"{said}{which} may not be written.", "Name another file.")
     return path

@@ -30,7 +30,7 @@ from probekit.prediction.learning import learn_table
 from probekit.prediction.oracle import best_path, options_of
 from probekit.prediction.predict import predict
 from probekit.prediction.replay import Replay, budget_of, replay
-from probekit.prediction.rounds import FIRST_START
+from probekit.prediction.rounds import FIRST_START, within_budget
 from probekit.prediction.shapes import candidates
 from probekit.prediction.table import Cell
 from probekit.traces.trace import Trace, as_trace
@@ -97,7 +97,7 @@ def rank(
     trace = as_trace(trace)
     known = traced_drafters(trace, exit_layers, draft_rows=draft_rows, draft_model=_timed_model(trace, costs))
     exits = [each for each in known if isinstance(each, ExitLayer)]
-    lengths = sorted(dict.fromkeys(draft_lengths))
+    lengths = sorted(within_budget(draft_lengths, trace.manifest.settings.max_new_tokens))
     if lengths and lengths[-1] > costs.longest_draft:
         raise InputError(
             f"these costs know drafts of up to {costs.longest_draft} tokens, not {lengths[-1]}.",

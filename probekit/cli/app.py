@@ -184,6 +184,9 @@ def run(arguments: Sequence[str]) -> int:
         if error.errno == errno.EPIPE:
             return _lost_output()
         return _fail(line, _of_the_system(error), "", 1)
+    except MemoryError as error:
+        said = f"the memory does not suffice: {error}".removesuffix(": ").rstrip(".")
+        return _fail(line, f"{said}.", "Ask for less at once: fewer prompts, layers, draft lengths or rows.", 1)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return _fail(line, f"this is a fault of probekit's own, {said}.", "Please report what --debug shows.", 1)

@@ -114,6 +114,7 @@ def choose(
     prediction = predict_rounds(
         trace, exits, lengths, convention_of(trace, whose), draft_rows=draft_rows, policy=when_to_stop
     )
+    lengths = sorted({cell.draft_length for cell in prediction.cells})
     with progress_bars(quiet or as_json) as bars:
         if asked is not None:
             profile = engine_profile(

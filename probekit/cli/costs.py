@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from probekit.progress import Progress
     from probekit.traces.trace import Trace
 
-MEASURED_CONTEXT, SERVED_CONTEXT = 128, 1024
+MEASURED_CONTEXT, SERVED_CONTEXT, MOST_CONTEXT = 128, 1024, 2**40
 SWEEPS = 3  # of an engine that is timed within another command
 
 Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
@@ -46,7 +46,7 @@ def context_of(costs: str, context: int | None) -> int:
         )
     if context is None:
         return MEASURED_CONTEXT if costs == "measured" else SERVED_CONTEXT
-    return options.at_least_one(context, "--context")
+    return options.within(1, MOST_CONTEXT, context, "--context")
 
 
 def profile_named(costs: str) -> EngineProfile | None:

@@ -53,11 +53,13 @@ def costs(
     quiet: options.Quiet = False,
 ) -> None:
     """What an installed engine's steps take: plain steps, draft steps and verifications, as a file for `choose`."""
-    from probekit.files import atomic_text
+    from probekit.files import atomic_text, check_file_target
     from probekit.models.loaded import load
     from probekit.validation.engine_costs import CostPlan, measure_home
     from probekit.validation.open_engine import EngineHome
 
+    if output is not None:
+        check_file_target(output, "--output")  # before minutes of timing
     loaded = load(model, device=device, dtype=dtype)
     exits = options.integers(exit_layers, "--exit-layers") or [1, loaded.depth - 1]
     for exit_layer in exits:

@@ -132,5 +132,11 @@ def at_least(least: int, value: int, name: str) -> int:
     return value
 
 
+def within(least: int, most: int, value: int, name: str) -> int:
+    if not least <= value <= most:
+        raise InputError(f"{name} is {value}; expected {least} to {most:,}.")
+    return value
+
+
 def at_least_one(value: int, name: str) -> int:
     return at_least(1, value, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class Decoder:
         Parameters
         ----------
         prompts: token ids.
-        max_new_tokens: the budget M of each prompt, at least 1.
+        max_new_tokens: the budget M of each prompt, at least 1. A longer draft length is this one.
         stop: strings that end a text.
         on_accept: called with a Piece as soon as tokens are sure.
         indices: distinct numbers that name the prompts (0, 1, .. by default). Under sampling they choose the random
@@ -61,6 +62,13 @@ class Decoder:
         ------
         InputError, ResourceError: before any work.
         """
+        if isinstance(max_new_tokens, int) and 0 < max_new_tokens < self.draft_length:
+            within = copy(self)
+            within.draft_length = max_new_tokens  # what is drafted beyond the budget is never used
+            return within.decode(
+                prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_accept=on_accept,
+                indices=indices,
+            )  # fmt: skip
         plan = self._plan(prompts, max_new_tokens, sampling, stop, on_accept, indices)
         for loaded in self._models():
             check_engine(as_loaded(loaded))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from probekit.traces.trace import Trace
 
 LLAMA_CPP = "llama.cpp"
+MOST_MATCHED = 1000  # tokens: an index holds every n-gram of each size
 RULES = ("transformers", "vllm", LLAMA_CPP)
 
 
@@ -96,6 +97,10 @@ class PromptLookup(TextLookup):
     def __post_init__(self) -> None:
         whole_number("the n-gram of prompt lookup must be", self.ngram)
         whole_number("the shortest n-gram of prompt lookup must be", self.least)
+        if max(self.ngram, self.copied) > MOST_MATCHED:
+            raise InputError(
+                f"prompt lookup matches {self.ngram} tokens and copies {self.copied}; expected {MOST_MATCHED} at most."
+            )
         if self.least > self.ngram:
             raise InputError(f"prompt lookup matches {self.least} to {self.ngram} tokens, which is no range.")
         if self.rule not in RULES:

@@ -12,6 +12,7 @@ from probekit.drafting.keys import EXIT, MODEL
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.acceptance import AcceptanceProfile
 from probekit.errors import InputError
+from probekit.prediction.rounds import LONGEST
 from probekit.settings import Sampling
 
 
@@ -61,8 +62,11 @@ class Drafting:
 
     @classmethod
     def with_drafter(cls, drafter: Drafter, draft_length: int, sampling: Sampling) -> Drafting:
-        """Raises InputError for a drafter that no engine knows: a tree, a suffix lookup, one from elsewhere."""
+        """Raises InputError for a drafter that no engine knows (a tree, a suffix lookup, one from elsewhere), and for a
+        draft length out of range."""
         key = drafter.key
+        if not 1 <= draft_length <= LONGEST:
+            raise InputError(f"draft length {draft_length} is out of range: expected 1 to {LONGEST:,}.")
         if isinstance(drafter, PromptLookup):
             return cls(draft_length, lookup=drafter, sampling=sampling)
         if key.kind == EXIT:

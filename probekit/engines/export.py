@@ -127,7 +127,10 @@ def write_export(told: Export, folder: str | Path, drafter: Callable[[Path], Pat
     check_drafting(told.engine, told.drafting)
     folder = check_export(folder)
     make_folder(folder)
-    before = read_sums(folder) if (folder / SUMS).is_file() else {}
+    before: dict[str, str] = {}
+    if (folder / SUMS).is_file():
+        with suppress(InputError):  # a damaged list, which is written anew
+            before = read_sums(folder)
     atomic_text(folder / MARK[1], _text(schedule_document(told)))  # first: it says whose folder this is
     checkpoint = f"{CHECKPOINT}.gguf" if told.engine.checkpoint == "gguf" else CHECKPOINT
     if drafter is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from probekit.errors import InputError
@@ -155,15 +155,20 @@ def default_dtype(device: torch.device, stored: str) -> torch.dtype:
 def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
     if device.type != "cpu" and not {"device_map", "distributed_config", "tp_plan"} & set(options):
         options["device_map"] = {"": device}  # straight to the device; with one device accelerate adds no hook
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except RuntimeError:  # which says that shapes differ, and not which
+        if (unfit := _misfit(source.folder)) is not None:
+            raise InputError(f"{source.path} does not fit its configuration: {unfit}.", "Fetch it again.") from None
+        raise
     model, report = loaded
     model.config.return_dict = True  # False, and transformers' own models do not find their parts' outputs (5.23)
     if missing := sorted(report["missing_keys"]):
@@ -174,8 +179,25 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
     return model
 
 
+def _misfit(folder: Path) -> str | None:
+    """The first tensor whose shape in the files is another than in the model of their configuration."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shapes = {name: list(weights.shape) for name, weights in model.state_dict().items()}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                there = weights.get_slice(name).get_shape()
+                if shapes.get(name, there) != there:
+                    return f"{name} is {there}, where it asks for {shapes[name]}"
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, and the next where that one only introduces it (it ends in a colon)."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     taken = next((place for place, line in enumerate(lines) if not line.endswith(":")), 0) + 1
     return " ".join(lines[:taken])

@@ -15,7 +15,10 @@ from probekit.foreign.json import read_object
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Token = Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=2**50, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Labels = Annotated[dict[Any, Any], Field(max_length=10_000)]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -33,10 +36,19 @@ class Configuration(BaseModel):
     hidden_size: Size | None = None
     vocab_size: Size | None = None
     num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    sliding_window: Annotated[int, Field(ge=1)] | None = None
     num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    id2label: Labels | None = None
+    label2id: Labels | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
     rope_theta: Positive | None = None
-    rms_norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    rms_norm_eps: Epsilon | None = None
+    layer_norm_eps: Epsilon | None = None
+    layer_norm_epsilon: Epsilon | None = None
+    norm_eps: Epsilon | None = None
+    norm_epsilon: Epsilon | None = None
     output_hidden_states: StrictBool | None = None
     output_attentions: StrictBool | None = None
     return_dict: StrictBool | None = None
@@ -47,6 +59,26 @@ class Configuration(BaseModel):
     pad_token_id: Token | list[Token] | None = None
     attn_implementation: Literal["eager", "sdpa"] | None = None
     attn_implementation_internal: Literal["eager", "sdpa"] | None = Field(None, alias="_attn_implementation")
+
+
+class Rope(BaseModel):
+    """Rotary embeddings: numbers with which no angle is NaN, infinite or the same at every position."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    attention_factor: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Positive | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+    beta_fast: NotNegative | None = None
+    beta_slow: NotNegative | None = None
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
 
 
 class Generation(BaseModel):
@@ -86,8 +118,10 @@ def check_values(config: dict[str, Any], what: Path | str) -> None:
     """The same for the configuration alone. what: it stands in, for the message."""
     _check(Configuration, config, what)
     for rope in _ropes(config):
-        if "rope_theta" in rope:
-            _check(Configuration, {"rope_theta": rope["rope_theta"]}, what)
+        _check(Rope, rope, what)
+    layers = config.get("layer_types")
+    if isinstance(layers, list) and "sliding_attention" in layers and config.get("sliding_window") is None:
+        raise InputError(f"{what} is no usable configuration: it has layers with a window, and no sliding_window.")
 
 
 def _check(kind: type[BaseModel], document: dict[str, Any], path: Path | str) -> None:
@@ -100,11 +134,9 @@ def _check(kind: type[BaseModel], document: dict[str, Any], path: Path | str) ->
 
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of rotary embeddings: one, or one for each kind of layer."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return []
-    return [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    """The settings of rotary embeddings, by either name: one, or one for each kind of layer."""
+    found = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := config.get(name), dict)]
+    return [*found, *(each for rope in found for each in rope.values() if isinstance(each, dict))]
 
 
 def check_depth(config: dict[str, Any], weights: Sequence[Path], path: Path) -> None:

@@ -463,7 +463,7 @@ def _rope(rotary: Any) -> str:
 def silent() -> Iterator[None]:
     """Hold back transformers' log lines, warnings and progress bars, until the end of the context."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what fails, raises; the rest goes on
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its GGUF reader has a bar of its own

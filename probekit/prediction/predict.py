@@ -11,7 +11,7 @@ from probekit.drafting.drafters import Drafter, Outlook, TextDrafter, allowed_by
 from probekit.drafting.policies import FIXED, FixedLength, Policy
 from probekit.drafting.round_policies import RoundPolicy
 from probekit.drafting.ways import Way
-from probekit.errors import InputError
+from probekit.errors import InputError, ResourceError
 from probekit.prediction.intervals import SHARE, bootstrap_ratio, interval_or_none
 from probekit.prediction.replay import replay
 from probekit.prediction.rounds import CUT, ENDED, RoundCounts, Walk, check_lengths, expect_rounds, tally, walk_rounds
@@ -20,6 +20,7 @@ from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
+_MOST_BYTES = 16 * 2**30  # of all counts
 _MANY = 4096  # prompts, above which counts are kept in small types
 
 
@@ -42,6 +43,7 @@ def predict(
     Parameters
     ----------
     exit_layers: 1..L-1 by default.
+    draft_lengths: those far beyond the budget (and 64) are one: the budget, where no round drafts past it.
     first_round: whose convention (`probekit.prediction.rounds.CONVENTIONS`): "prefill" (our decoder: the prefill emits
         the first token), "draft" (transformers: it is drafted), "vllm" (as prefill, but K tokens are drafted also past
         the budget, and what is accepted there is counted) or "llama.cpp" (as prefill, but an accepted end-of-sequence
@@ -82,6 +84,7 @@ def predict(
         raise InputError(f"the budget is {budget} tokens; this run was traced with {traced}.", "Trace more tokens.")
     fewest = min(budget, int(new_tokens.min()))
     lengths, convention = check_lengths(draft_lengths, budget, first_round, fewest)
+    _check_size(len(drafters) * len(lengths), len(new_tokens), int(lengths.max()), budget)
     greedy = trace.manifest.settings.text == "greedy"
     if not greedy and not isinstance(policy, FixedLength):
         raise InputError(
@@ -111,7 +114,7 @@ def predict(
         # A text that was cut short is taken for one whose budget ended there: its last round drafts no further.
         budgets = np.where(texts["ended"] == CUT, tokens, budget)
         ended = (texts["ended"] == ENDED).to_numpy() & (known == tokens)
-        for chunk in _chunks(known, len(drafters) * len(lengths)):
+        for chunk in _chunks(max(int(known.max()), int(lengths.max())), len(known), len(drafters) * len(lengths)):
             prompts = piece.prompts[chunk]
             parts = []
             if certain:
@@ -175,15 +178,32 @@ def predict(
     )
 
 
-def _chunks(tokens: np.ndarray, cells: int) -> Iterator[slice]:
+def _check_size(cells: int, prompts: int, longest: int, budget: int) -> None:
+    """Raise ResourceError for a table that would take more than _MOST_BYTES, before any of it is made."""
+    bytes_each = np.dtype(_small(budget)).itemsize if prompts > _MANY else 8
+    needed = 2 * cells * prompts * (longest + 1) * bytes_each
+    if needed > _MOST_BYTES:
+        raise ResourceError(
+            f"{cells:,} cells of up to {longest:,} drafts on {prompts:,} prompts would take {needed / 2**30:,.0f} GiB, "
+            f"where {_MOST_BYTES // 2**30} are made at most.",
+            "Name fewer exit layers, or fewer and shorter draft lengths.",
+        )
+
+
+def _small(budget: int) -> type[np.signedinteger]:
+    """The smallest type that holds the counts of a text."""
+    return next((kind for kind in (np.int8, np.int16) if budget <= np.iinfo(kind).max), np.int32)
+
+
+def _chunks(width: int, prompts: int, cells: int) -> Iterator[slice]:
     """Slices of the prompts whose sweep stays within bounds."""
-    size = max(1, _CHUNK // max(1, int(tokens.max()) * cells))
-    return (slice(start, start + size) for start in range(0, len(tokens), size))
+    size = max(1, _CHUNK // max(1, width * cells))
+    return (slice(start, start + size) for start in range(0, prompts, size))
 
 
 def _room_for(found: RoundCounts, prompts: int, budget: int) -> RoundCounts:
     """Room for the counts of all prompts; whole ones of many in the smallest type that holds those of a text."""
-    small = next((kind for kind in (np.int8, np.int16) if budget <= np.iinfo(kind).max), np.int32)
+    small = _small(budget)
     kinds = [small if prompts > _MANY and each.dtype.kind == "i" else each.dtype for each in found]
     rooms = (
         np.empty((*each.shape[:2], prompts, *each.shape[3:]), kind) for each, kind in zip(found, kinds, strict=True)

@@ -56,6 +56,10 @@ ENDED = "eos"
 """Value of `ended` for a text that ended with an end-of-sequence token."""
 CUT = "cut"
 """Value of `ended` for a text that an analysis cut short: it neither ended by itself nor filled the trace's budget."""
+LONGEST_NAMED = 64
+"""Drafts of a round: a longer one that is beyond the budget, too, is the same as this, or as the budget."""
+LONGEST = 10_000
+"""Drafts of a round of an engine that drafts past the budget, whatever is left of it."""
 
 
 class Rounds(NamedTuple):
@@ -288,7 +292,10 @@ def expect_rounds(
 def check_lengths(
     draft_lengths: Iterable[int], budget: int, first_round: str, tokens: int
 ) -> tuple[np.ndarray, Convention]:
-    """Draft lengths, (lengths,) int64, and the convention by its name; or InputError."""
+    """Draft lengths, (lengths,) int64, each once, and the convention by its name; or InputError.
+
+    Where no round drafts past the budget, one that is far beyond it is what `within_budget` makes of it.
+    """
     lengths = list(dict.fromkeys(draft_lengths))
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1:
@@ -299,4 +306,14 @@ def check_lengths(
         raise InputError(f"first round {first_round!r} is not known: it is one of {', '.join(CONVENTIONS)}.")
     if not 1 <= tokens <= budget:
         raise InputError(f"a text of {tokens} tokens does not fit a budget of {budget}.")
-    return np.array(lengths, dtype=np.int64), CONVENTIONS[first_round]
+    convention = CONVENTIONS[first_round]
+    if convention.past_budget and max(lengths) > LONGEST:
+        raise InputError(f"draft length {max(lengths)} is out of range: expected 1 to {LONGEST:,}.")
+    kept = lengths if convention.past_budget else within_budget(lengths, budget)
+    return np.array(kept, dtype=np.int64), convention
+
+
+def within_budget(draft_lengths: Iterable[int], budget: int) -> list[int]:
+    """The same draft lengths, each once; one beyond the budget and LONGEST_NAMED is the larger of the two."""
+    most = max(budget, LONGEST_NAMED)
+    return list(dict.fromkeys(min(length, most) for length in draft_lengths))

@@ -16,7 +16,7 @@ from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
 from probekit.prediction.grids import grid_html
 from probekit.prediction.intervals import listed
-from probekit.prediction.rounds import closed_form_tokens_per_round
+from probekit.prediction.rounds import closed_form_tokens_per_round, within_budget
 
 SCHEMA = "probekit/predict/1"
 
@@ -222,8 +222,9 @@ class Prediction:
 
         drafter: its key; or an exit layer, or None for the draft model, as JSON names them.
         """
+        lengths = draft_length, *within_budget([draft_length], self.budget)
         for cell in self.cells:
-            if cell.key.names(drafter) and cell.draft_length == draft_length:
+            if cell.key.names(drafter) and cell.draft_length in lengths:
                 return cell
         raise InputError(f"this prediction has no cell for exit layer {drafter} and draft length {draft_length}.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from probekit.checksums import write_sums
+from probekit.checksums import SUMS, write_sums
 from probekit.kept import Kept
 from probekit.presentation.model_card import write_card
 from probekit.presentation.report import write_report
@@ -87,6 +87,7 @@ def run_study(
             phases.load_model(settings, reference, plan.prompts, overall.progress)
         studies = [study_model(plan, reference, overall) for reference in settings.models]
         with elapsed() as writing:
+            (plan.folder / SUMS).unlink(missing_ok=True)  # of an earlier end; it may be damaged
             write_tables(plan.folder, studies)
             draw_figures(plan.folder, studies)
         summary = write_summary(plan, studies, writing.seconds, time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from probekit.checksums import SUMS, read_sums
@@ -23,7 +24,8 @@ def verify_study(folder: Path, notes: Notes) -> None:
     except InputError as error:
         notes.add(folder / "study.json", error.problem)
     if (folder / SUMS).exists():
-        verify_sums(folder, notes)
+        if listed := verify_sums(folder, notes):
+            _verify_listed(folder, listed, notes)
     elif (folder / "summary.json").exists():
         notes.add(folder, f"has no {SUMS}: an earlier version wrote it, or it is not finished")
     try:
@@ -60,13 +62,24 @@ def verify_study(folder: Path, notes: Notes) -> None:
         verify_run(run, notes)
 
 
-def verify_sums(folder: Path, notes: Notes) -> None:
-    """The files that `SHA256SUMS` lists."""
+def _verify_listed(folder: Path, listed: Collection[str], notes: Notes) -> None:
+    """What a study's results are read from stands in its list."""
+    read = ["study.json", "summary.json", "report.html", *(f"tables/{table}.csv" for table in TABLES)]
+    read += sorted(path.relative_to(folder).as_posix() for path in (folder / "phases").glob("*/*.json"))
+    for name in read:
+        if name not in listed and (folder / name).exists():
+            notes.add(folder / name, f"is not listed in {SUMS}")
+
+
+def verify_sums(folder: Path, notes: Notes) -> Collection[str]:
+    """The files that `SHA256SUMS` lists; their names."""
     try:
         sums = read_sums(folder)
     except InputError as error:
         notes.add(folder / SUMS, error.problem)
-        return
+        return ()
+    if not sums:
+        notes.add(folder / SUMS, "lists no file")
     notes.files += len(sums)
     for name, digest in sums.items():
         path = folder / name
@@ -77,3 +90,4 @@ def verify_sums(folder: Path, notes: Notes) -> None:
                 notes.add(path, f"has changed since it was written: its checksum is not the one in {SUMS}")
         except OSError as error:
             notes.add(path, f"cannot be read: {error.strerror or error}")
+    return sums
