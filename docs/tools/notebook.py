@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 PAGES = [Path(__file__).parent.parent / "tutorials" / f"{name}.md" for name in ("early-exit", "inside")]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r'^!!! \w+ "(.*?)"\n((?:    .*\n|\n)+)', re.MULTILINE)
-OPENING = "Where probekit is not installed (in Colab, say), run this in a cell of its own first: `%pip install probekit`"
+OPENING = (
+    "Where probekit is not installed (in Colab, say), run this in a cell of its own first: `%pip install probekit`"
+)
 KEPT = ("text/plain", "text/html", "image/png")
 
 

@@ -35,7 +35,7 @@ def with_their_fonts(artist: Artist) -> None:
     for text in artist.findobj(Text):
         needed = families(text.get_text())
         if text.get_fontfamily() != needed and len(needed) > len(_usual()):
-            text.set_family(needed)
+            text.set_fontfamily(needed)
 
 
 def token_ticks(ax: Axes, visible: Sequence[str], inks: Sequence[Any] | None = None, **look: Any) -> None:
