@@ -40,10 +40,12 @@ def test_the_ladder_has_a_point_and_its_number_for_each_rung(ax):
 
 def test_one_wide_interval_does_not_push_the_points_together(ax):
     rungs = pd.DataFrame(
-        {"rung": ["autoregressive", "best tree"], "way": ["", "layer 11"], "speedup": [1.0, 2.0],
+        {"rung": ["autoregressive", "best tree"], "way": ["", "layer 11, tree:3/3/1/1/0/0/0/0/0, best shape"],
+         "speedup": [1.0, 2.0],
          "speedup_low": [np.nan, 0.04], "speedup_high": [np.nan, 166.7]}
     )  # fmt: skip
     plots.ladder(rungs, ax=ax)
+    assert "layer 11, tree:3/3/1/1/0/0/0/…" in [text.get_text() for text in ax.texts]
     assert 4.0 < ax.get_xlim()[1] < 6.0
     ends = [path.vertices[:, 0].max() for path in ax.collections[0].get_paths()]
     assert max(ends) == 4.0

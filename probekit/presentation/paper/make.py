@@ -84,10 +84,11 @@ def _figures_tex(
     lines = [
         rf"% In the preamble: \usepackage{{{packages},import}}. Then: \import{{FOLDER/}}{{figures}}.",
         "% Each figure has the size that it is printed at, so that its letters have theirs; one that is wider than the",
-        "% line shrinks to it.",
+        "% line, or too tall for its page, shrinks.",
         *_made_for(page),
         r"\providecommand{\probekitfitted}[1]{\sbox0{#1}%",
-        r"  \ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}",
+        r"  \ifdim\wd0>\linewidth\sbox0{\resizebox{\linewidth}{!}{\usebox0}}\fi",
+        r"  \ifdim\ht0>0.9\textheight\sbox0{\resizebox{!}{0.9\textheight}{\usebox0}}\fi\usebox0}",
     ]
     for name, figure in figures.items():
         alt, caption = tex_text(figure.alt(study)), tex_text(figure.caption(study))

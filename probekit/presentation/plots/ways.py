@@ -18,6 +18,7 @@ from probekit.presentation.plots.style import SEQUENTIAL, colormap, faint, groun
 NO_EXIT = -1
 """In place of an exit layer: a round without drafts."""
 FARTHEST = 2.0  # of the greatest speedup: where intervals end that would push all points together
+_LETTERS = 30  # of a way's name: a tree's shape may have a branch for each of its levels
 _NOTHING = "#d9d9d9"
 
 
@@ -46,9 +47,10 @@ def ladder(rungs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             bbox={"facecolor": ground_of(ax), "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
         if way:
+            shortened = way if len(way) <= _LETTERS else f"{way[: _LETTERS - 1]}…"
             ax.annotate(
-                plain(way), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center", color=pale,
-                fontsize=0.85 * small,
+                plain(shortened), (1.0, height - 0.34), xytext=(3, 0), textcoords="offset points", va="center",
+                color=pale, fontsize=0.85 * small,
             )  # fmt: skip
     ax.scatter(ends[beyond], heights[beyond], s=16, color=colour, marker=">", linewidths=0)
     ax.scatter(speedup, heights, s=20, color=colour, zorder=3)
