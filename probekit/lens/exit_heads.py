@@ -110,9 +110,7 @@ class HeadFit:
     def solve(self, ridge: float = RIDGE) -> dict[int, ExitHead]:
         """The head of each exit. ridge: relative to the mean square of the residual's median component; above 0."""
         if not 0 < ridge < math.inf:
-            raise InputError(
-                f"the ridge must exceed 0, and be finite, not {ridge}.", "Without one the fit is open."
-            )
+            raise InputError(f"the ridge must exceed 0, and be finite, not {ridge}.", "Without one the fit is open.")
         if not self.rows:
             raise InputError("there are no rows to fit exit heads on.", "Add some first.")
         return {layer: self._solve(layer, ridge) for layer in self.exits}
