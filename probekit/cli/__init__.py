@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             status = run(words)
     except Stopped as stop:  # between the commands' own care and here: nothing was begun
-        sys.stderr.write(f"probekit: {stop.said}. Nothing was begun.\n")
-        status = stop.exit_status
+        said, status = f"{stop.said}. Nothing was begun.", stop.exit_status
+        if "--json" in words:
+            command = next((word for word in words if not word.startswith("-")), "probekit")
+            print(json.dumps({"schema": f"probekit/{command}/1", "error": said, "hint": ""}), flush=True)
+        else:
+            sys.stderr.write(f"probekit: {said}\n")
     sys.exit(status)
 
 

@@ -38,6 +38,8 @@ def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def without(*, debug: bool = False, **given: Any) -> None:
+        if commands.name_of(command) not in DESCRIBES:
+            options.check_place(given.get("device"), given.get("dtype"))
         command(**given)
 
     return _with_option(without, command, "debug", options.Debug, False)
@@ -99,6 +101,7 @@ def _with_option(
     return wrapped
 
 
+DESCRIBES = {"choose", "rank", "export"}  # these take devices that are not at hand, by their names
 LOADING = {"inspect", "lens", "trace", "decode", "choose", "validate", "fit-heads", "study"}  # these load models
 SHARED = {"trace", "validate", "rank"}  # these share their work among the processes of a job
 SPLIT = {"trace", "decode", "validate"}  # these run a model that is split over them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,7 @@ ExitHeads = Annotated[
 ]
 
 
+_DTYPES = ("float32", "float16", "bfloat16")
 MOST = 10_000  # layers, or drafts in a round: a slip of the keyboard should cost no memory
 
 
@@ -130,6 +132,14 @@ def at_least(least: int, value: int, name: str) -> int:
     if value < least:
         raise InputError(f"{name} is {value}; expected {least} or more.")
     return value
+
+
+def check_place(device: str | None, dtype: str | None) -> None:
+    """Raise InputError for a device or a dtype that no machine has, also where a command has no use for it."""
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device {device!r} is not known; give cpu, cuda or cuda:N.")
+    if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; give one of {', '.join(_DTYPES)}.")
 
 
 def within(least: int, most: int, value: int, name: str) -> int:

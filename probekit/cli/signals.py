@@ -45,11 +45,14 @@ def stoppable() -> Iterator[None]:
     """Signals raise `Stopped` in here, once: a second one ends the process at once, without a word.
 
     Signals that are ignored stay ignored (a shell's background jobs, `nohup`). One that falls into a destructor or a
-    weak reference's callback, from which nothing can be raised, is raised again a moment later.
+    weak reference's callback, from which nothing can be raised, is raised again a moment later; so is one that falls
+    into an import, where modules written in C++ end the process at an exception that they did not expect.
     """
     before: dict[int, object] = {}
     unraised = sys.unraisablehook
     _received.clear()
+    waiting: set[int] = set()  # signals that fell into an import
+    raised: set[int] = set()  # by ourselves, again
 
     def restore() -> None:
         for number, handler in before.items():
@@ -63,9 +66,28 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, stop)
         threading.Timer(_AGAIN_AFTER_S, _raised_here, [fault.exc_value.number]).start()
 
+    def again(number: int) -> None:
+        if number in waiting:
+            raised.add(number)
+            signal.raise_signal(number)
+
     def stop(number: int, frame: FrameType | None) -> None:
+<<<<<<< HEAD
         for each in before:
             signal.signal(each, signal.SIG_DFL)  # not what was there: Python's own answer to Ctrl-C is a traceback
+=======
+        first = number in raised or number not in waiting
+        raised.discard(number)
+        if _imports(frame) and first:
+            waiting.add(number)
+            threading.Timer(_AGAIN_AFTER_S, again, [number]).start()
+            return
+        waiting.clear()
+        restore()
+        if not first and _imports(frame):
+            signal.raise_signal(number)
+            return
+>>>>>>> i20
         _received.append(number)
         raise Stopped(number)
 
@@ -79,16 +101,27 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = unraised
+        waiting.clear()
         restore()
         _received.clear()
 
 
+<<<<<<< HEAD
 def _raised_here(number: int) -> None:
     """As if the signal came from outside, to the main thread: a call that it waits in is interrupted."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
         signal.raise_signal(number)
+=======
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
+>>>>>>> i20
 
 
 @contextmanager

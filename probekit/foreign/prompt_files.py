@@ -46,7 +46,7 @@ def _read_jsonl(path: Path) -> Records:
         try:
             record = loads(line)
         except ValueError as error:
-            what = "is empty" if not line.strip() else f"is not JSON: {error}"
+            what = "is empty" if not line.strip() else f"is not JSON: {str(error).rstrip('.')}"
             raise InputError(f"{path}, line {number} {what}.", 'Each line is an object: {"prompt": ".."}') from None
         yield f"line {number}", record
 
@@ -56,7 +56,9 @@ def _read_json(path: Path) -> Records:
     try:
         records = loads(_text_of(path))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.", "A file of one object a line ends in .jsonl.") from None
+        raise InputError(
+            f"{path} is not JSON: {str(error).rstrip('.')}.", "A file of one object a line ends in .jsonl."
+        ) from None
     if not isinstance(records, list):
         raise InputError(f"{path} is no array of prompts.", 'Write [{"prompt": ".."}, ..].')
     for number, record in enumerate(records, start=1):

@@ -182,7 +182,7 @@ class _Search:
         if not values[:, 0].isfinite().all():
             raise not_finite("final-norm", self._first_broken(rows))
         if check is not None:
-            check_model_row(self.parts, logits, check, float(self.base[depth]))
+            check_model_row(self.parts, logits, check, self.noise.by_site[-1])
         self.found["agrees"][depth, rows] = True
         tolerance = self.noise.around(self.base[depth], values[:, 0])
         self.found["near_tie"][depth, rows] = values[:, 0] - values[:, 1] < tolerance

@@ -227,7 +227,7 @@ class _Chunks:
                 self._table(name, figures)[rows][tokens, sites] = figures
         self._check_finite(rows)
         if check is not None:
-            check_model_row(self.parts, model.logits, check, float(self.base[0]))
+            check_model_row(self.parts, model.logits, check, self.noise.by_site[-1])
 
     def _blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
         """Parts of a chunk that are contiguous in memory: some sites of one token, or some tokens whole."""

@@ -20,7 +20,7 @@ from probekit.settings import whole_number
 from probekit.traces.trace import Trace, as_trace
 
 _CHUNK = 4_000_000  # cells x prompts x positions in one sweep
-_MOST_BYTES = 16 * 2**30  # of all counts
+_MOST_BYTES = 2 * 2**30  # of all counts
 _MANY = 4096  # prompts, above which counts are kept in small types
 
 

@@ -96,7 +96,7 @@ class TablesInParts:
                 parts.append(checked(table, read, str(path)))
                 _check_prompts(table, parts[-1], self._manifest.plan.batches[part], path)
                 if table == "texts":
-                    _check_lengths(parts[-1], path, self._folder / part_name("tokens", part))
+                    self._check_lengths(parts[-1], path, part_name("tokens", part))
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise InputError(f"{path} cannot be read: {error}", _MADE_ANEW) from None
         # Text of which a part has none is written without a type by pandas 2.
@@ -104,6 +104,22 @@ class TablesInParts:
         if "lens" in frame.columns:
             frame["lens"] = frame["lens"].cat.set_categories(LENSES)
         return frame
+
+    def _check_lengths(self, texts: pa.Table, path: Path, tokens: str) -> None:
+        """Texts are as long as the rows of their tokens, before anything is made of these numbers."""
+        if not os.path.isfile(self._folder / tokens):
+            return  # it is missed where it is read
+        beside = checked_file(self._folder, self._manifest, tokens)
+        try:
+            rows = pq.read_metadata(beside).num_rows
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{beside} cannot be read: {error}", _MADE_ANEW) from None
+        named = [name for name in ("prompt_tokens", "new_tokens") if name in texts.column_names]
+        columns = [[int(each) for each in texts[name].to_pylist()] for name in named]
+        if any(length > rows + 1 for column in columns for length in column) or (
+            len(columns) == 2 and sum(map(sum, columns)) - len(texts) != rows
+        ):
+            raise InputError(f"{path} names texts of other lengths than {tokens} holds.", _MADE_ANEW)
 
 
 def _check_prompts(table: str, read: pa.Table, batch: Sequence[int], path: Path) -> None:
@@ -116,19 +132,6 @@ def _check_prompts(table: str, read: pa.Table, batch: Sequence[int], path: Path)
     for name in ("prompt_tokens", "new_tokens"):
         if table == "texts" and name in read.column_names and min(read[name].to_pylist()) < 1:
             raise InputError(f"{path} holds a text of no {name.replace('_', ' ')}.", _MADE_ANEW)
-
-
-def _check_lengths(texts: pa.Table, path: Path, tokens: Path) -> None:
-    """Texts are as long as the rows of their tokens, before anything is made of these numbers."""
-    if not os.path.isfile(tokens):
-        return  # it is missed where it is read
-    rows = pq.read_metadata(tokens).num_rows
-    named = [name for name in ("prompt_tokens", "new_tokens") if name in texts.column_names]
-    columns = [[int(each) for each in texts[name].to_pylist()] for name in named]
-    if any(length > rows + 1 for column in columns for length in column) or (
-        len(columns) == 2 and sum(map(sum, columns)) - len(texts) != rows
-    ):
-        raise InputError(f"{path} names texts of other lengths than {tokens.name} holds.", _MADE_ANEW)
 
 
 def tables_of(manifest: Manifest) -> list[str]:

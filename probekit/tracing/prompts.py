@@ -274,6 +274,8 @@ def _prompt(index: int, record: Any, where: str, *, chat: bool, given: bool) -> 
     text, messages = record.get("prompt"), record.get("messages")
     response, kind = record.get("response"), record.get("kind") or ""
     if text is None and messages is None:
+        if "prompt" in given_names:
+            raise InputError(f"{where}: `prompt` is null; expected a text.")
         raise InputError(
             f"{where}: there is no `prompt`; it has {', '.join(map(str, given_names)) or 'nothing'}.",
             "Rename one." if given_names else "",

@@ -168,3 +168,25 @@ def test_validate_refuses_given_text(capsys, tiny_folder, tmp_path):
     assert run(["trace", str(tiny_folder), "--prompts", str(path), "-o", str(folder), "--given", "--quiet"]) == 0
     capsys.readouterr()
     fails(capsys, ["validate", folder], "given")
+
+
+@pytest.mark.parametrize("command", ["predict", "compare", "verify", "probe", "fit-heads"])
+def test_a_device_that_no_machine_has(capsys, tmp_path, command):
+    words = [command, tmp_path, *(["-o", tmp_path / "heads"] if command == "fit-heads" else []),
+             *(["--label", "agrees"] if command == "probe" else [])]  # fmt: skip
+    fails(capsys, [*words, "--device", "evil"], "device 'evil' is not known")
+    fails(capsys, [*words, "--dtype", "float99"], "dtype 'float99' is not known")
+
+
+def test_numbers_far_out_of_bounds(capsys, run_folder, tmp_path):
+    fails(capsys, ["predict", run_folder, "--drafter", "ngram:99999999999"], "expected 1000 at most")
+    exported = ["export", run_folder, "--engine", "vllm", "--exit-layer", "1", "-o", tmp_path / "out", "--draft-length"]
+    fails(capsys, [*exported, 2**63 - 1], "expected 1 to 10,000")
+    fails(capsys, ["choose", run_folder, "--costs", "roofline", "--context", 10**23], "--context", "expected 1 to")
+    fails(capsys, ["fit-heads", run_folder, "-o", tmp_path / "heads", "--ridge", "1e999"], "finite")
+
+
+def test_where_costs_go_is_looked_at_before_they_are_measured(capsys, tmp_path):
+    words = ["costs", "no-such-model", "--engine", "transformers", "-o"]
+    fails(capsys, [*words, tmp_path / "none" / "costs.json"], "--output is", "there is no folder")
+    fails(capsys, [*words, tmp_path], "which is no file that can be written")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import probekit
 from probekit.cli import main
 from probekit.cli.app import run
+from probekit.cli.signals import Stopped, stoppable
 from probekit.errors import InputError
 from probekit.presentation.study_folder import open_study
 
@@ -207,6 +208,22 @@ def test_a_signal_while_it_starts():
         _, said = process.communicate(timeout=60)
         assert process.returncode in (0, 143, -signal.SIGTERM)
         assert "Traceback" not in said
+
+
+def test_a_signal_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
+    """Modules written in C++ end the process at an exception that falls into their imports."""
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.05)\nwhole = True\n"
+    (tmp_path / "imported_slowly.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def import_it():
+        import imported_slowly  # noqa: F401
+
+        time.sleep(5)
+
+    with pytest.raises(Stopped) as stopped, stoppable():
+        import_it()
+    assert (stopped.value.number, sys.modules["imported_slowly"].whole) == (signal.SIGTERM, True)
 
 
 def test_a_signal_that_an_import_made_another_error_of(capsys, monkeypatch):

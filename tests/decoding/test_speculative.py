@@ -108,3 +108,13 @@ def test_prompts_must_fit_the_drafter_too(tiny):
 def test_impossible_draft_lengths_are_refused(tiny, tiny_draft):
     with pytest.raises(InputError, match="draft length must be"):
         Speculative(tiny, tiny_draft, 0)
+
+
+def test_a_draft_length_beyond_the_budget_is_the_budget(tiny, tiny_draft):
+    for prompts in ([[5, 9, 17]], [[5, 9, 17], [3]]):
+        within = Speculative(tiny, tiny_draft, 4).decode(prompts, max_new_tokens=4)
+        beyond = Speculative(tiny, tiny_draft, 2**63 - 1).decode(prompts, max_new_tokens=4)
+        assert [each.tokens for each in beyond] == [each.tokens for each in within]
+        assert [(each.drafted, each.accepted, each.draft_length) for each in beyond] == [
+            (each.drafted, each.accepted, 4) for each in within
+        ]

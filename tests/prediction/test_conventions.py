@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces.fabricate import fabricate
 
-from probekit.errors import InputError
+from probekit.errors import InputError, ResourceError
 from probekit.prediction.predict import predict
 from probekit.prediction.replay import replay
 from probekit.prediction.rounds import CONVENTIONS, ENDED, expected_rounds, rounds_of
@@ -122,3 +122,14 @@ def test_conventions_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="drafts of a fixed length"):
         replay(fabricate(), Way((ExitLayer(2),), 3), "vllm")
     assert set(CONVENTIONS) == {"prefill", "draft", "vllm", "llama.cpp"}
+
+
+def test_a_draft_length_far_beyond_the_budget_is_the_budget():
+    trace = fabricate(depth=3, tokens=12)
+    table = predict(trace, draft_lengths=[1, 64, 65, 10**30])
+    assert sorted({cell.draft_length for cell in table.cells}) == [1, 64]
+    assert table.cell(1, 10**30).counts() == table.cell(1, 64).counts()
+    with pytest.raises(InputError, match="expected 1 to 10,000"):
+        predict(trace, draft_lengths=[10**30], first_round="vllm")
+    with pytest.raises(ResourceError, match="cells of up to 10,000 drafts"):
+        predict(trace, draft_lengths=range(1, 10_001), first_round="vllm")

@@ -246,6 +246,14 @@ def test_damage_in_a_study_is_named(study, name, expected):
     assert name in said(study)
 
 
+def test_a_list_that_lists_too_little(study):
+    whole = (study / SUMS).read_text()
+    (study / SUMS).write_text("".join(line for line in whole.splitlines(True) if "summary.json" not in line))
+    assert f"summary.json is not listed in {SUMS}" in said(study)
+    (study / SUMS).write_text("")
+    assert f"{SUMS} lists no file" in said(study)
+
+
 def test_an_exported_choice(run, tmp_path):
     words = ["choose", str(run), "--export", str(tmp_path / "out"), "--draft-lengths", "1", "--quiet"]
     assert command([*words, "--costs", "roofline", "--device", "h100"]) == 0
@@ -255,6 +263,9 @@ def test_an_exported_choice(run, tmp_path):
     assert (found.kind, found.files, found.findings) == ("export", len(listed), ())
     flipped(tmp_path / "out" / "settings.json")
     assert "settings.json has changed since it was written" in said(tmp_path / "out")
+    (tmp_path / "out" / SUMS).write_text("no list")  # damaged: it is written anew, and blocks nothing
+    assert command([*words, "--costs", "roofline", "--device", "h100"]) == 0
+    assert verify(tmp_path / "out").whole
 
 
 def test_names_in_a_list_of_checksums(tmp_path):
