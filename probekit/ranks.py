@@ -17,6 +17,7 @@ from probekit.errors import InputError, ProbekitError, ResourceError
 
 T = TypeVar("T")
 U = TypeVar("U")
+MEETING = timedelta(minutes=30)  # in which all processes of a job must have started
 PATIENCE = timedelta(days=7)  # a process may read for long before the others hear of it
 # (rank, number of processes, rank on this machine), as launchers name them.
 _LAUNCHERS = (
@@ -171,9 +172,20 @@ def joined(ranks: Ranks) -> Iterator[Ranks]:
 
     mine = not distributed.is_initialized()
     if mine:
-        distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
-    group = distributed.group.WORLD if mine else distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _meet(distributed, ranks)
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield replace(ranks, group=group)
     finally:
-        distributed.destroy_process_group(group)
+        distributed.destroy_process_group(None if mine else group)
+
+
+def _meet(distributed: Any, ranks: Ranks) -> None:
+    try:
+        distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=MEETING)
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ResourceError(
+            f"process {ranks.rank} of {ranks.size} did not meet the others at {place} ({str(error).splitlines()[0]})",
+            "Start all processes of the job, as torchrun and srun do; or unset MASTER_ADDR, for one alone.",
+        ) from None

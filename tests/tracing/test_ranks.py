@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -14,11 +16,12 @@ from pathlib import Path
 import pytest
 from tracing.jobs import TEXTS, bits, job, unlike
 
+from probekit import ranks as ranks_room
 from probekit.decoding.sampling import Sampling
-from probekit.errors import InputError
+from probekit.errors import InputError, ResourceError
 from probekit.files import locked
 from probekit.models.shipped import bundled_models
-from probekit.ranks import Ranks
+from probekit.ranks import Ranks, joined
 from probekit.traces.ledger import LedgerEntry, append_entry, ledger_of
 from probekit.traces.manifest import read_manifest
 from probekit.traces.trace import Trace
@@ -132,6 +135,19 @@ def test_one_process_says_what_is_wrong_and_all_stop(tmp_path) -> None:
     assert job(2, folder, KINDS["greedy"]) == [2, 2]
     assert folder.with_suffix(".said-0").read_text().startswith("InputError")
     assert folder.with_suffix(".said-1").read_text().startswith("ElsewhereError: process 0 of this job failed")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_does_not_wait_for_ever_for_others_that_never_start(rank, monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_room, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ResourceError, match=f"process {rank} of 2 did not meet the others at 127.0.0.1:{port}"):
+        with joined(Ranks(rank, 2)):
+            pass
 
 
 def test_several_processes_need_a_folder(tiny) -> None:
