@@ -144,10 +144,7 @@ class Ranks:
         try:
             return call(distributed)
         except RuntimeError as error:  # what gloo raises when a connection ends
-            raise ResourceError(
-                f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
-                "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
-            ) from None
+            raise _ended(error) from None
 
 
 def _broadcast(distributed: Any, value: T, group: Any) -> T:
@@ -163,6 +160,26 @@ def _gather(distributed: Any, value: T, ranks: Ranks) -> list[T]:
 
 
 @contextmanager
+def connected() -> Iterator[None]:
+    """Where processes share a model: that another of them ended is a ResourceError, which says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch import distributed
+
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):  # gloo's are of no kind of their own
+            raise _ended(error) from None
+        raise
+
+
+def _ended(error: RuntimeError) -> ResourceError:
+    return ResourceError(
+        f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
+        "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
+    )
+
+
+@contextmanager
 def joined(ranks: Ranks) -> Iterator[Ranks]:
     """The same processes, able to talk; leaves torch.distributed as it was."""
     if ranks.size == 1 or ranks.group is not None:
@@ -175,7 +192,8 @@ def joined(ranks: Ranks) -> Iterator[Ranks]:
         _meet(distributed, ranks)
     group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield replace(ranks, group=group)
+        with connected():
+            yield replace(ranks, group=group)
     finally:
         distributed.destroy_process_group(None if mine else group)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from probekit.decoding.sampling import Sampling
 from probekit.errors import InputError, ResourceError
 from probekit.files import locked
 from probekit.models.shipped import bundled_models
-from probekit.ranks import Ranks, joined
+from probekit.ranks import Ranks, connected, joined
 from probekit.traces.ledger import LedgerEntry, append_entry, ledger_of
 from probekit.traces.manifest import read_manifest
 from probekit.traces.trace import Trace
@@ -135,6 +136,24 @@ def test_one_process_says_what_is_wrong_and_all_stop(tmp_path) -> None:
     assert job(2, folder, KINDS["greedy"]) == [2, 2]
     assert folder.with_suffix(".said-0").read_text().startswith("InputError")
     assert folder.with_suffix(".said-1").read_text().startswith("ElsewhereError: process 0 of this job failed")
+
+
+def _adding(ranks: Ranks, folder: Path, settings: dict) -> None:
+    """As processes that share a model: they add up; the second is killed."""
+    import torch
+
+    with joined(ranks):
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.ones(3))
+
+
+@pytest.mark.second
+def test_a_death_within_a_shared_pass_is_no_fault_of_ours(tmp_path) -> None:
+    assert job(2, tmp_path / "run", {}, work=_adding) == [1, -9]
+    assert "another process of this job ended" in (tmp_path / "run.said-0").read_text()
+    with pytest.raises(RuntimeError, match="shapes"), connected():
+        raise RuntimeError("shapes")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
