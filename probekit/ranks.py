@@ -17,6 +17,7 @@ from probekit.errors import InputError, ProbekitError, ResourceError
 
 T = TypeVar("T")
 U = TypeVar("U")
+MEETING = timedelta(minutes=30)  # in which all processes of a job must have started
 PATIENCE = timedelta(days=7)  # a process may read for long before the others hear of it
 # (rank, number of processes, rank on this machine), as launchers name them.
 _LAUNCHERS = (
@@ -143,10 +144,7 @@ class Ranks:
         try:
             return call(distributed)
         except RuntimeError as error:  # what gloo raises when a connection ends
-            raise ResourceError(
-                f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
-                "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
-            ) from None
+            raise _ended(error) from None
 
 
 def _broadcast(distributed: Any, value: T, group: Any) -> T:
@@ -162,6 +160,26 @@ def _gather(distributed: Any, value: T, ranks: Ranks) -> list[T]:
 
 
 @contextmanager
+def connected() -> Iterator[None]:
+    """Where processes share a model: that another of them ended is a ResourceError, which says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch import distributed
+
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):  # gloo's are of no kind of their own
+            raise _ended(error) from None
+        raise
+
+
+def _ended(error: RuntimeError) -> ResourceError:
+    return ResourceError(
+        f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
+        "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
+    )
+
+
+@contextmanager
 def joined(ranks: Ranks) -> Iterator[Ranks]:
     """The same processes, able to talk; leaves torch.distributed as it was."""
     if ranks.size == 1 or ranks.group is not None:
@@ -171,9 +189,21 @@ def joined(ranks: Ranks) -> Iterator[Ranks]:
 
     mine = not distributed.is_initialized()
     if mine:
-        distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
-    group = distributed.group.WORLD if mine else distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _meet(distributed, ranks)
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield replace(ranks, group=group)
+        with connected():
+            yield replace(ranks, group=group)
     finally:
-        distributed.destroy_process_group(group)
+        distributed.destroy_process_group(None if mine else group)
+
+
+def _meet(distributed: Any, ranks: Ranks) -> None:
+    try:
+        distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=MEETING)
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ResourceError(
+            f"process {ranks.rank} of {ranks.size} did not meet the others at {place} ({str(error).splitlines()[0]})",
+            "Start all processes of the job, as torchrun and srun do; or unset MASTER_ADDR, for one alone.",
+        ) from None

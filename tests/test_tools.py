@@ -7,6 +7,8 @@ import runpy
 import tomllib
 from pathlib import Path
 
+import pytest
+
 TOOLS = Path(__file__).parent / "tools"
 
 
@@ -38,4 +40,8 @@ def test_other_versions_are_those_that_the_package_allows():
     assert tool["counts"](line) == {"passed": 1310, "failed": 3, "skipped": 41, "errors": 1}
     why = ["SKIPPED [7] tests/models/held_states.py:30: could not import 'peft'", "SKIPPED [1] tests/a.py: no GPU"]
     assert tool["skips"]([*why, why[0], line]) == {"could not import 'peft'": 14, "no GPU": 1}
+    for words, status in ((["--help"], 0), (["odlest"], 2)):  # neither makes an environment
+        with pytest.raises(SystemExit) as ended:
+            tool["main"](words)
+        assert ended.value.code == status
     assert tool["counts"]("no tests ran in 0.01s") == {"passed": 0, "failed": 0, "skipped": 0, "errors": 0}

@@ -83,8 +83,9 @@ def _with_tensor_parallel(command: Callable[..., None]) -> Callable[..., None]:
         if not tensor_parallel:
             return command(**given)
         from probekit.models.device_map import splitting
+        from probekit.ranks import connected
 
-        with splitting():
+        with splitting(), connected():
             command(**given)
 
     return _with_option(split, command, "tensor_parallel", options.TensorParallel, False)

@@ -73,7 +73,7 @@ def validate(
             draft_rows=draft_rows,
             policy=policy_named(policy),
             engine=engine,
-            keep=None if ranks.in_step else place,  # processes that share a model keep nothing
+            keep=place,
             ranks=ranks,
             progress=bars,
         )
@@ -157,7 +157,7 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
         costs, run = ranks.from_first_of(lambda: chosen(kept_costs(kept, lambda: mine or timed())))
         checked = validate_ways(
             loaded, trace, run, draft_model=draft_model, limit=limit, costs=costs,
-            keep=None if ranks.in_step else place, ranks=ranks, progress=bars,
+            keep=place, ranks=ranks, progress=bars,
         )  # fmt: skip
     if not ranks.first:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -268,14 +269,15 @@ def validate_choice(
     models: Models, trace: Trace, choice: Choice, settings: StudySettings, kept: Kept, progress: Progress
 ) -> Validated:
     """Run the decoder on the odd prompts: the chosen pair and its runners-up, and a spread over the table; the best of
-    all ways of drafting, and a spread of them."""
+    all ways of drafting, and a spread of them. Texts are kept one by one until it has them all."""
+    texts = kept.folder / "texts"
 
     def run() -> dict[str, Any]:
         best = [(each.key, each.draft_length) for each in choice.ranking[:3] if each.key is not None]
         spread = spread_cells(settings.exit_layers or range(1, trace.depth), settings.draft_lengths, best)
         hold = partial(
             validate, models.loaded, odd(trace), costs=choice.costs, drafter=models.drafter,
-            draft_rows=settings.draft_rows,
+            draft_rows=settings.draft_rows, keep=texts,
         )  # fmt: skip
         thorough = hold(best, progress=_called("validate the best", progress))
         found = [thorough]
@@ -285,7 +287,7 @@ def validate_choice(
         if choice.ways is not None and choice.text == "greedy":
             checked = validate_ways(
                 models.loaded, odd(trace), [each.way for each in choice.ways.to_run() if each.way is not None],
-                draft_model=models.drafter, limit=SPREAD_PROMPTS, costs=choice.costs,
+                draft_model=models.drafter, limit=SPREAD_PROMPTS, costs=choice.costs, keep=texts,
                 progress=_called("validate ways", progress),
             )  # fmt: skip
             ways = [each.to_json() for each in checked.ways]
@@ -295,7 +297,9 @@ def validate_choice(
             "rounds": [rounds for each in found for rounds in each.rounds_json()],
         }
 
-    return Validated(**kept.once("validation", run))
+    validated = Validated(**kept.once("validation", run))
+    shutil.rmtree(texts, ignore_errors=True)
+    return validated
 
 
 def _called(phase: str, progress: Progress) -> Progress:

@@ -80,14 +80,13 @@ def keeping_texts(folder: str | Path | None, digest: str, names: Iterable[str], 
         place = ranks.agreed(opened)
         place = ranks.from_first(place)
         turns = ranks.from_first(ranks.agreed(read))
-        if place is None or (ranks.in_step and not ranks.first):
-            yield KeptTexts(None, digest, turns)
-            return
-        if not ranks.first:
-            stack.enter_context(locked(place, ranks.rank))
-        path = place / f"decoded-{ranks.rank:05d}.jsonl"
-        if path.is_file():
-            append_line(path, "")  # a killed writer may have left half a line
+        path = None
+        if place is not None and (ranks.first or not ranks.in_step):  # in step, the first writes what all decoded
+            if not ranks.first:
+                stack.enter_context(locked(place, ranks.rank))
+            path = place / f"decoded-{ranks.rank:05d}.jsonl"
+            if path.is_file():
+                append_line(path, "")  # a killed writer may have left half a line
         yield KeptTexts(path, digest, turns)
         ranks.all("written")  # the first one's lock is everybody's
 

@@ -191,7 +191,7 @@ def texts_digest(loaded: Loaded, trace: Trace, engine: str) -> str:
     manifest = trace.manifest
     models = [each and each.weights_hash for each in (manifest.model, manifest.drafter)]
     made_with = asdict(manifest.settings), manifest.provenance.prompts_hash, models
-    return digest(str(made_with), engine, str(loaded.device), str(loaded.dtype))
+    return digest(str(made_with), engine, str(loaded.device), str(loaded.dtype), loaded.anatomy.split_over)
 
 
 def as_traced(trace: Trace, loaded: Loaded) -> Loaded:

@@ -10,6 +10,7 @@ writes to docs/results/tests/versions.json, for each how many tests passed, fail
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -98,8 +99,12 @@ def _others(tests: list[str], names: list[str]) -> list[dict[str, object]]:
 
 
 def main(words: list[str]) -> int:
-    asked, _, rest = " ".join(words).partition("--")
-    names, given = asked.split() or list(PAIRS), rest.split()
+    before = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", help=f"of {', '.join(PAIRS)}; all where none is named")
+    names, given = parser.parse_args(words[:before]).pairs or list(PAIRS), words[before + 1 :]
+    if unknown := [name for name in names if name not in PAIRS]:
+        parser.error(f"{', '.join(unknown)}: no such pair; there are {', '.join(PAIRS)}.")
     tests = [word for word in given if (ROOT / word.split("::")[0]).exists()] or ALL
     results = []
     for name in names:

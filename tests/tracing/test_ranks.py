@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -14,11 +17,12 @@ from pathlib import Path
 import pytest
 from tracing.jobs import TEXTS, bits, job, unlike
 
+from probekit import ranks as ranks_room
 from probekit.decoding.sampling import Sampling
-from probekit.errors import InputError
+from probekit.errors import InputError, ResourceError
 from probekit.files import locked
 from probekit.models.shipped import bundled_models
-from probekit.ranks import Ranks
+from probekit.ranks import Ranks, connected, joined
 from probekit.traces.ledger import LedgerEntry, append_entry, ledger_of
 from probekit.traces.manifest import read_manifest
 from probekit.traces.trace import Trace
@@ -132,6 +136,37 @@ def test_one_process_says_what_is_wrong_and_all_stop(tmp_path) -> None:
     assert job(2, folder, KINDS["greedy"]) == [2, 2]
     assert folder.with_suffix(".said-0").read_text().startswith("InputError")
     assert folder.with_suffix(".said-1").read_text().startswith("ElsewhereError: process 0 of this job failed")
+
+
+def _adding(ranks: Ranks, folder: Path, settings: dict) -> None:
+    """As processes that share a model: they add up; the second is killed."""
+    import torch
+
+    with joined(ranks):
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.ones(3))
+
+
+@pytest.mark.second
+def test_a_death_within_a_shared_pass_is_no_fault_of_ours(tmp_path) -> None:
+    assert job(2, tmp_path / "run", {}, work=_adding) == [1, -9]
+    assert "another process of this job ended" in (tmp_path / "run.said-0").read_text()
+    with pytest.raises(RuntimeError, match="shapes"), connected():
+        raise RuntimeError("shapes")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_does_not_wait_for_ever_for_others_that_never_start(rank, monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_room, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ResourceError, match=f"process {rank} of 2 did not meet the others at 127.0.0.1:{port}"):
+        with joined(Ranks(rank, 2)):
+            pass
 
 
 def test_several_processes_need_a_folder(tiny) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CELLS = {"exit_layers": [1, 3, 4], "draft_lengths": [1, 3]}
 def dying(ranks: Ranks, folder: Path, settings: dict[str, Any]) -> None:
     """A validation with a folder beside the run; the rank that `dies` names is killed after its second prompt."""
     told, dies = [], settings.pop("dies", None)
+    ranks = replace(ranks, in_step=settings.get("in_step", False))
 
     def append(path: Path, line: str) -> None:
         append_line(path, line)
@@ -68,6 +70,17 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(sampling, first, ag
     else:
         assert [cell["predicted"] for cell in found] == [cell["predicted"] for cell in plain]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.second
+def test_processes_in_step_go_on_together_and_the_first_alone_keeps(tiny, tmp_path) -> None:
+    folder = tmp_path / "run"
+    probekit.trace(tiny, TEXTS[:4], folder, max_new_tokens=8)
+    assert job(2, folder, {"in_step": True, "dies": 0}, work=dying)[0] == -9
+    assert job(2, folder, {"in_step": True}, work=dying) == [0, 0]
+    assert [folder.with_suffix(f".lines-{rank}").read_text() for rank in range(2)] == ["2", "0"]
+    first, second = (folder.with_suffix(f".cells-{rank}").read_text() for rank in range(2))
+    assert first == second and len(json.loads(first)) == 6
 
 
 def _prompts(kept: list[dict[str, Any]]) -> list[set[int]]:
