@@ -69,13 +69,9 @@ def stoppable() -> Iterator[None]:
     def again(number: int) -> None:
         if number in waiting:
             raised.add(number)
-            signal.raise_signal(number)
+            _raised_here(number)
 
     def stop(number: int, frame: FrameType | None) -> None:
-<<<<<<< HEAD
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)  # not what was there: Python's own answer to Ctrl-C is a traceback
-=======
         first = number in raised or number not in waiting
         raised.discard(number)
         if _imports(frame) and first:
@@ -83,11 +79,11 @@ def stoppable() -> Iterator[None]:
             threading.Timer(_AGAIN_AFTER_S, again, [number]).start()
             return
         waiting.clear()
-        restore()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)  # not what was there: Python's own answer to Ctrl-C is a traceback
         if not first and _imports(frame):
             signal.raise_signal(number)
             return
->>>>>>> i20
         _received.append(number)
         raise Stopped(number)
 
@@ -106,14 +102,14 @@ def stoppable() -> Iterator[None]:
         _received.clear()
 
 
-<<<<<<< HEAD
 def _raised_here(number: int) -> None:
     """As if the signal came from outside, to the main thread: a call that it waits in is interrupted."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
         signal.raise_signal(number)
-=======
+
+
 def _imports(frame: FrameType | None) -> bool:
     """Whether a module is being imported there."""
     while frame is not None:
@@ -121,7 +117,6 @@ def _imports(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
->>>>>>> i20
 
 
 @contextmanager
