@@ -116,6 +116,8 @@ def _compare(loaded: Loaded, length: int) -> None:
             f"{loaded.name} gives logits that are not finite (NaN).",
             "Its weights are damaged, or too large for this dtype: try --dtype float32.",
         )
+    if (expected.amax(-1) == expected.amin(-1)).all():  # an overflow in the last norm leaves nothing but zeros
+        raise InputError(f"{loaded.name} gives every token the same logit.", "Its weights are damaged, or too large.")
     mine = torch.cat(found, dim=1)[0].float()
     if how := difference(mine, expected[: len(mine)], parts.dtype):
         raise SelfCheckError(

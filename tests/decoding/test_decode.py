@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from probekit.decoding.decode import METHODS, decode
 from probekit.decoding.speculative import Speculative
@@ -7,6 +8,7 @@ from probekit.drafting.text_drafters import PromptLookup
 from probekit.drafting.tree_drafters import TreeDrafts
 from probekit.drafting.trees import tree_shape_named
 from probekit.errors import InputError
+from probekit.models.synthetic import synthetic
 
 SETTINGS = {
     "autoregressive": {},
@@ -100,3 +102,10 @@ def test_a_text_needs_a_tokenizer(tiny):
     with pytest.raises(InputError, match="tiny has no tokenizer"):
         decode(replace(tiny, tokenizer=None), "hello")
     assert decode(replace(tiny, tokenizer=None), [1, 2], max_new_tokens=3).text == ""
+
+
+def test_a_model_that_tells_no_token_from_another_is_refused():
+    loaded = synthetic("tiny", seed=2)
+    torch.nn.init.zeros_(loaded.model.model.norm.weight)  # as where its residuals overflow in the norm
+    with pytest.raises(InputError, match="every token the same logit"):
+        decode(loaded, [5, 9], max_new_tokens=2)

@@ -291,6 +291,15 @@ def test_a_damaged_part_is_named(trace: Trace, tmp_path) -> None:
         Trace.open(tmp_path / "run").agreement(0)
 
 
+@pytest.mark.parametrize("kept", [0, 40])
+def test_a_damaged_file_of_tokens_is_named_where_texts_are_read(trace: Trace, tmp_path, kept: int) -> None:
+    trace.save(tmp_path / "run")
+    tokens = tmp_path / "run" / "tokens-00000.parquet"
+    tokens.write_bytes(tokens.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"tokens-00000\.parquet is damaged or of another run.*--resume"):
+        _ = Trace.open(tmp_path / "run").texts
+
+
 def test_the_manifest_survives_the_disk(trace: Trace, tmp_path) -> None:
     manifest = trace.manifest.but(
         keep_residuals=(1, 2), backoffs=({"batch": 0, "rows": 9, "rows_limit": 4},), segment_rows=7
