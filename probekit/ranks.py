@@ -7,6 +7,7 @@ parallelism uses. torch is imported where there is more than one process, and on
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,8 +174,9 @@ def connected() -> Iterator[None]:
 
 
 def _ended(error: RuntimeError) -> ResourceError:
+    why = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # not where in gloo, nor its advice
     return ResourceError(
-        f"another process of this job ended before its work was done ({str(error).splitlines()[0]}).",
+        f"another process of this job ended before its work was done ({why}).",
         "Run the same command again, with any number of processes (a trace with --resume: its parts are kept).",
     )
 

@@ -154,6 +154,8 @@ def test_a_death_within_a_shared_pass_is_no_fault_of_ours(tmp_path) -> None:
     assert "another process of this job ended" in (tmp_path / "run.said-0").read_text()
     with pytest.raises(RuntimeError, match="shapes"), connected():
         raise RuntimeError("shapes")
+    with pytest.raises(ResourceError, match=r"was done \(Read error \[::1\]:5: reset\)"), connected():
+        raise RuntimeError("[/a/gloo/pair.cc:537] Read error [::1]:5: reset. This is mostly caused by others.")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
