@@ -226,7 +226,8 @@ def study(number: int, folder: Path) -> dict[str, Any]:
         "statuses": statuses, "tables": len(first), "unlike": unlike, "unlike_with_one_cost_profile": same_costs,
         "choice_with_one_cost_profile": "equal" if chosen[0] == chosen[1] else "unlike",
         "cells_that_both_validated": validated, "their_rounds": "equal" if alike else "unlike",
-        "holds": validated > 0 and alike and not any(statuses) and not unlike and not same_costs and chosen[0] == chosen[1],
+        "holds": validated > 0 and alike and not any(statuses) and not unlike and not same_costs
+        and chosen[0] == chosen[1],
     }  # fmt: skip
 
 
