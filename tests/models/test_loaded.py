@@ -475,7 +475,7 @@ def test_folders_that_hold_no_model(tmp_path, folder):
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
         ({"num_hidden_layers": 6}, r"lacks 9 of the model's weights, among them model\.layers\.5"),
         ({"num_hidden_layers": 4}, r"holds weights that no model of its configuration has: model\.layers\.4"),
-        ({"intermediate_size": 50}, r"cannot be read as a checkpoint"),
+        ({"intermediate_size": 50}, r"does not fit its configuration: model.layers.0.mlp"),
         ({"num_attention_heads": 7}, r"cannot be read as a checkpoint"),
         ({"hidden_act": "nothing"}, r"cannot be read as a checkpoint"),
     ],

@@ -188,6 +188,15 @@ def tables_of(study: Path) -> dict[str, str]:
     return found
 
 
+def shared_rounds(*studies: Path) -> tuple[int, bool]:
+    """The cells that each study validated (which ones hangs on measured times), and whether all their rounds agree."""
+    cell = ["model", "exit_layer", "draft_length", "drafter"]
+    rounds = [pd.read_csv(study / "tables" / "rounds.csv").set_index(cell).sort_index() for study in studies]
+    both = rounds[0].index.unique().intersection(rounds[1].index.unique())
+    one, other = (each.loc[each.index.isin(both)].sort_values(["prompt", "round"], kind="stable") for each in rounds)
+    return len(both), one.equals(other)
+
+
 def study(number: int, folder: Path) -> dict[str, Any]:
     texts = folder / "prompts.txt"
     texts.write_text("".join(" ".join(WORDS[place : place + 5]) + "\n" for place in range(8)))
@@ -209,13 +218,16 @@ def study(number: int, folder: Path) -> dict[str, Any]:
     unlike = [
         name
         for name in first
-        if first[name] != second.get(name) and name not in ("costs.csv", "validation.csv", "ways.csv")
+        if first[name] != second.get(name) and name not in ("costs.csv", "validation.csv", "ways.csv", "rounds.csv")
     ]
+    validated, alike = shared_rounds(folder / "first", folder / "second")
     same_costs = [name for name in first if first[name] != third.get(name) and name != "validation.csv"]
     return {
         "statuses": statuses, "tables": len(first), "unlike": unlike, "unlike_with_one_cost_profile": same_costs,
         "choice_with_one_cost_profile": "equal" if chosen[0] == chosen[1] else "unlike",
-        "holds": not any(statuses) and not unlike and not same_costs and chosen[0] == chosen[1],
+        "cells_that_both_validated": validated, "their_rounds": "equal" if alike else "unlike",
+        "holds": validated > 0 and alike and not any(statuses) and not unlike and not same_costs
+        and chosen[0] == chosen[1],
     }  # fmt: skip
 
 
