@@ -45,7 +45,7 @@ def environment(name: str) -> Path:
     marker = folder / ".made-with"
     if not (marker.is_file() and marker.read_text() == made_with):
         base = shutil.which(PYTHONS[name]) if name in PYTHONS else sys.executable
-        if base is None:
+        if base is None or subprocess.run([base, "-c", ""], capture_output=True, check=False).returncode:
             raise SystemExit(f"{PYTHONS[name]} is not installed here.")
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", *pins, "--editable", f"{ROOT}[test]"]
@@ -107,6 +107,8 @@ def main(words: list[str]) -> int:
         parser.error(f"{', '.join(unknown)}: no such pair; there are {', '.join(PAIRS)}.")
     tests = [word for word in given if (ROOT / word.split("::")[0]).exists()] or ALL
     results = []
+    for name in names:
+        environment(name)  # what cannot be made is said before hours of tests
     for name in names:
         results.append(tested(name, given))
         print(json.dumps({key: value for key, value in results[-1].items() if key != "failures"}), flush=True)
