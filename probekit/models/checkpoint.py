@@ -5,10 +5,11 @@ Weights come from safetensors or GGUF only, never from a pickle, and no code tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -137,6 +138,8 @@ def read_folder(
     dtype = asked or _own_dtype(config) or default_dtype(device, stored)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     options = {} if deal is None else deal(source.folder, dtype)
+    if not quantised_by(config):  # whose weights are packed
+        _check_sizes(source)
     model = read_weights(source, device, dtype, **options)
     check_dtypes(model, source.name, dtype)
     return model, tokenizer, files
@@ -167,7 +170,7 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
         )
     except RuntimeError:  # which says that shapes differ, and not which
         if (unfit := _misfit(source.folder)) is not None:
-            raise InputError(f"{source.path} does not fit its configuration: {unfit}.", "Fetch it again.") from None
+            raise _unfit(source, unfit) from None
         raise
     model, report = loaded
     model.config.return_dict = True  # False, and transformers' own models do not find their parts' outputs (5.23)
@@ -179,8 +182,28 @@ def read_weights(source: Source, device: torch.device, dtype: torch.dtype, **opt
     return model
 
 
-def _misfit(folder: Path) -> str | None:
-    """The first tensor whose shape in the files is another than in the model of their configuration."""
+class Misfit(NamedTuple):
+    """A tensor whose shape in the files is another than in the model of their configuration."""
+
+    name: str
+    there: list[int]
+    asked: list[int]
+
+
+def _check_sizes(source: Source) -> None:
+    """Refuse a configuration by which tensors are far larger than in the files, before the memory for them is taken."""
+    unfit = _misfit(source.folder)
+    if unfit is not None and math.prod(unfit.asked) > 4 * math.prod(unfit.there):
+        raise _unfit(source, unfit)
+
+
+def _unfit(source: Source, unfit: Misfit) -> InputError:
+    what = f"{unfit.name} is {unfit.there}, where it asks for {unfit.asked}"
+    return InputError(f"{source.path} does not fit its configuration: {what}.", "Fetch it again.")
+
+
+def _misfit(folder: Path) -> Misfit | None:
+    """The first one."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -190,7 +213,7 @@ def _misfit(folder: Path) -> str | None:
             for name in sorted(weights.keys()):
                 there = weights.get_slice(name).get_shape()
                 if shapes.get(name, there) != there:
-                    return f"{name} is {there}, where it asks for {shapes[name]}"
+                    return Misfit(name, there, shapes[name])
     return None
 
 

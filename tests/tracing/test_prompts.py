@@ -153,7 +153,7 @@ def test_missing_files_and_columns(tmp_path) -> None:
     with pytest.raises(InputError, match="has no `prompt` column; it has text"):
         load_prompts(tmp_path / "a.parquet")
     pd.DataFrame({"prompt": ["a", None]}).to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(InputError, match="row 2: there is no `prompt`"):
+    with pytest.raises(InputError, match="row 2: `prompt` is null"):
         load_prompts(tmp_path / "b.parquet")
 
 
