@@ -46,6 +46,7 @@ def rank(
     from probekit.choice.rank import rank as rank_ways
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
+    from probekit.prediction.rounds import within_budget
     from probekit.ranks import Ranks
     from probekit.traces.trace import Trace
 
@@ -56,7 +57,8 @@ def rank(
     if not (validate or ranks.first):
         return  # a ranking is seconds of replay: only what the decoder runs is shared
     trace, quiet, device = Trace.open(run), quiet or not ranks.first, ranks.device(device)
-    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    asked = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    lengths = within_budget(asked, trace.manifest.settings.max_new_tokens)
     exits = options.integers(exit_layers, "--exit-layers")
     policies = STOPPING if policy is None else {**STOPPING, policy: policy_named(policy)}
     others = [import_drafter(path, trace) for path in imported or ()]

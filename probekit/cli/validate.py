@@ -134,11 +134,13 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
     from probekit.choice.rank import rank, with_trees
     from probekit.drafting.policies import FIXED
     from probekit.kept import Kept
+    from probekit.prediction.rounds import within_budget
     from probekit.ranks import joined
     from probekit.validation.run import texts_digest
     from probekit.validation.ways import validate_ways
 
-    lengths = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    asked = options.integers(draft_lengths, "--draft-lengths") or range(1, 9)
+    lengths = within_budget(asked, trace.manifest.settings.max_new_tokens)
     exits = options.integers(exit_layers, "--exit-layers")
     middle = int((trace.texts["prompt_tokens"] + trace.texts["new_tokens"] / 2).median())
     with joined(ranks) as ranks, progress_bars(quiet or as_json) as bars:

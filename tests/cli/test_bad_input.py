@@ -184,6 +184,9 @@ def test_numbers_far_out_of_bounds(capsys, run_folder, tmp_path):
     fails(capsys, [*exported, 2**63 - 1], "expected 1 to 10,000")
     fails(capsys, ["choose", run_folder, "--costs", "roofline", "--context", 10**23], "--context", "expected 1 to")
     fails(capsys, ["fit-heads", run_folder, "-o", tmp_path / "heads", "--ridge", "1e999"], "finite")
+    ranked = ["rank", str(run_folder), "--costs", "roofline", "--device", "h100", "--exit-layers", "1", "--json"]
+    assert run([*ranked, "--draft-lengths", "10000"]) == 0  # which is 64 here, where costs of 10,000 took minutes
+    assert max(way["draft_length"] for way in json.loads(capsys.readouterr().out)["ways"]) == 64
 
 
 def test_where_costs_go_is_looked_at_before_they_are_measured(capsys, tmp_path):
