@@ -66,14 +66,16 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises InputError for a file that is no GGUF, of another version or byte order, damaged, or cut short.
     """
-    with path.open("rb") as stream:
-        if (magic := stream.read(4)) != MAGIC:
-            raise InputError(f"{path} is no GGUF file: it begins with {magic!r}.")
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as file:
-            try:
+    try:
+        with path.open("rb") as stream:
+            if (magic := stream.read(4)) != MAGIC:
+                raise InputError(f"{path} is no GGUF file: it begins with {magic!r}.")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as file:
                 return _parsed(path, file)
-            except (struct.error, UnicodeDecodeError, ValueError, IndexError, KeyError) as error:
-                raise InputError(f"{path} cannot be read as GGUF: its header is damaged ({error}).") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (struct.error, UnicodeDecodeError, ValueError, IndexError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as GGUF: its header is damaged ({error}).") from error
 
 
 def _parsed(path: Path, file: mmap.mmap) -> GGUFHeader:
