@@ -90,7 +90,7 @@ def cases(draw):
         logits[:] = logits[:, :1]
     ids = torch.randint(0, vocabulary, (2, tokens), generator=generator)
     setting = {
-        "noise": draw(st.sampled_from([0.0, 0.11 * scale, 0.11 * scale * torch.arange(sites)])),
+        "noise": draw(st.sampled_from([0.0, 0.11 * scale, 0.11 * scale * torch.arange(logits.shape[1])])),
         "rounding": draw(st.sampled_from([0.0, 0.0137])),
         "temperature": draw(st.sampled_from([None, 0.5, 1.7])),
         "rounded_dtype": draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
