@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,11 +65,10 @@ class Decoder:
         if isinstance(max_new_tokens, int) and 0 < max_new_tokens < self.draft_length:
             within = copy(self)
             within.draft_length = max_new_tokens  # what is drafted beyond the budget is never used
-            found = within.decode(
+            return within.decode(
                 prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_accept=on_accept,
                 indices=indices,
             )  # fmt: skip
-            return [replace(each, draft_length=self.draft_length) for each in found]
         plan = self._plan(prompts, max_new_tokens, sampling, stop, on_accept, indices)
         for loaded in self._models():
             check_engine(as_loaded(loaded))
