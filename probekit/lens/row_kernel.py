@@ -108,8 +108,9 @@ def _named(
     scale, behind = found.pop("scale"), found.pop("behind")  # largest + log-sum-exp; largest less the model's token's
     found["finite"] = scale.isfinite()
     found["agrees"] = found["argmax"] == tops[0, :, None]
-    own = scale + found["probability"].log() - behind
-    tolerance = noise + rounding * own.abs() if rounding else noise
+    tolerance = noise
+    if rounding:  # relative to the logit of the model's token
+        tolerance = noise + rounding * (scale + found["probability"].log() - behind).abs()
     found["near_tie"] = torch.where(found["agrees"], found["margin"], behind) < tolerance
     found["echo"] = found["argmax"] == input_ids[:, None]
     if temperature is None:

@@ -156,14 +156,13 @@ def apart(
     place = first_difference(tokens, reference)
     if place is None or place == first_difference(text.tokens, tokens):
         return []
-    before = list(tokens[:place])
+    before, margin = list(tokens[:place]), None  # the trace's own, where it knows that place
     if before == text.tokens[:place] and place < len(text.tokens):
         tie = bool(text.model_ties[place])
     else:  # both had left the trace together
         margin, tie = _model_margin(loaded, [*trace.prompt_ids(text.prompt).tolist(), *before], trace)
-        left = _difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))
-        return [replace(left, margin=margin)]
-    return [_difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))]
+    left = _difference(text.prompt, "tokens", place, tie, token_at(reference, place), token_at(tokens, place))
+    return [replace(left, margin=margin)]
 
 
 def _model_margin(loaded: Loaded, ids: Sequence[int], trace: Trace) -> tuple[float, bool]:
