@@ -94,7 +94,7 @@ def drawn() -> Figure:
     figure = Figure(figsize=(11, 3.6))
     ax = figure.add_axes((0, 0, 1, 1))
     xs, ys = zip(*places.values(), strict=True)
-    ax.set_xlim(min(xs) - 0.55, max(xs) + 0.45)
+    ax.set_xlim(min(xs) - 0.7, max(xs) + 0.45)
     ax.set_ylim(min(ys) - 0.5, max(ys) + 0.5)
     ax.set_axis_off()
     boxes = {room: box(ax, room, place) for room, place in places.items()}
@@ -102,7 +102,7 @@ def drawn() -> Figure:
         far = column[importer] - column[imported] > 1
         down = places[imported][1] < places[importer][1]
         ax.annotate(
-            "", xy=places[imported], xytext=places[importer],
+            "", xy=places[imported], xytext=places[importer], zorder=2,  # behind the names
             arrowprops={
                 "arrowstyle": "-|>", "color": GREY, "linewidth": 0.8, "mutation_scale": 9,
                 "patchA": boxes[importer].get_bbox_patch(), "patchB": boxes[imported].get_bbox_patch(),
@@ -124,8 +124,9 @@ def write() -> None:
     with matplotlib.rc_context({"svg.hashsalt": "probekit", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
         figure = drawn()
         for kind, metadata in METADATA.items():
-            buffer = BytesIO()
-            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+            for _ in range(2):  # arrows are drawn before the boxes at which they end: those of the first time
+                buffer = BytesIO()
+                figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
             content = buffer.getvalue()
             if kind == "svg":  # for the test that holds the picture against the imports
                 said = ", ".join(f"{importer} to {imported}" for importer, imported in arrows())
