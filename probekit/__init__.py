@@ -26,6 +26,7 @@ _ROOMS = {
     "batch_invariant": "probekit.models.loaded",
     "choose": "probekit.choice.choose",
     "decode": "probekit.decoding.decode",
+    "export": "probekit.handover.export",
     "inspect_prompt": "probekit.tracing.inspect_prompt",
     "load": "probekit.models.loaded",
     "load_log": "probekit.tracing.prompts",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from probekit.decoding.decode import decode as decode
     from probekit.errors import InputError as InputError
     from probekit.errors import ProbekitError as ProbekitError
+    from probekit.handover.export import export as export
     from probekit.hooks.capture import Capture as Capture
     from probekit.hooks.edit import Edit as Edit
     from probekit.hooks.stop_resume import Resume as Resume

@@ -20,7 +20,7 @@ PACKAGE = Path(probekit.__file__).parent
 ROOMS = (
     "moved", "errors", "files", "ranks", "progress", "settings", "html_tables", "foreign", "checksums", "kept",
     "models", "hooks", "lens", "training", "traces", "drafting", "prediction", "decoding", "tracing", "costs", "choice",
-    "engines", "validation", "probing", "tying", "presentation", "study", "verification", "cli", "__main__",
+    "engines", "validation", "probing", "tying", "presentation", "handover", "study", "verification", "cli", "__main__",
 )  # fmt: skip
 # Files of a room in their row. A file imports only from files before it.
 ROWS = {
@@ -62,6 +62,7 @@ ROWS = {
     "tracing": (
         "prompts", "prompt_store", "backend", "remote_service", "nnsight_backend", "block_backend", "backends",
         "self_check", "plan", "continuation", "logged_text", "reading", "part_tables", "tracer",
+        "traced_models",
         "self_generated", "inspect_prompt",
     ),
     "costs": (
@@ -70,6 +71,7 @@ ROWS = {
     "choice": ("certainty", "prices", "ranking", "choose", "schedule", "what_if", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
+        "pretrained",
     ),
     "validation": (
         "draft_checkpoint", "differences", "results", "engine_rounds", "transformers", "inside_vllm",

@@ -21,7 +21,7 @@ from probekit.cli.costs import (
     engine_profile,
     profile_named,
 )
-from probekit.cli.export import EngineName, exported_of, write
+from probekit.cli.export import EngineName, schedule_of
 from probekit.cli.terminal import notice, out, print_json, print_table, progress_bars
 from probekit.errors import InputError
 
@@ -141,13 +141,13 @@ def choose(
     choice = choose_pair(prediction, timed, ways=ways)
     answers = what_if(trace, prediction, elsewhere, draft_rows)
     if export is not None:
-        drafting = Drafting.of(choice)
-        check_drafting(told, drafting)
-        scheduled = None if batches is None else (batches, costs if profile is None else profile, timed.context)
-        exported = exported_of(
-            trace, told, drafting, choice.best.drafts, choice.sentence(), choice, scheduled, device, dtype
-        )
-        write(trace, exported, export)
+        from probekit.handover.export import export as hand_over
+
+        drafts, scheduled = choice.best.drafts, None
+        if batches is not None and drafts is not None:
+            chosen_costs = costs if profile is None else profile
+            scheduled = schedule_of(trace, drafts, batches, chosen_costs, timed.context, device, dtype)
+        hand_over(trace, export, engine, choice, schedule=scheduled)
     if as_json:
         more = {} if plan is None else {"schedule": plan.to_json()}
         print_json(choice.to_json() | more | ({"what_if": [each.to_json() for each in answers]} if answers else {}))

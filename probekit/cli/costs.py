@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ def engine_profile(
     device: str | None, dtype: str | None, bars: Progress | None,
 ) -> EngineProfile:  # fmt: skip
     """What this engine's steps take with the run's model."""
+    from probekit.tracing.traced_models import models_of
     from probekit.validation.engine_costs import CostPlan, measure_home
     from probekit.validation.open_engine import EngineHome
 
@@ -105,6 +105,7 @@ def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype,
         )  # fmt: skip
     from probekit.costs.measure import measure_costs
     from probekit.tracing.plan import traced_heads
+    from probekit.tracing.traced_models import models_of
 
     loaded, drafter = models_of(trace, device, dtype)
     kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()

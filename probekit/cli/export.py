@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ import typer
 from probekit.cli import options
 from probekit.cli.costs import AnyCosts, Context, context_of, convention_of, costs_of, profile_named
 from probekit.cli.terminal import notice, out, print_json, progress_bars
-from probekit.cli.traced_models import models_of, pretrained_of
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from probekit.costs.engine_profile import EngineProfile
     from probekit.costs.profile import Costs
     from probekit.drafting.drafters import Drafter
-    from probekit.engines.engine import Drafting, Engine, Entry
     from probekit.engines.export import Export
     from probekit.traces.trace import Trace
 
@@ -54,13 +51,12 @@ def export(
     quiet: options.Quiet = False,
 ) -> None:
     """Hand a choice to the engine that you run: a draft checkpoint, settings, schedule and acceptance profile."""
-    from probekit.engines.engine import Drafting, check_drafting
-    from probekit.engines.export import check_export
+    from probekit.engines.export import check_export, check_gguf
     from probekit.engines.known import engine_named
 
     told = engine_named(engine)
     check_export(output)
-    _check_gguf(told, gguf)
+    check_gguf(told, gguf, "--gguf")
     trace, chosen = _opened(run, model)
     batches = options.integers(rows, "--rows")
     if (exit_layer is None and drafter is None) != (draft_length is None):
@@ -70,68 +66,28 @@ def export(
         )
     choice: Choice | None = None
     drafts: Drafter | None
+    length, sentence = draft_length, None
     if draft_length is not None:
         drafts = _named(trace, exit_layer, drafter)
-        drafting = Drafting.with_drafter(drafts, draft_length, trace.sampling)
-        sentence = f"{trace.manifest.model.name}: draft with {drafting.label}, {draft_length} tokens at a time."
     elif chosen is not None:
-        drafts, drafting = _of_study(trace, chosen)
-        sentence = str(chosen["sentence"])
+        drafts, length, sentence = _of_study(trace, chosen)
     else:
         choice = _chosen(trace, costs, context, device, dtype, quiet or as_json)
-        drafts, drafting, sentence = choice.best.drafts, Drafting.of(choice), choice.sentence()
-    check_drafting(told, drafting)
-    batch_costs = None if batches is None else (batches, costs, context)
-    exported = exported_of(trace, told, drafting, drafts, sentence, choice, batch_costs, device, dtype)
-    folder = write(trace, exported, output, None if settings_only else (gguf,))
+        drafts = choice.best.drafts
+    plan = None
+    if batches is not None and drafts is not None:
+        plan = schedule_of(trace, drafts, batches, costs, context, device, dtype)
+    from probekit.handover.export import export as hand_over  # with torch: after what can be refused without
+
+    exported = hand_over(
+        trace, output, engine, choice, drafter=None if choice is not None else drafts, draft_length=length,
+        schedule=plan, gguf=gguf, checkpoint=not settings_only, sentence=sentence,
+    )  # fmt: skip
     if as_json:
-        print_json(_document(folder, exported))
+        print_json(_document(output, exported))
         return
     notice(exported.sentence)
-    out.print(f"{told.name}: {folder / 'README.md'}", markup=False, highlight=False)
-
-
-def exported_of(
-    trace: Trace,
-    engine: Engine,
-    drafting: Drafting,
-    drafts: Drafter | None,
-    sentence: str,
-    choice: Choice | None = None,
-    batch_costs: tuple[list[int], str | EngineProfile, int | None] | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> Export:
-    """Everything that is written, before it is. batch_costs: rows, `--costs` and `--context` of a schedule."""
-    from probekit.engines.engine import Entry
-    from probekit.engines.export import Export, profile_of
-
-    speedup, interval = (None, None) if choice is None else (choice.speedup, choice.interval)
-    entries, at = [Entry(1, drafting.draft_length, speedup, interval)], None
-    if batch_costs is not None and drafts is not None and drafting.speculates:
-        entries, at = _entries(trace, drafts, *batch_costs, device, dtype)
-    profile = None
-    if drafts is not None and drafting.speculates:
-        longest = max(drafting.draft_length, *(each.draft_length for each in entries))
-        profile = profile_of(trace, engine, longest, drafts)
-    return Export(
-        engine, drafting, pretrained_of(trace), trace.manifest.model.name, sentence, choice, profile, tuple(entries),
-        at, trace.manifest.settings.dtype,
-    )  # fmt: skip
-
-
-def write(trace: Trace, exported: Export, output: Path, checkpoint: tuple[Path | None] | None = (None,)) -> Path:
-    """Write the folder, with the draft checkpoint where the engine wants one. checkpoint: (a GGUF file to cut, or
-    None); None: no checkpoint."""
-    from probekit.engines.export import write_export
-    from probekit.presentation.export_card import write_export_card
-
-    maker, exit_layer = None, exported.drafting.exit_layer
-    if checkpoint is not None and exit_layer is not None and exported.engine.checkpoint is not None:
-        maker = _maker(trace, exported.engine, exit_layer, checkpoint[0])
-    folder = write_export(exported, output, maker)
-    write_export_card(folder, exported, trace.manifest)
-    return folder
+    out.print(f"{told.name}: {output / 'README.md'}", markup=False, highlight=False)
 
 
 def _document(folder: Path, exported: Export) -> dict:
@@ -146,15 +102,6 @@ def _document(folder: Path, exported: Export) -> dict:
         "sentence": exported.sentence,
         "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
     }
-
-
-def _check_gguf(engine: Engine, gguf: Path | None) -> None:
-    if gguf is None:
-        return
-    if engine.checkpoint != "gguf":
-        raise InputError(f"--gguf is a file for llama.cpp; the engine is {engine.name}.", "Leave it out.")
-    if not gguf.is_file():
-        raise InputError(f"there is no file {gguf}.")
 
 
 def _opened(run: Path, model: str | None) -> tuple[Trace, dict | None]:
@@ -189,17 +136,15 @@ def _named(trace: Trace, exit_layer: int | None, drafter: str | None) -> Drafter
     return found[0]
 
 
-def _of_study(trace: Trace, entry: dict) -> tuple[Drafter | None, Drafting]:
-    """What the study chose."""
+def _of_study(trace: Trace, entry: dict) -> tuple[Drafter | None, int, str]:
+    """Who drafts by what the study chose (None: nobody), how many tokens, and its sentence."""
     from probekit.drafting.drafters import traced_drafters
-    from probekit.engines.engine import Drafting
 
-    chosen = entry["choice"]
+    chosen, sentence = entry["choice"], str(entry["sentence"])
     if not chosen["speculate"]:
-        return None, Drafting(sampling=trace.sampling)
+        return None, 0, sentence
     known = traced_drafters(trace, draft_model=trace.manifest.drafter is not None, draft_rows=chosen["draft_rows"])
-    drafts = next(each for each in known if each.key.names(chosen["exit_layer"]))
-    return drafts, Drafting.with_drafter(drafts, chosen["draft_length"], trace.sampling)
+    return next(each for each in known if each.key.names(chosen["exit_layer"])), chosen["draft_length"], sentence
 
 
 def _chosen(
@@ -220,14 +165,13 @@ def _chosen(
     return choose(prediction, timed)
 
 
-def _entries(
+def schedule_of(
     trace: Trace, drafts: Drafter, batches: list[int], costs: str | EngineProfile, context: int | None,
     device: str | None, dtype: str | None,
-) -> tuple[list[Entry], int]:  # fmt: skip
-    """The best length of this drafter at each batch, or none."""
+) -> Schedule:  # fmt: skip
+    """The best length of this drafter at each batch, or none. costs, context: as `--costs` and `--context`."""
     from probekit.choice.schedule import schedule
     from probekit.drafting.policies import FIXED
-    from probekit.engines.export import entries_of
     from probekit.prediction.predict import predict
 
     profile = profile_named(costs) if isinstance(costs, str) else costs
@@ -250,31 +194,4 @@ def _entries(
     prediction = predict(
         trace, draft_lengths=range(1, longest + 1), drafters=[drafts], first_round=convention_of(trace, whose)
     )
-    plan: Schedule = schedule(prediction, costs_at, batches, [at])
-    return entries_of(plan)
-
-
-def _maker(trace: Trace, engine: Engine, exit_layer: int, gguf: Path | None) -> Callable[[Path], Path]:
-    """What writes the draft checkpoint: the first layers of the run's model, held against the lens."""
-
-    def safetensors(target: Path) -> Path:
-        from probekit.models.cut import cut_checkpoint
-        from probekit.validation.draft_checkpoint import check_draft_checkpoint
-
-        loaded, _ = models_of(trace, None, None)
-        made = cut_checkpoint(loaded, exit_layer, target)
-        first = trace.prompts[0]
-        ids = [*trace.prompt_ids(first).tolist(), *trace.outputs(first).tolist()]
-        check_draft_checkpoint(loaded, exit_layer, made, ids)
-        return made
-
-    def gguf_file(target: Path) -> Path:
-        from probekit.models.cut_gguf import cut_gguf
-        from probekit.models.write_gguf import write_gguf
-
-        source = gguf or Path(trace.manifest.model.reference)
-        if source.suffix == ".gguf":
-            return cut_gguf(source, exit_layer, target)
-        return write_gguf(models_of(trace, None, None)[0], target, exit_layer)
-
-    return gguf_file if engine.checkpoint == "gguf" else safetensors
+    return schedule(prediction, costs_at, batches, [at])

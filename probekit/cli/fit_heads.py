@@ -10,7 +10,6 @@ import typer
 
 from probekit.cli import options
 from probekit.cli.terminal import notice, print_json, progress_bars
-from probekit.cli.traced_models import model_of
 from probekit.errors import InputError
 
 
@@ -37,6 +36,7 @@ def fit_heads(
     from probekit.lens.exit_heads import RIDGE, fingerprint, fit_heads, save_heads
     from probekit.lens.jacobian import fit_jacobian
     from probekit.traces.trace import Trace
+    from probekit.tracing.traced_models import model_of
 
     check_file_target(output, "--output")
     if jacobian and ridge is not None:

@@ -9,7 +9,6 @@ import typer
 
 from probekit.cli import options
 from probekit.cli.terminal import print_json, print_table, progress_bars
-from probekit.cli.traced_models import model_of
 
 if TYPE_CHECKING:
     from probekit.probing.stream_geometry import StreamGeometry
@@ -27,6 +26,7 @@ def geometry(
     """The residual stream by layer: its length, who wrote it, how near it is to its end, and acceptance beside it."""
     from probekit.probing.stream_geometry import stream_geometry
     from probekit.traces.trace import Trace
+    from probekit.tracing.traced_models import model_of
 
     trace = Trace.open(run)
     loaded = model_of(trace.manifest.model, trace.manifest.settings, device, dtype)

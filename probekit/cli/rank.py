@@ -12,7 +12,6 @@ from probekit.cli.costs import Context, Costs, context_of, costs_of
 from probekit.cli.kept import kept_costs, kept_in, no_longer_kept
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import notice, print_json, print_table, progress_bars
-from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def _validated(trace, timed, ranked, best, limit, device, dtype, place, ranks, b
     """
     from probekit.kept import Kept
     from probekit.ranks import joined
+    from probekit.tracing.traced_models import models_of
     from probekit.validation.run import texts_digest
     from probekit.validation.ways import validate_ways
 

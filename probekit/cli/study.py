@@ -152,8 +152,8 @@ def _gigabytes(count: int | None) -> str | None:
 
 def _export(result: Any, folder: Path) -> None:
     """One folder a model."""
-    from probekit.cli.traced_models import pretrained_of
     from probekit.engines.export import export_choice
+    from probekit.engines.pretrained import pretrained_of
 
     for model in result.models:
         export_choice(model.choice, folder / model.name, pretrained_of(model.trace))

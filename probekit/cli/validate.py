@@ -13,7 +13,6 @@ from probekit.cli.kept import kept_costs, kept_in, no_longer_kept
 from probekit.cli.rank import show_run
 from probekit.cli.signals import keeping
 from probekit.cli.terminal import print_json, print_table, progress_bars
-from probekit.cli.traced_models import models_of
 from probekit.errors import InputError
 
 SHOWN_DIFFERENCES = 12
@@ -42,6 +41,7 @@ def validate(
     from probekit.models.device_map import is_splitting
     from probekit.ranks import Ranks
     from probekit.traces.trace import Trace
+    from probekit.tracing.traced_models import models_of
     from probekit.validation.run import validate as validate_cells
 
     ranks = replace(Ranks.of_environment(), in_step=is_splitting())
@@ -136,6 +136,7 @@ def _validate_ways(trace, exit_layers, draft_lengths, draft_rows, limit, device,
     from probekit.kept import Kept
     from probekit.prediction.rounds import within_budget
     from probekit.ranks import joined
+    from probekit.tracing.traced_models import models_of
     from probekit.validation.run import texts_digest
     from probekit.validation.ways import validate_ways
 

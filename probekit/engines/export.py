@@ -64,6 +64,16 @@ def check_export(folder: str | Path, several: bool = False) -> Path:
     return folder
 
 
+def check_gguf(engine: Engine, gguf: str | Path | None, called: str = "gguf") -> None:
+    """Raises InputError for a file that is not there, and for an engine that reads none."""
+    if gguf is None:
+        return
+    if engine.checkpoint != "gguf":
+        raise InputError(f"{called} is a file for llama.cpp; the engine is {engine.name}.", "Leave it out.")
+    if not Path(gguf).is_file():
+        raise InputError(f"there is no file {gguf}.")
+
+
 def export_choice(choice: Choice, folder: str | Path, pretrained: Pretrained = UNKNOWN) -> Path:
     """Write a choice for use in transformers: `choice.json`, `settings.json` and a README that shows how.
 

@@ -23,6 +23,7 @@ from probekit.traces.ledger import LedgerEntry, ledger_entries
 from probekit.traces.schema import LENSES
 
 SCHEMA = "probekit/trace/1"
+IN_MEMORY = ("memory:", "synthetic:")  # how the references of models begin that were made or wrapped in Python
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Least1 = Annotated[int, Field(ge=1, le=2**53)]
@@ -66,6 +67,11 @@ class ModelRecord:
     head_bytes: Count | None = None
     adapter: AdapterRecord | None = None
     embeddings: str | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was a model in memory, which no reference finds again."""
+        return self.reference.startswith(IN_MEMORY)
 
     @property
     def identity(self) -> tuple[Any, ...]:

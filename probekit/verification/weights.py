@@ -13,8 +13,6 @@ from probekit.models.weight_files import BUNDLED, adapter_files, hash_files, wei
 from probekit.traces.manifest import ModelRecord
 from probekit.verification.findings import WeightsChecked
 
-IN_MEMORY = ("memory:", "synthetic:")
-
 
 class _UnreachableError(Exception):
     """Weights that are not on this machine; its text says why."""
@@ -34,7 +32,7 @@ def check_weights(record: ModelRecord, role: str) -> WeightsChecked:
 def _compared(record: ModelRecord) -> tuple[str, str]:
     if record.weights_hash is None:
         raise _UnreachableError("its manifest has no hash of them")
-    if record.reference.startswith(IN_MEMORY):
+    if record.in_memory:
         raise _UnreachableError("they were in memory")
     files = _files(record)
     if missing := [path.name for path in files if not path.is_file()]:

@@ -264,7 +264,7 @@ def test_a_wrapped_model_with_an_adapter_is_the_loaded_one(made):
 def test_an_exported_choice_says_how_to_load_it(made):
     from types import SimpleNamespace
 
-    from probekit.cli.traced_models import pretrained_of
+    from probekit.engines.pretrained import pretrained_of
 
     record = SimpleNamespace(reference="tales-draft", adapter=SimpleNamespace(reference=str(made)))
     plain = SimpleNamespace(reference="tales-draft", adapter=None)

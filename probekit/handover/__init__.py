@@ -1,0 +1,1 @@
+"""A choice handed over: what an engine needs, in a folder."""
