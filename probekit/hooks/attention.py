@@ -93,6 +93,8 @@ def attend(
     if mask is not None:
         mask = once(mask, "folded", lambda mask: mask.repeat(1, 1, groups, 1))
     mixed = attention(folded, key, value, mask, scale=scaling)
+    if tokens == 1:
+        return mixed.reshape(rows, 1, heads, width), None
     # Kernels lay their result out as they like: (rows, heads, tokens, width), or tokens before heads.
     apart = mixed.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4)
     return apart.reshape(rows, tokens, heads, width), None

@@ -89,11 +89,12 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
 
     query, key: (rows, heads, tokens, head width); cos, sin: (rows or 1, tokens, head width).
     """
-    signed = once(sin, "signed", _negate_first_half).unsqueeze(unsqueeze_dim)
+    heads, width = query.shape[unsqueeze_dim], query.shape[-1]
+    plain = once(cos, f"between {unsqueeze_dim}", lambda cos: cos.unsqueeze(unsqueeze_dim))
+    signed = once(sin, f"signed {unsqueeze_dim}", lambda sin: _negate_first_half(sin).unsqueeze(unsqueeze_dim))
     both = torch.cat([query, key], unsqueeze_dim)
-    both = both * cos.unsqueeze(unsqueeze_dim) + both.roll(both.shape[-1] // 2, -1) * signed
-    rotated, rotated_key = both.split([query.shape[unsqueeze_dim], key.shape[unsqueeze_dim]], unsqueeze_dim)
-    return rotated, rotated_key
+    both = both * plain + both.roll(width // 2, -1) * signed
+    return both.narrow(unsqueeze_dim, 0, heads), both.narrow(unsqueeze_dim, heads, both.shape[unsqueeze_dim] - heads)
 
 
 def _negate_first_half(sin: Tensor) -> Tensor:
@@ -114,8 +115,11 @@ def _fast_attention(module: LlamaAttention, attention: Callable[..., Any]) -> Ca
         **_: Any,
     ) -> tuple[Tensor, None]:
         rows = hidden_states.shape[:-1]
-        shape = (*rows, -1, width)
-        query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (queries, keys, values))
+        query, key, value = queries(hidden_states), keys(hidden_states), values(hidden_states)
+        if rows[-1] == 1:  # heads before tokens, without a step
+            query, key, value = (each.view(*rows[:-1], -1, 1, width) for each in (query, key, value))
+        else:
+            query, key, value = (each.view(*rows, -1, width).transpose(1, 2) for each in (query, key, value))
         query, key = rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, index)
