@@ -3,8 +3,8 @@
     python tests/tools/break_lines.py [-o FILE.json] [--only WORD] [--table FILE.csv]
 
 Each row of `breaks.csv` names a line, what it becomes, what that breaks, and the tests of the rooms that should see it.
-Their fast part is run first, and all fast tests where it sees nothing. The tree is copied; the checkout is never touched. A row
-whose text is not in its file exactly once is an error: the table is to follow the code.
+Their fast part is run first, and all fast tests where it sees nothing. The tree is copied; the checkout is never
+touched. A row whose text is not in its file exactly once is an error: the table is to follow the code.
 """
 
 from __future__ import annotations
