@@ -51,7 +51,7 @@ ROWS = {
         "text_drafters", "imported", "tree_proposer", "tree_drafters", "named", "ways",
     ),
     "prediction": (
-        "intervals", "rounds", "replay", "grids", "table", "predict", "run_lengths", "oracle", "learning",
+        "intervals", "rounds", "replay", "grids", "table", "joint", "predict", "run_lengths", "oracle", "learning",
         "shapes",
     ),
     "decoding": (
@@ -66,7 +66,8 @@ ROWS = {
         "self_generated", "inspect_prompt",
     ),
     "costs": (
-        "trees", "profile", "blocks", "engine_profile", "timing", "recorded", "measure", "roofline", "trace_plan",
+        "trees", "profile", "blocks", "batch", "engine_profile", "timing", "recorded", "measure", "roofline",
+        "trace_plan",
     ),
     "choice": ("certainty", "prices", "ranking", "choose", "schedule", "what_if", "robustness", "rank"),
     "engines": (
@@ -101,7 +102,7 @@ WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "v
 ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
     "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.tracing.prompt_store",
-    "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.engine_profile",
+    "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.batch", "probekit.costs.engine_profile",
     "probekit.lens.statistics", "probekit.models.shipped", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",

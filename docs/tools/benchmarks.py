@@ -24,7 +24,9 @@ Record = Mapping[str, Any]
 
 
 def page() -> str:
-    return "\n".join([HEAD, *in_short(), *lens(), *capture(), *choice(), *decoding(), *rounds(), *regret(), *checked()])
+    return "\n".join(
+        [HEAD, *in_short(), *lens(), *capture(), *choice(), *decoding(), *rounds(), *batches(), *regret(), *checked()]
+    )
 
 
 def records(folder: str, pattern: str) -> list[Record]:
@@ -205,6 +207,33 @@ def rounds() -> Iterator[str]:
                          f"{cell['alone_over_round']:.2f}"])  # fmt: skip
     heads = ["model", "exit layer", "draft length", "round, ms", "steps / round", "steps in own loops / round"]
     yield from table(heads, rows)
+
+
+def batches() -> Iterator[str]:
+    yield from section(
+        "Batches: predicted against measured",
+        "python analyses/batch_rounds.py tales-layerskip --cell 1,2 --cell 3,3 -o batch-tales-layerskip",
+        "Speedup of our own decoder over autoregressive decoding of the same batch. A batch starts together, and a row "
+        "whose text has ended leaves it; its rounds are its rows' own, side by side, and each lasts as long as the row "
+        "that drafts most. Measured in turns, by the processor's clock. `rounds`: whether every round of every batch "
+        "had the predicted rows and drafts.",
+    )
+    rows, near = [], []
+    for record in records("decoding", "batch-*.json"):
+        settings = record["settings"]
+        yield (
+            f"**{record['model']}**: {prompts(settings['prompts'])}, {settings['max_new_tokens']} new tokens, "
+            f"{settings['sweeps']} turns. {where(record)}\n"
+        )
+        for row in record["rows"]:
+            near.append(abs(row["ratio"] - 1) <= 0.1)
+            figures = [f"{row[name]:.2f}" for name in ("predicted", "measured", "ratio", "plain_against_plain")]
+            cell = f"{row['exit_layer']}, {row['draft_length']}"
+            rows.append([record["model"], str(row["rows"]), cell, "equal" if row["rounds_equal"] else "not equal",
+                         *figures])  # fmt: skip
+    heads = ["model", "rows", "exit layer, length", "rounds", "predicted", "measured", "ratio", "plain against plain"]
+    yield from table(heads, rows)
+    yield f"Within 10 %: {sum(near)} of {len(near)}.\n"
 
 
 def regret() -> Iterator[str]:

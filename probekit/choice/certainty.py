@@ -17,10 +17,12 @@ from scipy import stats
 
 from probekit.costs.blocks import redrawn
 from probekit.costs.profile import Costs
-from probekit.prediction.intervals import FEW_PROMPTS, draws, standard_errors
+from probekit.prediction.intervals import FEW_PROMPTS, drawn_indices, draws, standard_errors
+from probekit.prediction.joint import in_order, joint_rounds
 from probekit.prediction.table import Cell
 
 CALIBRATIONS = 200
+REBATCHED = 400  # draws of prompts that are put into batches: each is replayed
 _CONFIDENCE = 0.95
 
 
@@ -69,25 +71,91 @@ def joint_certainty(
         return Certainty(unknown, unknown, np.ones(ways, bool))
 
     calibrated = _calibration_draws(total_s, costs, ways)  # (calibrations, ways) logarithms, around 0
-    of_costs = calibrated.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
-    behind = calibrated - calibrated[:, [best]]
-    behind_of_costs = behind.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
-
     times = draws(prompts)
     one = np.ones((1, prompts))
     value, error = _logarithms(plain, drafting, one)
     drawn, _ = _logarithms(plain, drafting, times)
     slower, slower_error = _behind(plain, drafting, best, one)
     drawn_behind, _ = _behind(plain, drafting, best, times)
-    which = np.arange(len(times)) % max(1, len(calibrated))
+    of_prompts = _Drawn(drawn - value, error[:, 0], slower[:, 0], drawn_behind - slower, slower_error[:, 0])
+    return _joint(speedups, best, of_prompts, calibrated, prompts, costs.block_count)
+
+
+class BatchSeconds(NamedTuple):
+    """What batches take, whichever prompts they are made of.
+
+    drafted: (ways) tables of (prompts, rounds) drafts, as `prediction.joint.own_rounds` makes them; steps: the same of
+    autoregressive decoding. plain_s: (rows + 1,) and round_s: (ways) tables of (rows + 1, drafts + 1) seconds.
+    """
+
+    drafted: Sequence[np.ndarray]
+    steps: np.ndarray
+    plain_s: np.ndarray
+    round_s: Sequence[np.ndarray]
+
+    def speedups(self, batches: np.ndarray) -> np.ndarray:
+        """(ways, ...) over batches of prompts, (..., batches, rows)."""
+        plain = self.plain_s[joint_rounds(self.steps, batches).rows].sum(axis=(-1, -2))
+        found = []
+        for drafted, seconds in zip(self.drafted, self.round_s, strict=True):
+            rounds = joint_rounds(drafted, batches)
+            found.append(plain / seconds[rounds.rows, rounds.drafted].sum(axis=(-1, -2)))
+        return np.stack(found)
+
+
+def batch_certainty(seconds: BatchSeconds, again: Sequence[BatchSeconds], rows: int, blocks: int) -> Certainty:
+    """Of the speedups of batches: prompts are drawn again, and put into new batches.
+
+    again: the same by costs that were drawn again. blocks: of the calibration.
+    """
+    prompts = len(seconds.steps)
+    order = in_order(prompts, rows)
+    speedups = seconds.speedups(order)
+    best = int(speedups.argmax())
+    if prompts < 2:
+        unknown = np.full(len(speedups), np.nan)
+        return Certainty(unknown, unknown, np.ones(len(speedups), bool))
+    calibrated = np.log([each.speedups(order) for each in again]).reshape(-1, len(speedups))
+    calibrated = calibrated - calibrated.mean(axis=0) if len(calibrated) else calibrated
+    drawn = np.log(seconds.speedups(drawn_indices(prompts, REBATCHED)[:, order]))  # (ways, draws)
+    behind = drawn - drawn[[best]]
+    value = np.log(speedups)
+    wider = np.sqrt(prompts / (prompts - 1))  # a bootstrap's spread is too small by that
+    of_prompts = _Drawn(
+        drawn - drawn.mean(axis=1, keepdims=True), wider * drawn.std(axis=1), value - value[best],
+        behind - behind.mean(axis=1, keepdims=True), wider * behind.std(axis=1),
+    )  # fmt: skip
+    return _joint(speedups, best, of_prompts, calibrated, prompts, blocks)
+
+
+class _Drawn(NamedTuple):
+    """Logarithms of the speedups over drawn prompts, around their value, (ways, draws), and their standard errors,
+    (ways,); how far each is behind the best one, (ways,), and the same of that."""
+
+    deviations: np.ndarray
+    errors: np.ndarray
+    behind: np.ndarray
+    behind_deviations: np.ndarray
+    behind_errors: np.ndarray
+
+
+def _joint(
+    speedups: np.ndarray, best: int, drawn: _Drawn, calibrated: np.ndarray, prompts: int, blocks: int
+) -> Certainty:
+    """calibrated: (calibrations, ways) logarithms of the speedups by other moments of calibration, around 0."""
+    ways = len(speedups)
+    of_costs = calibrated.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
+    behind = calibrated - calibrated[:, [best]]
+    behind_of_costs = behind.std(axis=0, ddof=1) if len(calibrated) else np.zeros(ways)
+    which = np.arange(drawn.deviations.shape[1]) % max(1, len(calibrated))
     shift = calibrated[which].T if len(calibrated) else np.zeros((ways, 1))
     shift_behind = behind[which].T if len(calibrated) else np.zeros((ways, 1))
 
-    whole = np.hypot(error[:, 0], of_costs)
-    half = _reach(drawn - value + shift, whole, prompts, costs.block_count) * whole
-    apart = np.hypot(slower_error[:, 0], behind_of_costs)
-    limit = _reach(drawn_behind - slower + shift_behind, apart, prompts, costs.block_count)
-    alike = slower[:, 0] + limit * apart >= 0
+    whole = np.hypot(drawn.errors, of_costs)
+    half = _reach(drawn.deviations + shift, whole, prompts, blocks) * whole
+    apart = np.hypot(drawn.behind_errors, behind_of_costs)
+    limit = _reach(drawn.behind_deviations + shift_behind, apart, prompts, blocks)
+    alike = drawn.behind + limit * apart >= 0
     alike[best] = True
     return Certainty(speedups * np.exp(-half), speedups * np.exp(half), alike)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.choice.certainty import certainty
+from probekit.choice.certainty import CALIBRATIONS, BatchSeconds, Certainty, batch_certainty, certainty
 from probekit.choice.ranking import Ranked, Ranking
+from probekit.costs.batch import BatchCosts
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter
 from probekit.drafting.keys import DrafterKey
@@ -25,6 +26,7 @@ from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
 from probekit.prediction.grids import grid_html
 from probekit.prediction.intervals import FEW_PROMPTS, interval_of
+from probekit.prediction.joint import check_batch, in_order, own_rounds, rounds_of_prompts
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Cell, Prediction
 from probekit.settings import Sampling
@@ -207,7 +209,8 @@ class Choice:
     def pair_sentence(self) -> str:
         """The recommendation among exit layers, draft lengths and the draft model."""
         costs = self.costs
-        where = f"on {costs.device} in {costs.dtype} ({costs.source} costs, context {costs.context})"
+        rows = f", {costs.rows} rows" if costs.rows > 1 else ""
+        where = f"on {costs.device} in {costs.dtype} ({costs.source} costs, context {costs.context}{rows})"
         if not self.speculate:
             first, refused = self.ranking[0], "do not speculate"
             if self.other_way is not None:
@@ -315,13 +318,14 @@ def _times(candidate: Candidate) -> str:
     return f"{candidate.speedup:.2f}x [{candidate.interval[0]:.2f}, {candidate.interval[1]:.2f}]"
 
 
-def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None = None) -> Choice:
+def choose(prediction: Prediction | Trace, costs: Costs | BatchCosts, *, ways: Ranking | None = None) -> Choice:
     """Rank no drafting, self-speculative decoding at every pair and, where there is a draft model, two-model decoding.
 
     Cells that the costs do not know, and cells without a round, are left out.
 
     prediction: of `predict`; a trace is predicted first, at every exit layer and draft length.
-    costs: of `measure_costs` or `roofline_costs`.
+    costs: of `measure_costs` or `roofline_costs`; of `measure_batch` for a batch of the decoder here, which starts
+        together and empties: the prediction is then of greedy text, `with_rounds`, and of as many prompts as rows.
     ways: of `rank`, on the same texts and costs, to choose among all ways of drafting as well.
 
     Raises InputError when no cell is left, or the costs are of a model of another depth or of another draft head.
@@ -335,13 +339,17 @@ def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None
     >>> choice.prompts, choice.few_prompts
     (1, True)
     """
+    several = costs if isinstance(costs, BatchCosts) else None
+    costs = costs.whole if isinstance(costs, BatchCosts) else costs
     if not isinstance(costs, Costs):
         raise InputError(
             f"the costs are a {type(costs).__name__}; expected those of a device.",
             "Give probekit.measure_costs(model), or roofline_costs(trace) of probekit.costs.roofline.",
         )
     if not isinstance(prediction, Prediction):
-        prediction = predict(as_trace(prediction))
+        prediction = predict(as_trace(prediction), with_rounds=several is not None)
+    if several is not None:
+        check_batch(prediction, several.rows)
     costs.check_draft_head(prediction.keys)
     if ways is not None and (ways.model, ways.text, ways.prompts) != (
         prediction.model,
@@ -358,17 +366,19 @@ def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None
     cells = [
         cell
         for cell in prediction.cells
-        if cell.rounds and cell.draft_length <= costs.longest_draft and costs.knows(cell.key)
+        if cell.rounds and cell.draft_length <= (several or costs).longest_draft and costs.knows(cell.key)
     ]
     if not cells:
         raise InputError(
             "there is nothing to choose from: no cell of the prediction has a round whose cost is known.",
             "Trace more tokens, or measure costs for these draft lengths and this draft model.",
         )
-    plain = np.array([cell.tokens_of_prompt * costs.autoregressive_s for cell in cells])
-    drafting = np.array([decoding_seconds(cell, costs) for cell in cells])
-    sure = certainty(cells, costs)
-    ratio = plain.sum(axis=1) / drafting.sum(axis=1)
+    if several is None:
+        plain = np.array([cell.tokens_of_prompt * costs.autoregressive_s for cell in cells])
+        drafting = np.array([decoding_seconds(cell, costs) for cell in cells])
+        sure, ratio = certainty(cells, costs), plain.sum(axis=1) / drafting.sum(axis=1)
+    else:
+        sure, ratio = _of_batches(prediction, cells, several)
     candidates = [
         Candidate(
             drafts=cell.drafts,
@@ -387,6 +397,21 @@ def choose(prediction: Prediction | Trace, costs: Costs, *, ways: Ranking | None
         prediction.model, prediction.text, ranking, costs, len(prediction.prompts), prediction.policy,
         Sampling(how["temperature"], int(how.get("top_k", 0)), how.get("top_p", 1.0)), ways,
     )  # fmt: skip
+
+
+def _of_batches(prediction: Prediction, cells: Sequence[Cell], costs: BatchCosts) -> tuple[Certainty, np.ndarray]:
+    """How sure the speedups of batches of consecutive prompts are, and these, (cells,)."""
+    steps = own_rounds([0] * int(tokens) for tokens in cells[0].tokens_of_prompt)
+    drafted = [rounds_of_prompts(prediction, cell.key, cell.draft_length) for cell in cells]
+
+    def by(given: BatchCosts) -> BatchSeconds:
+        rounds = [given.rounds_seconds(cell.drafts, cell.draft_length) for cell in cells]
+        return BatchSeconds(drafted, steps, given.plain_seconds(), rounds)
+
+    seconds = by(costs)
+    again = [by(each) for each in costs.redrawn(CALIBRATIONS)]
+    ratio = seconds.speedups(in_order(len(steps), costs.rows))
+    return batch_certainty(seconds, again, costs.rows, costs.whole.block_count), ratio
 
 
 def decoding_seconds(cell: Cell, costs: Costs) -> np.ndarray:

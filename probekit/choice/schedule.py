@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probekit.choice.choose import Candidate, Choice, choose
+from probekit.costs.batch import BatchCosts
 from probekit.costs.profile import Costs
 from probekit.errors import InputError
 from probekit.prediction.table import Prediction
@@ -48,11 +49,15 @@ class Schedule:
 
 
 def schedule(
-    prediction: Prediction, costs_at: Callable[[int, int], Costs], rows: Iterable[int], contexts: Iterable[int]
+    prediction: Prediction,
+    costs_at: Callable[[int, int], Costs | BatchCosts],
+    rows: Iterable[int],
+    contexts: Iterable[int],
 ) -> Schedule:
     """Choose at every number of rows and every context.
 
-    costs_at: (rows, context) -> costs there: `EngineProfile.costs`, or `roofline_costs` with `rows` and `context`.
+    costs_at: (rows, context) -> costs there: `EngineProfile.costs`, `roofline_costs` with `rows` and `context`,
+        or `measure_batch`.
     """
     rows, contexts = sorted(set(rows)), sorted(set(contexts))
     if not rows or not contexts or rows[0] < 1 or contexts[0] < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,11 +74,13 @@ def choose(
     from probekit.choice.rank import with_trees
     from probekit.choice.schedule import schedule
     from probekit.choice.what_if import BATCHES, Scenario, what_if
+    from probekit.costs.batch import BatchCosts
     from probekit.drafting.imported import import_drafter
     from probekit.drafting.policies import FIXED, policy_named
     from probekit.engines.engine import Drafting, check_drafting
     from probekit.engines.export import check_export
     from probekit.engines.known import engine_named
+    from probekit.prediction.joint import check_batch
     from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
@@ -89,10 +92,11 @@ def choose(
     options.at_least_one(context, "--context")
     batches = options.integers(rows, "--rows")
     places = options.integers(contexts, "--contexts")
-    if costs == "measured" and batches and batches != [1]:
+    of_batches = costs == "measured" and max(batches or [1]) > 1
+    if of_batches and export is not None:
         raise InputError(
-            f"--rows {rows} needs the costs of a batch; this device is measured at one row.",
-            "Give --costs roofline, or the profile of an engine.",
+            f"--rows {rows} exports a schedule, and batches are measured of the decoder here, not of {told.title}.",
+            "Give --costs roofline, or the profile of that engine.",
         )
     elsewhere = [Scenario.named(each) for each in scenarios or ()]
     if weight_bits is not None and costs != "roofline":
@@ -112,8 +116,10 @@ def choose(
     others = [import_drafter(path, trace) for path in imported or ()]
     whose = profile.engine if profile is not None else None if asked is None else asked[0]
     prediction = predict_rounds(
-        trace, exits, lengths, convention_of(trace, whose), draft_rows=draft_rows, policy=when_to_stop
+        trace, exits, lengths, convention_of(trace, whose), of_batches, draft_rows=draft_rows, policy=when_to_stop
     )
+    if of_batches:
+        check_batch(prediction, max(batches or [1]))
     lengths = sorted({cell.draft_length for cell in prediction.cells})
     with progress_bars(quiet or as_json) as bars:
         if asked is not None:
@@ -121,7 +127,8 @@ def choose(
                 trace, asked, batches or [1], places or [context], lengths, device, dtype, bars
             )  # fmt: skip
 
-        def costs_at(count: int, at: int) -> Profile:
+        @cache
+        def costs_of_rows(count: int, at: int) -> Profile:
             if profile is not None:
                 return profile.costs(trace.depth, rows=count, context=at)
             widest = with_trees(trace, lengths, at)
@@ -129,16 +136,21 @@ def choose(
                 trace, costs, at, widest, draft_rows, when_to_stop, device, dtype, bars, rows=count, bits=weight_bits
             )
 
-        timed = costs_at(1 if batches is None else min(batches), context if places is None else min(places))
+        def costs_at(count: int, at: int) -> Profile | BatchCosts:
+            if costs != "measured" or count == 1:
+                return costs_of_rows(count, at)
+            return BatchCosts.of(count, lambda rows: costs_of_rows(rows, at))
+
+        first = costs_at(1 if batches is None else min(batches), context if places is None else min(places))
         plan = None
         if batches is not None or places is not None:
-            plan = schedule(prediction, costs_at, batches or [1], places or [timed.context])
-    ways = None
+            plan = schedule(prediction, costs_at, batches or [1], places or [context])
+    timed, ways = first.whole if isinstance(first, BatchCosts) else first, None
     if (
-        when_to_stop == FIXED and profile is None
+        when_to_stop == FIXED and profile is None and not isinstance(first, BatchCosts)
     ):  # a policy that was asked for is the only one, and these costs hold its time
         ways = rank_ways(trace, timed, exits, lengths, draft_rows=draft_rows, drafters=others)
-    choice = choose_pair(prediction, timed, ways=ways)
+    choice = choose_pair(prediction, first, ways=ways)
     answers = what_if(trace, prediction, elsewhere, draft_rows)
     if export is not None:
         from probekit.handover.export import export as hand_over
@@ -168,7 +180,8 @@ def choose(
                 ]
                 for (count, at), each in plan.choices.items()
             ],
-            "off: no way of drafting is predicted to beat plain decoding of the same batch.",
+            "off: no way of drafting is predicted to beat plain decoding of the same batch."
+            + (" A batch starts together, and whose text has ended leaves it." if of_batches else ""),
             keys=2,
         )
     if answers:

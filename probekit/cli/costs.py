@@ -111,7 +111,7 @@ def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype,
     kept = None if draft_rows is None else trace.draft_head_ids(draft_rows).tolist()
     return measure_costs(
         loaded, context, draft_lengths=lengths, drafter=drafter, draft_vocabulary=kept,
-        exit_heads=traced_heads(trace, loaded), sampling=trace.sampling, policy=policy, progress=bars,
+        exit_heads=traced_heads(trace, loaded), sampling=trace.sampling, policy=policy, rows=rows, progress=bars,
     )  # fmt: skip
 
 

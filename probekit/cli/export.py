@@ -177,8 +177,8 @@ def schedule_of(
     profile = profile_named(costs) if isinstance(costs, str) else costs
     if costs == "measured":
         raise InputError(
-            "--rows needs the costs of a batch; this device is measured at one row.",
-            "Give --costs roofline, or the profile of an engine.",
+            "--rows makes a schedule for an engine, and measured costs are of the decoder here.",
+            "Give --costs roofline, or the profile of that engine.",
         )
     if profile is not None:
         at = profile.contexts[0] if context is None else context

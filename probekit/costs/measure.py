@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probekit.costs.batch import BatchCosts
 from probekit.costs.blocks import MOST_DRAFTS, assemble
 from probekit.costs.profile import Costs, DraftHeadKey
 from probekit.costs.trees import timed_exits, timed_shapes
@@ -44,6 +45,7 @@ def measure_costs(
     exit_heads: Mapping[int, ExitHead] | None = None,
     sampling: Sampling | None = None,
     policy: Policy | None = None,
+    rows: int = 1,
     repeats: int | None = None,
     engine: str = "host",
     progress: Progress | None = None,
@@ -52,7 +54,7 @@ def measure_costs(
 
     Parameters
     ----------
-    context: tokens in the cache when a step is timed.
+    context: tokens in the cache when a step is timed; in a batch of the longest row, each further one has one less.
     exit_layers: exits to time beside the first and the last; by default those at a quarter and a half of the depth.
         The others are read off.
     draft_lengths: the longest decides how wide a verification pass can be.
@@ -61,6 +63,7 @@ def measure_costs(
     exit_heads: {exit: head} that drafts go through (`traced_heads`); none by default.
     sampling: how tokens are chosen; greedy by default.
     policy: asked after each draft as in a decoder, which takes its time; by default none.
+    rows: in the batch; seconds are of all of them together. Trees are timed for one row only.
     repeats: sweeps over all steps; by default as many as take a few seconds, and a few of a model that is split over
         processes, which go in step.
     engine: who runs the rounds, one of `decoding.device_decoding.ENGINES`; "cuda" times whole recorded rounds of exit
@@ -102,13 +105,16 @@ def measure_costs(
     inner = exit_layers or [max(1, loaded.depth // 4), max(1, loaded.depth // 2)]
     exits = sorted({1, loaded.depth - 1, *map(loaded.anatomy.check_exit, inner)})
     whole_number("the context must be", context, 1)
+    whole_number("rows of a batch must be", rows, 1)
+    if engine == "cuda" and rows > 1:
+        raise InputError(f"engine 'cuda' records rounds of one row, not of {rows}.", "Use engine 'host'.")
     drafters: list[Drafter] = [
         ExitLayer(exit_layer, head.rows, head.exit_heads, draft_vocabulary, heads.get(exit_layer))
         for exit_layer in exits
     ]
     if drafter is not None:
         drafters.append(DraftModel(drafter.name, drafter))
-    chains_only = engine == "cuda" or loaded.anatomy.batch_invariant  # where no round of a tree runs
+    chains_only = engine == "cuda" or rows > 1 or loaded.anatomy.batch_invariant  # where no round of a tree runs
     if not chains_only and (sampling or Sampling()).greedy and (policy or FIXED) == FIXED and head.rows is None:
         drafters += [
             TreeDrafts(ExitLayer(exit_layer, exit_heads=head.exit_heads, exit_head=heads.get(exit_layer)), shape)
@@ -123,7 +129,7 @@ def measure_costs(
             )
 
     started, report = time.perf_counter(), usual_progress(progress)
-    rows = row_design(longest)
+    widths = row_design(longest)
     order = random.Random(0)
     times: dict[str, list[float]] = defaultdict(list)
     blocks: dict[str, list[float]] = defaultdict(list)
@@ -134,17 +140,17 @@ def measure_costs(
         if engine == "cuda":
             timer = RecordedTimer(loaded, bound, context, longest, sampling)
         else:
-            timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling, policy or FIXED)
+            timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling, policy or FIXED, rows)
         jobs = list(bound)
         for job in jobs:  # to warm up
-            deque(timer.measure(job, rows[-2:]), maxlen=0)
+            deque(timer.measure(job, widths[-2:]), maxlen=0)
         began = time.perf_counter()
         sweeps, planned, share = 0, repeats or FEWEST, 0.0
         while sweeps < planned:
             order.shuffle(jobs)
             block: dict[str, list[float]] = defaultdict(list)
             for job in jobs:
-                for step, seconds in timer.measure(job, order.sample(rows, len(rows))):
+                for step, seconds in timer.measure(job, order.sample(widths, len(widths))):
                     block[step].append(seconds)
             for step, each in block.items():
                 times[step] += each
@@ -168,9 +174,17 @@ def measure_costs(
         seconds=time.perf_counter() - started,
         sweeps=sweeps,
         engine=engine,
+        rows=rows,
         blocks={step: tuple(each) for step, each in sorted(blocks.items())},
     )
-    return assemble(times, exits, rows, blank, None if drafter is None else drafter.name)
+    return assemble(times, exits, widths, blank, None if drafter is None else drafter.name)
+
+
+def measure_batch(loaded: Loaded | str | Path, context: int = 128, *, rows: int, **settings: Any) -> BatchCosts:
+    """Time the decoder's steps at 1, 2, 4, .. and `rows` rows: a batch empties row by row, and what lies between is
+    read off straight lines. settings: as for `measure_costs`, `rows` left out. Raises what that raises."""
+    whole_number("rows of a batch must be", rows, 1)
+    return BatchCosts.of(rows, lambda size: measure_costs(loaded, context, rows=size, **settings))
 
 
 def _checked_lengths(draft_lengths: Iterable[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Rounds of the running decoder with a stopwatch at each step, on one sequence whose cache holds so many tokens.
+"""Rounds of the running decoder with a stopwatch at each step, on sequences whose cache holds so many tokens.
 
 Tokens are drafted and judged by a real DecodeBatch, so that its accounting is in the times. The cache holds zeros,
 which cost what numbers cost, and every pass stands at the same position, so that the context stays the same.
@@ -49,18 +49,22 @@ class Unstopped:
 
 
 class _StandingBatch(DecodeBatch):
-    """A batch of one row that never moves on."""
+    """A batch that never moves on. The longest row's cache holds `context` tokens, each further row's one less: rows of
+    a batch rarely stand at one position, and where they do its passes need no mask."""
 
     def __init__(self, plan: DecodePlan, loaded: Loaded, context: int) -> None:
         super().__init__(plan, loaded, {})
-        self.context = context
-        self.rows = [SequenceState(0, plan.prompts[0], _ENDLESS, frozenset())]  # no token ends it
-        self.rows[0].first(0)
-        self.last = self.previous = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
+        self._standing = [max(1, context - row) for row in range(len(plan.prompts))]
+        self.rows = [  # no token ends them
+            SequenceState(row, prompt, _ENDLESS, frozenset()) for row, prompt in enumerate(plan.prompts)
+        ]
+        for row in self.rows:
+            row.first(0)
+        self.last = self.previous = torch.zeros((len(self.rows), 1), dtype=torch.long, device=loaded.device)
 
     @property
     def positions(self) -> list[int]:
-        return [self.context]
+        return self._standing
 
 
 class RoundTimer:
@@ -70,6 +74,7 @@ class RoundTimer:
     ----------
     drafters: bound to `loaded`.
     context: tokens in the cache. longest: the longest draft that is verified; most_drafts: that is drafted.
+    batch: rows that every pass has.
     """
 
     def __init__(
@@ -81,18 +86,20 @@ class RoundTimer:
         most_drafts: int,
         sampling: Sampling,
         policy: Policy,
+        batch: int = 1,
     ) -> None:
         self.policy = Unstopped(policy)
         self.most_drafts = most_drafts
-        self.engine = open_engine(loaded.anatomy, 1, context + longest + 1)
-        self.batch = _StandingBatch(DecodePlan([[0] * context], [0], _ENDLESS, sampling, (), None), loaded, context)
+        self.engine = open_engine(loaded.anatomy, batch, context + longest + 1)
+        plan = DecodePlan([[0] * context] * batch, [*range(batch)], _ENDLESS, sampling, (), None)
+        self.batch = _StandingBatch(plan, loaded, context)
         self.batch.engines = [self.engine]  # whose cache a tree's accepted path moves in
         self._wait = partial(torch.cuda.synchronize, loaded.device) if loaded.device.type == "cuda" else None
         self._laps: dict[str, list[float]] = {}
         self.proposers = {key: self._opened(drafts, context + longest + 1) for key, drafts in drafters.items()}
 
     def _opened(self, drafts: BoundDrafter, length: int) -> Proposer:
-        helpers = [open_engine(helper.anatomy, 1, length) for helper in drafts.helpers]
+        helpers = [open_engine(helper.anatomy, len(self.batch.rows), length) for helper in drafts.helpers]
         proposer: Any = drafts.open(self.batch, self.engine, *helpers)
         for name in ("early", "head", "step", "best"):
             if hasattr(proposer, name):
@@ -131,7 +138,8 @@ class RoundTimer:
     def _autoregressive(self) -> float:
         started = self.clock()
         states = self.engine.full(self.batch.last, self.engine.places(self.batch.positions, 1))
-        self.batch.verify(DraftTree.chain(self.batch.last, None, [0]), self.engine.logits(states))
+        nothing = DraftTree.chain(self.batch.last, None, [0] * len(self.batch.rows))
+        self.batch.verify(nothing, self.engine.logits(states))
         return self.clock() - started
 
     def _round(self, key: DrafterKey, rows: int) -> Iterator[tuple[str, float]]:
@@ -181,7 +189,7 @@ class RoundTimer:
         if isinstance(proposer, ExitLayerProposer):
             proposer.residuals = [_filled(torch.cat(proposer.residuals, dim=1), rows)]
         probabilities = None if tree.probabilities is None else _filled(tree.probabilities, rows - 1)
-        return DraftTree.chain(_filled(tree.written, rows), probabilities, [rows - 1])
+        return DraftTree.chain(_filled(tree.written, rows), probabilities, [rows - 1] * len(self.batch.rows))
 
 
 def _filled(given: Tensor, size: int) -> Tensor:

@@ -189,3 +189,18 @@ def test_bad_input_is_one_clear_line(folder, capsys, words, message):
     assert run(["rank", str(folder), *given]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_choose_for_batches_of_the_decoder_here(folder, capsys):
+    """A choice for each number of rows; a schedule for an engine is not made of these costs."""
+    words = ["choose", str(folder), "--context", "8", "--draft-lengths", "2", "--exit-layers", "1,2"]
+    assert run([*words, "--rows", "1,3", "--quiet"]) == 0
+    assert "whose text has ended leaves it" in capsys.readouterr().out
+    assert run([*words, "--rows", "2,4", "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)
+    assert [entry["rows"] for entry in chosen["schedule"]["entries"]] == [2, 4]
+    assert chosen["costs"]["rows"] == 2 and "way" not in chosen
+    assert run([*words, "--rows", "5"]) == 2
+    assert "a batch of 5 rows needs as many prompts; there are 4" in capsys.readouterr().err
+    assert run([*words, "--rows", "2", "--export", str(folder / "out"), "--engine", "vllm"]) == 2
+    assert "measured of the decoder here, not of vLLM" in capsys.readouterr().err
