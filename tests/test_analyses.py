@@ -235,7 +235,7 @@ KEPT_WITH = {
 KEPT_ANALYSES = {
     "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"),
     "probing": ("08", "09", "10", "12"),
-    "probing/smollm2": ("08", "10", "12"), "probing/qwen": ("08",), "probing/gemma": ("08",),
+    "probing/smollm2": ("08", "09", "10", "12"), "probing/qwen": ("08",), "probing/gemma": ("08",),
     "probing/together": ("11",),
 }  # fmt: skip
 
