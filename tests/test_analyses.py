@@ -230,12 +230,14 @@ KEPT_WITH = {
     "probing": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
     "probing/smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
     "probing/qwen": (["Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"], 24, 32),
+    "probing/gemma": (["gemma-3-270m.Q4_K_M.gguf"], 24, 32),
     "probing/together": (["tales-untied", "tales-tied", "tales-layerskip", "SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
 }
 KEPT_ANALYSES = {
     "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"),
     "probing": ("08", "09", "10", "12"),
-    "probing/smollm2": ("08", "10", "12"), "probing/qwen": ("08",), "probing/together": ("11",),
+    "probing/smollm2": ("08", "09", "10", "12"), "probing/qwen": ("08",), "probing/gemma": ("08",),
+    "probing/together": ("11",),
 }  # fmt: skip
 
 
