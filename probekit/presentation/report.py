@@ -118,8 +118,10 @@ STILLS = {
     "speedup": "predicted speedup over exit layer and draft length, a panel for each model",
     "predicted_against_measured": "predicted against measured rounds, acceptance rates and speedups",
     "lens_table": "the token that each layer of each model would say, by position, for one text",
+    "probes": "what probes of the residual stream find by layer, beside the lens: whether a draft is accepted, and the "
+    "model's token",
 }
-"""The study's own pictures, for a reader without scripts, and what they show."""
+"""The study's own pictures, for a reader without scripts (probes: for every reader), and what they show."""
 
 
 def _stills(folder: Path) -> dict[str, dict[str, str]]:
