@@ -24,6 +24,7 @@ from probekit.models.anatomy import Anatomy
 from probekit.models.in_blocks import InBlocks
 from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
+from probekit.traces.residuals import kept_rows
 from probekit.tracing.backend import Backend, Reading
 from probekit.tracing.backends import open_backend
 from probekit.tracing.continuation import BackOff, ContinuedText, out_of_memory
@@ -221,18 +222,6 @@ def as_decoded(loaded: Loaded) -> Anatomy:
     """The parts of a model with norm and head as its decoder calls them: in blocks, where it is batch-invariant."""
     parts = loaded.anatomy
     return in_blocks(parts) if parts.batch_invariant else parts
-
-
-def kept_rows(keys: Mapping[str, np.ndarray], rows: str, share: float, seed: int) -> np.ndarray:
-    """(rows,) bool: whose residuals are kept. Nothing but a row's own prompt and position decides of a share."""
-    chosen = keys["output"] >= 0 if rows == "scored" else np.ones(len(keys["output"]), dtype=bool)
-    if share < 1:
-        for prompt in np.unique(keys["prompt"]).tolist():
-            here = keys["prompt"] == prompt
-            at = keys["position"][here]
-            drawn = np.random.default_rng((abs(seed), prompt)).random(int(at.max()) + 1)
-            chosen[here] &= drawn[at] < share
-    return chosen
 
 
 def _that_fit(texts: Sequence[ContinuedText], limit: int) -> Sequence[ContinuedText]:
