@@ -21,6 +21,7 @@ from probekit.lens.lens import KINDS, Lens
 from probekit.lens.noise import Noise
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import CACHE
 from probekit.models.in_blocks import InBlocks
 from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
@@ -249,7 +250,7 @@ def padded(sequences: Sequence[Sequence[int]], loaded: Loaded) -> tuple[dict[str
 def _cache(reader: Loaded | None, *, segmented: bool) -> dict[str, Any]:
     if reader is None or not segmented:
         return {"use_cache": False}
-    return {"use_cache": True, "past_key_values": DynamicCache(config=reader.model.config)}
+    return {"use_cache": True, CACHE: DynamicCache(config=reader.model.config)}
 
 
 def tensor_of(values: np.ndarray, loaded: Loaded) -> Tensor:
