@@ -66,8 +66,8 @@ def attribution(study: StudyFolder, page: Page) -> Figure:
             ax.set_title(f"({next(letter)}) {plots.plain(study.label(model))}: {name}")
             if place != last or (down > 1 and ax is row[0]):
                 ax.set_xlabel("")
-        if down == 1:
-            row[1].set_ylabel("")
+        row[0].set_ylabel("layer")  # the title says of what
+        row[1].set_ylabel("" if down == 1 else "layer")
         plots.one_bar(figure, list(row), "written (logits)", pad=0.01, aspect=8 * down * heights[place], extend="both")
     return figure
 
