@@ -62,6 +62,7 @@ def main(
     models: Annotated[str, typer.Option(help="With commas between.")] = ",".join(CELLS),
     prompts: Annotated[int, typer.Option(min=1)] = 8,
     sweeps: Annotated[int, typer.Option(min=1)] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="That the costs are measured on.")] = 3,
     folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
         "build/engines"
     ),
@@ -72,7 +73,7 @@ def main(
     place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine,
-        "settings": {"prompts": prompts, "sweeps": sweeps, "tokens": [FEWER, MORE], "context": CONTEXT,
+        "settings": {"prompts": prompts, "sweeps": sweeps, "texts": texts, "tokens": [FEWER, MORE], "context": CONTEXT,
                      "dtype": "float32", "threads": 1, "clock": "processor"},
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
         "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
@@ -86,7 +87,7 @@ def main(
             engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="",
         )  # fmt: skip
         plan = CostPlan((1, loaded.depth - 1), (1, 2, 4, 8), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
-                        together=engine == "transformers")  # fmt: skip
+                        together=engine == "transformers", texts=texts)  # fmt: skip
         profile = measure_home(home, plan)
         record["profiles"][loaded.name] = profile.to_json()
         costs = profile.costs(loaded.depth)
