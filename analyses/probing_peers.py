@@ -6,7 +6,8 @@
 tuned-lens: lenses that probekit writes are read and applied by the package, and lenses that the package writes are read
 and applied here. transformer-lens: activation patching at every residual, attention and MLP site and position,
 attribution of each token's logit, and the Jacobian lens. Each model leaves one record, PACKAGE-MODEL.json, with the
-versions. The packages ask for other versions of other things, so each is best run in an environment of its own.
+versions. The packages ask for other versions of other things, so each is best run in an environment of its own. They
+are given the weights that are in memory: no hub is needed.
 """
 
 from __future__ import annotations

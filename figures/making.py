@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,7 @@ def figure_of(name: str, script: ModuleType) -> PaperFigure:
     """A script's `draw(study, page)`; its caption is the package's for that name, or what the script says of itself."""
     line = " ".join((script.__doc__ or name).split())
     known = FIGURES.get(name) or PaperFigure(script.draw, lambda _: line, lambda _: line)
-    return PaperFigure(script.draw, known.caption, known.alt)
+    return replace(known, draw=script.draw)
 
 
 def alone(file: str) -> None:

@@ -168,6 +168,7 @@ class StudySettings:
     draft_model: a model that drafts, too. draft_rows: rows of the head that exit layers draft with; None: all.
     fit_heads: exit layers draft through fitted heads. chat: put prompts through the chat template.
     device, dtype: of the models; None: by `load`'s own rule. adapter: the folder of one, for a study of one model.
+    probes: keep residuals of every layer, and probe them.
     """
 
     models: tuple[str, ...]
@@ -185,6 +186,7 @@ class StudySettings:
     context: int = 128
     batch_size: int | None = None
     adapter: str | None = None
+    probes: bool = False
 
     def __post_init__(self) -> None:
         whole_number("the context must be", self.context)

@@ -74,11 +74,12 @@ def test_no_analysis_imports_another(name):
 @pytest.mark.parametrize("name", NUMBERED)
 def test_an_analysis_leaves_a_table_and_a_figure(name, command, tiny_folder, tiny_tied_folder, shared):
     more = ["--costs", "roofline"] if name.startswith("06") else []
-    prompts = "8" if name.startswith("09") else "4"  # what is learned on one half needs four prompts
+    learns = name.startswith("09")  # and what is learned on one half needs four prompts; one model is enough
+    prompts, models = ("8", [tiny_folder]) if learns else ("4", [tiny_folder, tiny_tied_folder])
     result = CliRunner().invoke(
         command(name),
-        [str(tiny_folder), str(tiny_tied_folder), "-o", str(shared), "--traces", str(shared / "traces"),
-         "--prompts", prompts, "--max-new-tokens", "10", "--device", "cpu", *more],
+        [*map(str, models), "-o", str(shared), "--traces", str(shared / "traces"), "--prompts", prompts,
+          "--max-new-tokens", "10", "--device", "cpu", *more],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     record = json.loads((shared / f"{name}.json").read_text(encoding="utf-8"))
@@ -229,12 +230,14 @@ KEPT_WITH = {
     "probing": (["tales-untied", "tales-tied", "tales-layerskip"], 24, 96),
     "probing/smollm2": (["SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
     "probing/qwen": (["Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"], 24, 32),
+    "probing/gemma": (["gemma-3-270m.Q4_K_M.gguf"], 24, 32),
     "probing/together": (["tales-untied", "tales-tied", "tales-layerskip", "SmolLM2-135M-Instruct.Q4_1.gguf"], 24, 48),
 }
 KEPT_ANALYSES = {
     "measured": ("05", "06"), "measured/smollm2": ("05", "06"), "real": ("01", "07"),
     "probing": ("08", "09", "10", "12"),
-    "probing/smollm2": ("08", "10", "12"), "probing/qwen": ("08",), "probing/together": ("11",),
+    "probing/smollm2": ("08", "09", "10", "12"), "probing/qwen": ("08",), "probing/gemma": ("08",),
+    "probing/together": ("11",),
 }  # fmt: skip
 
 

@@ -247,6 +247,7 @@ def regret_in_a_job(ranks, folder, settings):
     script.main(settings["model"], folder, 6, 2, None, False, 60, 1, "cpu", "float32")
 
 
+@pytest.mark.long
 def test_processes_share_the_prompts_of_a_regret(tiny_folder, tmp_path):
     """Rounds and tokens of one process, whoever ran them, also where one was killed and others went on."""
     asked = {"model": str(tiny_folder), "dies": False}

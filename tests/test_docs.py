@@ -205,14 +205,16 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("validate", sampled, *cell),
         ("validate", greedy, "--ways", "--draft-lengths", 2, "--limit", 1),
         ("compare", greedy, sampled),
-        ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2"),
+        ("study", tiny_folder, "-o", study, *traced, "--draft-lengths", "1,2", "--probes"),
         ("report", study),
         ("figures", study, "-o", folder / "figures", "--format", "svg"),
         ("verify", study),
     ):
         made.setdefault(command, []).append(printed([command, *map(str, words)]))
     made["choose"].append(printed(["choose", str(study)]))
-    made["plan"] = [printed(["study", str(tiny_folder), "-o", str(folder / "planned"), *map(str, traced), "--plan"])]
+    made["plan"] = [
+        printed(["study", str(tiny_folder), "-o", str(folder / "planned"), *map(str, traced), "--plan", "--probes"])
+    ]
     made["trace-plan"] = [printed(["trace", str(tiny_folder), "-o", str(folder / "plan"), *map(str, traced), "--plan"])]
     made["study folder"] = [study]
     return made
@@ -266,7 +268,7 @@ def is_part(path: str, key: str) -> bool:
 def test_the_files_page_has_the_tables_of_a_study(documents):
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
     tables = sorted((documents["study folder"][0] / "tables").glob("*.csv"))
-    assert len(tables) == 8
+    assert len(tables) == 9
     for path in tables:
         row = re.search(rf"^\| `{re.escape(path.name)}` \| (.*) \|$", page, re.MULTILINE)
         assert row is not None, f"{path.name} is not on the page"

@@ -43,7 +43,7 @@ def run(*arguments: object):
 def study(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("figures") / "study"
     return fabricate_study(folder, ("tales-untied", "tales-layerskip"), depth=4, prompts=4, tokens=12,
-                           draft_lengths=(1, 3), drafter=True)  # fmt: skip
+                           draft_lengths=(1, 3), drafter=True, attributed=2, probed=True)  # fmt: skip
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def made(study):
     return study / "paper", result
 
 
-def test_there_are_eleven():
-    assert [name[:5] for name in NAMES] == [f"fig{number:02}" for number in range(1, 12)]
+def test_there_are_thirteen():
+    assert [name[:5] for name in NAMES] == [f"fig{number:02}" for number in range(1, 14)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,11 +255,14 @@ def test_a_font_is_embedded(study, tmp_path):
 @pytest.mark.parametrize("width", ["3in", "5.5in", "397pt", "14cm", "40in"])
 def test_every_width_is_drawn_without_touching_labels(study, tmp_path, width):
     opened, page = open_study(study), Page.of(width)
-    for name in ("fig05_acceptance", "fig06_speedup", "fig07_predicted_and_measured", "fig08_run_lengths"):
+    for name in ("fig05_acceptance", "fig06_speedup", "fig07_predicted_and_measured", "fig08_run_lengths",
+                 "fig12_probes", "fig13_attribution"):  # fmt: skip
         with Look().worn():
             figure = FIGURES[name].draw(opened, page)
             figure.draw_without_rendering()
         assert figure.get_figwidth() in (page.text, page.column)
+        for part in (figure, *figure.subfigs):
+            assert all(legend.get_window_extent().x1 <= figure.bbox.x1 for legend in part.legends), (name, width)
         shown = [ax for ax in figure.axes if ax.get_visible() and ax.get_title(loc="left")]
         boxes = [ax.xaxis.label.get_window_extent() for ax in shown if ax.get_xlabel()]
         boxes += [ax._left_title.get_window_extent() for ax in shown]
@@ -327,6 +330,28 @@ def test_every_heat_map_has_its_numbers(study, name):
         figure = script.draw(open_study(study), PAGE)
     many = {len(ax.texts) for ax in figure.axes if ax.get_ylabel() == "exit layer E" or ax.get_title(loc="left")}
     assert many == {(3 + 1) * 2}, "three exits and a draft model, two draft lengths, in each panel"
+
+
+def test_a_study_without_probes_does_without_their_figure(damaged, tmp_path):
+    (damaged / "tables" / "probes.csv").unlink()
+    (damaged / "tables" / "attribution.csv").write_text("model,prompt,position,term,logit\n")
+    result = run("--study", damaged, "-o", tmp_path / "paper", "--format", "pdf")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.stem for path in (tmp_path / "paper").glob("*.pdf")) == NAMES[:11]
+    latex = (tmp_path / "paper" / "figures.tex").read_text(encoding="utf-8")
+    assert "fig12" not in latex and "fig13" not in latex and "fig11" in latex
+    refused(run("--study", damaged, "--only", "fig12"), "fig12_probes is drawn from tables/probes.csv", "--probes")
+    refused(run("--study", damaged, "--only", "fig13"), "fig13_attribution", "tables/attribution.csv")
+
+
+def test_the_text_that_is_attributed_is_the_one_of_the_lens_table(study):
+    opened = open_study(study)
+    with Look().worn():
+        lens, written = (FIGURES[name].draw(opened, PAGE) for name in ("fig01_lens_table", "fig13_attribution"))
+    tokens = [[label.get_text() for label in figure.axes[0].get_xticklabels()] for figure in (lens, written)]
+    assert tokens[0] == tokens[1] and len(tokens[0]) > 8
+    said = [text.get_text() for ax in written.axes for text in ax.texts]
+    assert said == ["it is not known who wrote"] * 2, "of the last model it is not known"
 
 
 def test_nothing_is_left_unfinished(made):

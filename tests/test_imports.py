@@ -89,13 +89,17 @@ ROWS = {
         "report_replays", "report_data", "report_text", "report_ways", "report", "model_card", "export_card",
         "patch_page",
     ),
-    "presentation.plots": ("glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways", "patches"),
+    "presentation.plots": (
+        "glyphs", "calling", "style", "lens", "layers", "grids", "rounds", "ways", "layer_maps", "patches",
+        "attribution", "probes",
+    ),
     "presentation.paper": (
-        "look", "panels", "layer_figures", "round_figures", "way_figures", "captions", "figures",
+        "look", "panels", "layer_figures", "round_figures", "way_figures", "probing_figures", "captions",
+        "probing_captions", "figures",
         "printed_tables", "make",
     ),
     "verification": ("findings", "weights", "run_folder", "study_folder", "verify"),
-    "study": ("plan", "phases", "estimate", "summary", "log_to", "run"),
+    "study": ("plan", "phases", "probes", "estimate", "summary", "log_to", "run"),
 }  # fmt: skip
 FREE_ROWS = {"cli"}  # folders whose files have no written order; they only may not go in circles
 WITHOUT_TORCH = ("traces", "prediction", "choice", "engines", "presentation", "verification")

@@ -177,7 +177,8 @@ def schedule_of(
     profile = profile_named(costs) if isinstance(costs, str) else costs
     if costs == "measured":
         raise InputError(
-            "--rows makes a schedule for an engine, and measured costs are of the decoder here.",
+            "--rows makes a schedule for an engine, and needs the costs of a batch there; measured costs are of the "
+            "decoder here.",
             "Give --costs roofline, or the profile of that engine.",
         )
     if profile is not None:

@@ -32,6 +32,9 @@ def study(
         bool, typer.Option("--fit-heads", help="Fit exit heads on the model's own text, and draft through them.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Keep residuals, and probe them for what the lens does not say.")
+    ] = False,
     step_context: Annotated[
         int, typer.Option("--context", help="Tokens in the cache when a step is timed.")
     ] = 128,
@@ -88,6 +91,7 @@ def study(
             models, prompts=prompts, max_new_tokens=max_new_tokens, draft_lengths=lengths, draft_model=draft_model,
             draft_rows=draft_rows, fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling,
             context=step_context, exit_layers=exits, batch_size=batch_size, adapter=adapter,
+            probes=probes,
         )  # fmt: skip
         with progress_bars(quiet or as_json) as bars:
             estimates = estimate_study(plan_study(settings, output), bars)
@@ -109,6 +113,7 @@ def study(
             fit_heads=fit_heads,
             chat=chat,
             adapter=adapter,
+            probes=probes,
             device=device,
             dtype=dtype,
             progress=bars,

@@ -112,6 +112,7 @@ def _fast_attention(module: LlamaAttention, attention: Callable[..., Any]) -> Ca
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # the same, from transformers 5.24 on
         **_: Any,
     ) -> tuple[Tensor, None]:
         rows = hidden_states.shape[:-1]
@@ -121,8 +122,9 @@ def _fast_attention(module: LlamaAttention, attention: Callable[..., Any]) -> Ca
         else:
             query, key, value = (each.view(*rows, -1, width).transpose(1, 2) for each in (query, key, value))
         query, key = rotate(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, index)
+        held = past_key_values if cache is None else cache
+        if held is not None:
+            key, value = held.update(key, value, index)
         mixed = attention(module, query, key, value, attention_mask, scaling)[0]
         return outputs(mixed.reshape(*rows, -1).contiguous()), None
 

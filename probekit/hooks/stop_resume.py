@@ -13,6 +13,7 @@ from probekit.errors import InputError
 from probekit.hooks.components import Component, Site, check_site, depth_of
 from probekit.hooks.layer_stack import Turn
 from probekit.hooks.sites import HookContext, run_layers
+from probekit.models.family import cache_in
 
 
 class _Reached(InputError):  # noqa: N818 - a signal first
@@ -118,7 +119,7 @@ class Resume(HookContext):
             )
         mask = inputs.get("attention_mask")
         explicit = inputs.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 4
-        if inputs.get("past_key_values") is not None and not explicit:
+        if cache_in(inputs) is not None and not explicit:
             raise InputError(
                 "a Resume with a cache needs position_ids and an additive attention mask of "
                 "(batch, 1, positions, keys): the caches of the layers may differ in length."

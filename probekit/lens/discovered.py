@@ -14,6 +14,7 @@ from probekit.errors import SelfCheckError
 from probekit.hooks.edit import Edit
 from probekit.hooks.sites import open_hooks
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import CACHE
 
 TOKENS, AHEAD = 12, 4  # that are read; the last of them, which must not change what comes before
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -87,8 +88,8 @@ def _faults(parts: Anatomy) -> Iterator[str]:
             yield "what it says of a token depends on later ones"
             return
         cache = DynamicCache(config=parts.config)
-        model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
-        rest = model(input_ids=ids[:, first:], past_key_values=cache, use_cache=True, return_dict=True).logits
+        model(input_ids=ids[:, :first], use_cache=True, **{CACHE: cache})
+        rest = model(input_ids=ids[:, first:], use_cache=True, **{CACHE: cache}, return_dict=True).logits
         if not _close(rest, logits[:, first:]):
             yield "with a cache it says something else than without"
 

@@ -6,16 +6,26 @@ stream. Its layers run as transformers wrote them; the description says what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from probekit.errors import InputError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+"""The keyword that models take their cache by; renamed in transformers 5.24, which still takes the old one."""
+
+
+def cache_in(inputs: Mapping[str, Any]) -> Any:
+    """The cache that a model is called with, by either name; None where there is none."""
+    given = inputs.get(CACHE)
+    return inputs.get("past_key_values") if given is None else given
 
 
 class Names(NamedTuple):
@@ -30,7 +40,7 @@ class Names(NamedTuple):
     norm: str = "norm"
     rotary: str = "rotary_emb"
     head: str = "lm_head"
-    cache: str = "past_key_values"
+    cache: str = CACHE
 
 
 class LayerKind(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from probekit.models.family import Family
+from probekit.models.family import CACHE, Family
 
 TOKENS, SLOTS = 3, 7  # of the pass; and of the cache that it sees, more than it writes
 
@@ -60,7 +60,7 @@ class OneLayer:
         setattr(decoder, names.norm, norm)
         setattr(decoder, names.rotary, _NotedRotary(self.part("rotary")))
         cache, mask = DynamicCache(config=self.config), _meta(1, 1, TOKENS, TOKENS)
-        given = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        given = {"attention_mask": mask, CACHE: cache, "use_cache": True}
         with torch.no_grad():
             output = self.model(input_ids=_ids(), logits_to_keep=1, return_dict=True, **given)
             held: Any = cache.layers[0]

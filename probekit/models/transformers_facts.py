@@ -20,9 +20,10 @@ from transformers.models.llama import modeling_llama
 
 from probekit.errors import SelfCheckError
 from probekit.models.families import FAMILIES
+from probekit.models.family import CACHE
 from probekit.models.one_layer import TOKENS, OneLayer, first_of
 
-TESTED = {"transformers": ("5.17.0", "5.23.0"), "torch": ("2.11.0", "2.13.0")}
+TESTED = {"transformers": ("5.17.0", "5.24.0"), "torch": ("2.11.0", "2.13.0")}
 """The oldest and the newest releases that the tests pass with (docs/results/tests/versions.json)."""
 _UNKNOWN = ("meta", "data-dependent")  # what an error says that only stands for the lack of numbers
 
@@ -96,7 +97,7 @@ def _has_llama_attention(_: OneLayer) -> bool:
     with torch.device("meta"):
         made = kind(transformers.LlamaConfig(hidden_size=8, num_attention_heads=2), layer_idx=0)
     own = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
-    asked = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+    asked = ("hidden_states", "position_embeddings", "attention_mask", CACHE)
     return all(hasattr(made, name) for name in own) and set(asked) <= set(signature(kind.forward).parameters)
 
 

@@ -33,16 +33,19 @@ def draw_previews(
 ) -> None:
     """Write each preview into `folder` as PDF, SVG and PNG.
 
-    tables: `layers`, `cells`, `validation`. traces, chosen: by the models' names, in the study's order.
+    tables: `layers`, `cells`, `validation`, and where there are any `probes`. traces, chosen: by the models' names, in
+    the study's order.
     """
     models = list(traces)
     with matplotlib.rc_context(plots.STYLE | {"savefig.dpi": 160}):
+        probes = [("probes", _probes(models, tables["probes"]))] if "probes" in tables else []
         for name, figure in (
             ("lens_table", _lens_tables(traces)),
             ("agreement", _agreement(tables["layers"])),
             ("acceptance", _grids(models, tables["cells"], "acceptance_rate", "acceptance rate", chosen)),
             ("speedup", _grids(models, tables["cells"], "speedup", "predicted speedup (×)", chosen)),
             ("predicted_against_measured", _measured(tables["validation"])),
+            *probes,
         ):
             save(figure, folder, name, KINDS)
 
@@ -108,6 +111,21 @@ def _measured(validation: pd.DataFrame) -> Figure:
     for ax, quantity in zip(axes, plots.COMPARED, strict=True):
         plots.predicted_against_measured(validation, quantity, ax=ax)
     plots.one_legend(figure, axes)
+    return figure
+
+
+def _probes(models: Sequence[str], probes: pd.DataFrame) -> Figure:
+    """What the residual stream of each model knows: a row a label, a column a model."""
+    figure = Figure(figsize=(0.6 + 3.4 * len(models), 5.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1)
+    for part, label in zip(parts, ("accepted", "answer"), strict=True):
+        axes = part.subplots(1, len(models), squeeze=False, sharey=True)[0]
+        for ax, model in zip(axes, models, strict=True):
+            plots.probes_by_layer(probes[probes["model"] == model], label, ax=ax)
+            ax.set_title(plots.plain(model))
+            if ax is not axes[0]:
+                ax.set_ylabel("")
+        plots.one_legend(part, axes, least=1, columns=None if len(models) > 1 else 2)
     return figure
 
 

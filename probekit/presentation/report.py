@@ -120,12 +120,17 @@ STILLS = {
     "lens_table": "the token that each layer of each model would say, by position, for one text",
 }
 """The study's own pictures, for a reader without scripts, and what they show."""
+SHOWN = {
+    "probes": "what probes of the residual stream find by layer, beside the lens: whether a draft is accepted, and the "
+    "model's token",
+}
+"""Those that every reader is shown."""
 
 
 def _stills(folder: Path) -> dict[str, dict[str, str]]:
     """{picture: its source as a data URI, its words}, those that are there; the smaller of drawing and pixels."""
     found = {}
-    for name, words in STILLS.items():
+    for name, words in (STILLS | SHOWN).items():
         files = [path for kind in ("svg", "png") if (path := folder / f"{name}.{kind}").is_file()]
         if files:
             path = min(files, key=lambda each: each.stat().st_size)
@@ -161,7 +166,7 @@ def _page(
         dark_style=dark_style,
         data=safe_json(data),
         study=study,
-        stills={name: stills.get(name) for name in STILLS},
+        stills={name: stills.get(name) for name in STILLS | SHOWN},
         has_lens=with_lens > 0,
         plain_lens=plain_lens,
         heads_note=heads_note,

@@ -35,10 +35,13 @@ TABLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The study's tables, and the columns without which a file is another program's, or an older version's."""
 
-MORE_TABLES: dict[str, tuple[str, ...]] = {"attribution": ("model", "prompt", "position", "term", "logit")}
+MORE_TABLES: dict[str, tuple[str, ...]] = {
+    "attribution": ("model", "prompt", "position", "term", "logit"),
+    "probes": ("model", "label", "layer", "kind", "value", "low", "high"),
+}
 """Tables that a study may lack, or that may say nothing of some of its models."""
 
-TEXTS = ("model", "lens", "drafter", "first_round", "step", "term")
+TEXTS = ("model", "lens", "drafter", "first_round", "step", "term", "label", "kind")
 WHOLE = ("layer", "draft_length", "run", "rows", "prompt", "round", "drafted", "prompts", "position")
 """Columns that hold texts, and whole numbers everywhere; all others hold numbers, or nothing."""
 
@@ -99,6 +102,10 @@ class StudyFolder:
         if name not in self._tables:
             self._tables[name] = self._read_table(name)
         return self._tables[name].copy()
+
+    def has(self, name: str) -> bool:
+        """Whether one of MORE_TABLES is there and says something."""
+        return (self.folder / "tables" / f"{name}.csv").is_file() and not self.table(name).empty
 
     def of(self, name: str, model: str) -> pd.DataFrame:
         """The rows of one model in a table."""

@@ -22,6 +22,7 @@ from probekit.progress import Progress, usual_progress
 from probekit.settings import StudySettings
 from probekit.study.phases import SPREAD_PROMPTS, TIMED_PROMPTS, load_model, spread_cells
 from probekit.study.plan import StudyPlan, label_of
+from probekit.study.probes import probed_layers
 from probekit.tracing.prompts import encode
 from probekit.tracing.tracer import trace
 
@@ -29,6 +30,7 @@ SAMPLE_PROMPTS, SAMPLE_TOKENS = 2, 16
 BEST_CELLS = 3  # of the ranking, validated on every odd prompt
 WAYS = 10  # of drafting: the best five and a spread, validated on a few
 WRITING_S = 6.0  # tables, figures and the report of one model, on a common processor
+PROBE_S = 1e-3  # of a probe, for each row of each layer, on a common processor
 PICTURES_BYTES = 4_000_000  # of figures and report, for each model
 
 
@@ -77,7 +79,8 @@ def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) ->
 
     text_s = step * settings.max_new_tokens
     rows = sum(len(encode(prompt, loaded.tokenizer).ids) for prompt in plan.traced)
-    rows += prompts * settings.max_new_tokens
+    scored = prompts * settings.max_new_tokens
+    rows += scored
     rows_of_sample = sum(len(traced.prompt_ids(prompt)) + len(traced.outputs(prompt)) for prompt in traced.prompts)
     row_s = timings["trace_s"] / rows_of_sample
     batched_s = timings["generation_s"] / timings["tokens"]
@@ -86,11 +89,13 @@ def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) ->
         "learn drafting": text_s * len(plan.learned) * 4 if settings.learns else 0.0,
         "trace": batched_s * prompts * settings.max_new_tokens + row_s * rows,
         "time the trace": min(TIMED_PROMPTS, prompts) * (text_s + row_s * rows / prompts),
+        "probes": (PROBE_S * len(probed_layers(loaded.depth)) + row_s) * scored if settings.probes else 0.0,
         "costs": 2 * CALIBRATION_S,
         "validate": text_s
         * ((1 + BEST_CELLS) * odd + (2 + WAYS + _others(loaded, settings)) * min(SPREAD_PROMPTS, odd)),
         "tables, figures, report": WRITING_S,
     }
+    residuals = scored * (loaded.depth + 1) * loaded.anatomy.width * loaded.dtype.itemsize if settings.probes else 0
     with tempfile.TemporaryDirectory() as folder:
         saved = traced.save(Path(folder) / "run").folder or Path(folder)
         of_sample = sum(path.stat().st_size for path in saved.iterdir())
@@ -101,7 +106,7 @@ def _estimate(plan: StudyPlan, loaded: Loaded, name: str, progress: Progress) ->
         seconds=seconds,
         memory_bytes=psutil.Process().memory_info().rss,
         memory_free=free_bytes(loaded.device),
-        disk_bytes=int(of_sample * rows / rows_of_sample) + PICTURES_BYTES,
+        disk_bytes=int(of_sample * rows / rows_of_sample) + residuals + PICTURES_BYTES,
     )
 
 

@@ -27,7 +27,7 @@ from probekit.kept import Kept
 from probekit.prediction.predict import predict
 from probekit.prediction.table import Prediction
 from probekit.progress import Progress
-from probekit.settings import StudySettings, TraceSettings
+from probekit.settings import KeptResiduals, StudySettings, TraceSettings
 from probekit.traces.draft_vocabulary import DraftVocabulary, check_draft_rows
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, encode
@@ -168,7 +168,7 @@ def trace_prompts(
         models.loaded, prompts, folder, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling,
         batch_size=settings.batch_size, draft_model=models.drafter,
         draft_vocabulary=drafting.vocabulary, exit_heads=drafting.heads, chat=settings.chat, top_prompts=3,
-        resume=True, progress=progress,
+        keep_residuals=KeptResiduals(None, rows="scored") if settings.probes else (), resume=True, progress=progress,
     )  # fmt: skip
 
 

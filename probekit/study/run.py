@@ -16,6 +16,7 @@ from probekit.settings import Sampling, digest
 from probekit.study import phases
 from probekit.study.phases import elapsed
 from probekit.study.plan import StudyPlan, label_of, plan_study, study_folder, study_settings, written_by_study
+from probekit.study.probes import probe_texts
 from probekit.study.summary import ModelStudy, Study, draw_figures, write_summary, write_tables
 
 Made = TypeVar("Made")
@@ -39,6 +40,7 @@ def run_study(
     adapter: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    probes: bool = False,
     progress: Progress | None = None,
 ) -> Study:
     """Study each model: trace, predict, choose on the even prompts, validate on the odd ones, report.
@@ -56,6 +58,7 @@ def run_study(
     fit_heads: fit exit heads, and draft through them. They, and the frequent tokens, are learned from text that the
         model writes after every fourth prompt and its beginnings; these prompts then have no part in the rest.
     adapter: a folder that holds an adapter, where one model is studied.
+    probes: also keep the residuals of every layer, and probe them: is a draft accepted, is the answer linearly there?
     progress: called as `progress(phase, done, total, **figures)`.
 
     Raises
@@ -78,7 +81,7 @@ def run_study(
     settings = study_settings(
         models, prompts=prompts, max_new_tokens=max_new_tokens, draft_lengths=draft_lengths, draft_model=draft_model,
         draft_rows=draft_rows, fit_heads=fit_heads, chat=chat, device=device, dtype=dtype, sampling=sampling,
-        context=context, exit_layers=exit_layers, batch_size=batch_size, adapter=adapter,
+        context=context, exit_layers=exit_layers, batch_size=batch_size, adapter=adapter, probes=probes,
     )  # fmt: skip
     plan = plan_study(settings, folder)
     overall = Overall(len(settings.models), usual_progress(progress))
@@ -103,8 +106,8 @@ class Overall:
 
     SHARES: Mapping[str, float] = {
         "load_model": 1, "settle_threads": 3, "learn_drafting": 1, "trace_prompts": 9, "attribute_texts": 1,
-        "predict_rounds": 1, "time_the_trace": 3, "calibrate_costs": 8, "rank_ways": 3, "choose_pair": 1,
-        "validate_choice": 100,
+        "probe_texts": 1, "predict_rounds": 1, "time_the_trace": 3, "calibrate_costs": 8, "rank_ways": 3,
+        "choose_pair": 1, "validate_choice": 100,
     }  # fmt: skip
     WRITING = 8.0  # of tables, figures and report, for each model
 
@@ -155,10 +158,13 @@ def study_model(plan: StudyPlan, reference: str, overall: Overall) -> ModelStudy
         drafting = run(phases.learn_drafting, loaded, plan.learned, settings, kept, heads_file, say)
         trace = run(phases.trace_prompts, models, plan.traced, drafting, settings, folder / "traces" / name, say)
         attribution = run(phases.attribute_texts, loaded, trace)
+        probes = run(probe_texts, loaded, trace, settings, kept, say)
         prediction = run(phases.predict_rounds, trace, settings)
         timings = run(phases.time_the_trace, loaded, plan.traced, drafting, settings, kept, say)
         costs = run(phases.calibrate_costs, models, trace, drafting, settings, kept, say)
         ways = run(phases.rank_ways, trace, costs, settings)
         choice = run(phases.choose_pair, prediction, costs, ways)
         validated = run(phases.validate_choice, models, trace, choice, settings, kept, say)
-    return ModelStudy(name, reference, trace, prediction, costs, choice, validated, timings, seconds, attribution)
+    return ModelStudy(
+        name, reference, trace, prediction, costs, choice, validated, timings, seconds, attribution, probes
+    )

@@ -50,7 +50,7 @@ ROUND_COLUMNS = (
 @dataclass(frozen=True, eq=False)
 class ModelStudy:
     """What the phases made of one model. timings: of its trace beside its text; seconds: of each phase; attribution:
-    who wrote the logits of its first texts."""
+    who wrote the logits of its first texts; probes: what its residuals know, by layer."""
 
     name: str
     reference: str
@@ -62,6 +62,7 @@ class ModelStudy:
     timings: dict[str, float]
     seconds: dict[str, float]
     attribution: pd.DataFrame
+    probes: pd.DataFrame
 
     @property
     def pair(self) -> tuple[int | None, int] | None:
@@ -121,6 +122,10 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
             ("run_lengths", tables.run_lengths_table(study.trace, model=study.name)),
             ("costs", tables.costs_table(study.costs, study.name)),
             ("attribution", study.attribution.assign(model=study.name)[list(MORE_TABLES["attribution"])]),
+            (
+                "probes",
+                study.probes.assign(model=study.name)[list(MORE_TABLES["probes"])] if len(study.probes) else None,
+            ),
             ("ways", None if study.choice.ways is None else study.choice.ways.to_pandas().assign(model=study.name)),
         ):
             if table is not None:
@@ -132,7 +137,8 @@ def write_tables(folder: Path, studies: Sequence[ModelStudy]) -> None:
 
 def draw_figures(folder: Path, studies: Sequence[ModelStudy]) -> None:
     """Previews; `probekit figures STUDY` draws a paper's."""
-    read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
+    names = ["layers", "cells", "validation", *(["probes"] if (folder / "tables" / "probes.csv").is_file() else [])]
+    read = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in names}
     traces = {study.name: study.trace for study in studies}
     chosen = {study.name: study.pair for study in studies}
     draw_previews(folder / "figures", read, traces, chosen)

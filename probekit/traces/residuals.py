@@ -5,7 +5,7 @@ They lie in one safetensors file a part. The numbers are mapped, not read: what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -196,6 +196,18 @@ def _check_shard(tensors: dict[str, np.ndarray], layer: int, path: Path) -> None
         whole, numbers = False, np.empty(0)
     if not whole or numbers.ndim != 2:
         raise InputError(f"{path} does not hold rows of layer {layer} with their places.", "Trace again with --resume.")
+
+
+def kept_rows(keys: Mapping[str, np.ndarray], rows: str, share: float, seed: int) -> np.ndarray:
+    """(rows,) bool: whose residuals are kept. Nothing but a row's own prompt and position decides of a share."""
+    chosen = keys["output"] >= 0 if rows == "scored" else np.ones(len(keys["output"]), dtype=bool)
+    if share < 1:
+        for prompt in np.unique(keys["prompt"]).tolist():
+            here = keys["prompt"] == prompt
+            at = keys["position"][here]
+            drawn = np.random.default_rng((abs(seed), prompt)).random(int(at.max()) + 1)
+            chosen[here] &= drawn[at] < share
+    return chosen
 
 
 def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import InputError
+from probekit.models.family import cache_in
 from probekit.models.loaded import Loaded
 from probekit.tracing.backend import Reading
 from probekit.tracing.remote_service import Service, asked_again
@@ -73,7 +74,7 @@ class NnsightBackend:
     def read(self, inputs: Mapping[str, Any], rows: Tensor) -> Reading:
         if self._service is None:
             return _stacked(self._pass(inputs, rows))
-        if inputs.get("past_key_values") is not None:
+        if cache_in(inputs) is not None:
             raise InputError(
                 f"a text is longer than the rows that are read at once ({rows.shape[1]}), and a service keeps no cache "
                 "from one pass to the next.",

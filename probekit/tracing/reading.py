@@ -21,9 +21,11 @@ from probekit.lens.lens import KINDS, Lens
 from probekit.lens.noise import Noise
 from probekit.lens.work_skipped import WorkSkipped
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import CACHE
 from probekit.models.in_blocks import InBlocks
 from probekit.models.loaded import Loaded
 from probekit.traces.manifest import Manifest
+from probekit.traces.residuals import kept_rows
 from probekit.tracing.backend import Backend, Reading
 from probekit.tracing.backends import open_backend
 from probekit.tracing.continuation import BackOff, ContinuedText, out_of_memory
@@ -223,18 +225,6 @@ def as_decoded(loaded: Loaded) -> Anatomy:
     return in_blocks(parts) if parts.batch_invariant else parts
 
 
-def kept_rows(keys: Mapping[str, np.ndarray], rows: str, share: float, seed: int) -> np.ndarray:
-    """(rows,) bool: whose residuals are kept. Nothing but a row's own prompt and position decides of a share."""
-    chosen = keys["output"] >= 0 if rows == "scored" else np.ones(len(keys["output"]), dtype=bool)
-    if share < 1:
-        for prompt in np.unique(keys["prompt"]).tolist():
-            here = keys["prompt"] == prompt
-            at = keys["position"][here]
-            drawn = np.random.default_rng((abs(seed), prompt)).random(int(at.max()) + 1)
-            chosen[here] &= drawn[at] < share
-    return chosen
-
-
 def _that_fit(texts: Sequence[ContinuedText], limit: int) -> Sequence[ContinuedText]:
     """The first texts that together, padded, stay within the row limit; at least one."""
     longest = 0
@@ -260,7 +250,7 @@ def padded(sequences: Sequence[Sequence[int]], loaded: Loaded) -> tuple[dict[str
 def _cache(reader: Loaded | None, *, segmented: bool) -> dict[str, Any]:
     if reader is None or not segmented:
         return {"use_cache": False}
-    return {"use_cache": True, "past_key_values": DynamicCache(config=reader.model.config)}
+    return {"use_cache": True, CACHE: DynamicCache(config=reader.model.config)}
 
 
 def tensor_of(values: np.ndarray, loaded: Loaded) -> Tensor:

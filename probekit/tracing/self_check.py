@@ -14,6 +14,7 @@ from probekit.hooks.capture import Capture
 from probekit.lens.lens import Lens, check_model_row
 from probekit.lens.noise import Noise
 from probekit.models.anatomy import Anatomy
+from probekit.models.family import CACHE
 from probekit.models.loaded import Loaded
 from probekit.tracing.backend import Reading
 
@@ -67,10 +68,10 @@ def row_noise(
         parts.decoder(input_ids=text, use_cache=False)
     cache = DynamicCache(config=parts.model.config)
     if alone < text.shape[1]:
-        parts.decoder(input_ids=text[:, :-alone], past_key_values=cache, use_cache=True)
+        parts.decoder(input_ids=text[:, :-alone], use_cache=True, **{CACHE: cache})
     with Capture(parts, sites) as single:
         for column in text[:, -alone:].split(1, dim=1):
-            parts.decoder(input_ids=column, past_key_values=cache, use_cache=True)
+            parts.decoder(input_ids=column, use_cache=True, **{CACHE: cache})
     lens, found = Lens(parts, heads=heads), []
     for site in sites:
         together = lens(among[site][0, -2 * alone :], site)[-alone:]

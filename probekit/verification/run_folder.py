@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from probekit.errors import InputError
 from probekit.files import entries
 from probekit.traces.manifest import Manifest, read_manifest
-from probekit.traces.residuals import shard_shapes
+from probekit.traces.residuals import kept_rows, shard_shapes
 from probekit.traces.schema import REQUIRED, checked, require_columns
 from probekit.traces.storage import EXIT_HEADS, PART_NAME, files_of, is_done, part_name, tables_of, what_is_wrong
 from probekit.verification.findings import Notes
@@ -112,7 +112,10 @@ def _verify_part(folder: Path, manifest: Manifest, part: int, batch: tuple[int, 
         if not set(frame["prompt"]) <= set(batch):
             notes.add(where[table], f"holds prompts that are not of part {part}")
     if manifest.settings.keep_residuals:
-        _verify_shard(folder / part_name("residuals", part), manifest, len(rows), notes)
+        keys = {name: tokens[name].to_numpy() for name in ("prompt", "position", "output")}
+        settings = manifest.settings
+        kept = kept_rows(keys, settings.residual_rows, settings.residual_share, settings.seed)
+        _verify_shard(folder / part_name("residuals", part), manifest, int(kept.sum()), notes)
 
 
 def _verify_shard(path: Path, manifest: Manifest, rows: int, notes: Notes) -> None:

@@ -137,6 +137,7 @@ def test_lens(capsys, tiny_folder, tmp_path):
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.second
 def test_study_resumes_and_refuses(capsys, tiny_folder, prompts, tmp_path):
     folder = tmp_path / "study"
     arguments = ["study", tiny_folder, "--prompts", prompts, "-o", folder, "--max-new-tokens", 12,

@@ -20,6 +20,7 @@ import probekit
 from probekit.errors import SelfCheckError
 from probekit.models import transformers_facts as facts
 from probekit.models.families import FAMILIES
+from probekit.models.family import CACHE
 from probekit.models.one_layer import OneLayer
 from probekit.models.transformers_facts import FACTS, TESTED, check_facts
 
@@ -65,18 +66,19 @@ def test_rotary_embeddings_that_look_at_positions_are_seen_too(rope: dict[str, A
 # ------------------------------------------------------------------------------------ releases that never were
 def released(**changes: Any) -> Callable[..., Any]:
     """The forward of a decoder that differs in these ways, and that its own layers would go along with."""
-    how = SimpleNamespace(**{"cache": "past_key_values", "taken": lambda out: out, "normed": True,
+    how = SimpleNamespace(**{"cache": CACHE, "taken": lambda out: out, "normed": True,
                              "mask": lambda mask: mask} | changes)  # fmt: skip
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                use_cache=None, **kwargs):  # fmt: skip
+                use_cache=None, cache=None, **kwargs):  # fmt: skip
+        cache = past_key_values if cache is None else cache  # by the name of this release
         state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions = torch.arange(state.shape[1], device=state.device)[None] if position_ids is None else position_ids
         turned = self.rotary_emb(state, position_ids=positions)
         for layer in self.layers:
-            given = {"attention_mask": how.mask(attention_mask), "position_ids": positions, how.cache: past_key_values}
+            given = {"attention_mask": how.mask(attention_mask), "position_ids": positions, how.cache: cache}
             state = how.taken(layer(state, position_embeddings=turned, use_cache=use_cache, **given))
-        return BaseModelOutputWithPast(self.norm(state) if how.normed else state, past_key_values)
+        return BaseModelOutputWithPast(self.norm(state) if how.normed else state, cache)
 
     return forward
 
@@ -107,15 +109,16 @@ def layer_forward(mlp: str = "mlp", returned: Callable[[Any], Any] = lambda out:
     return forward
 
 
-def other_layout(self, *args: Any, past_key_values: Any = None, run=llama.LlamaAttention.forward, **given: Any) -> Any:
+def other_layout(self, *args: Any, run=llama.LlamaAttention.forward, **given: Any) -> Any:
     """Tokens before heads, in the cache."""
+    held = given.pop(CACHE, None)
 
-    def update(keys, values, number):
+    def update(keys, values, number, *args, **more):
         turned = (each.transpose(1, 2) for each in (keys, values))
-        return tuple(each.transpose(1, 2) for each in past_key_values.update(*turned, number))
+        return tuple(each.transpose(1, 2) for each in held.update(*turned, number, *args, **more))
 
-    cache = None if past_key_values is None else SimpleNamespace(update=update)
-    return run(self, *args, past_key_values=cache, **given)
+    cache = None if held is None else SimpleNamespace(update=update)
+    return run(self, *args, **{CACHE: cache}, **given)
 
 
 def other_name(self, hidden_states, position_embeddings=None, attention_mask=None, run=llama.LlamaAttention.forward,

@@ -47,10 +47,12 @@ def fabricate_study(
     text: str = "greedy",
     drafter: bool = False,
     attributed: int = 0,
+    probed: bool = False,
 ) -> Path:
     """Write what `probekit study` leaves behind, but for the previews and the report. Returns the folder.
 
     attributed: of so many texts of each model it is known who wrote their logits, of the last model of none.
+    probed: the residual stream of each was probed.
     """
     entries = []
     parts: dict[str, list[pd.DataFrame]] = {}
@@ -72,6 +74,7 @@ def fabricate_study(
             ("costs", tables.costs_table(costs, name)),
             ("ways", ways.to_pandas().assign(model=name)),
             ("attribution", fabricate_shares(trace, attributed) if attributed and name != models[-1] else None),
+            ("probes", fabricate_probes(name, depth, seed) if probed else None),
         ):
             if frame is not None:
                 parts.setdefault(table, []).append(frame)
@@ -132,6 +135,23 @@ def fabricate_shares(trace: Trace, prompts: int) -> pd.DataFrame:
                 }
                 for term, each in zip(terms, draw.normal(size=len(terms)).round(4).tolist(), strict=True)
             ]
+    return pd.DataFrame(rows)
+
+
+def fabricate_probes(name: str, depth: int, seed: int = 0) -> pd.DataFrame:
+    """What probes of a study say, as `tables/probes.csv` has it: the residual is ahead of the lens."""
+    draw, rows = np.random.default_rng(seed), []
+    kinds = {
+        "accepted": {"probe": 0.85, "control": 0.5, "confidence": 0.75, "position": 0.55, "together": 0.87},
+        "answer": {"lens": 0.2, "probe": 0.5, "control": 0.05},
+    }
+    for label, values in kinds.items():
+        for layer in range(label == "accepted", depth):
+            for kind, value in values.items():
+                rise = 0.0 if kind == "control" else 0.1 * layer / depth
+                value = value + rise + 0.01 * draw.normal()
+                rows.append({"model": name, "label": label, "layer": layer, "kind": kind, "value": value,
+                             "low": value - 0.05, "high": value + 0.05})  # fmt: skip
     return pd.DataFrame(rows)
 
 

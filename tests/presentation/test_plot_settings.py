@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from presentation.fabricate_study import fabricate_costs, fabricate_trace
+from presentation.fabricate_study import fabricate_costs, fabricate_probes, fabricate_trace
 
 from probekit.choice.choose import choose
 from probekit.prediction.predict import predict
@@ -49,6 +49,10 @@ PATCHES = pd.DataFrame(
      "token": ["The", " $1_0$ & \u738b"] * 3, "change": [0.0, -1.0, 2.0, 0.5, 0.1, 0.2],
      "restored": [0.0, -0.5, 1.0, 0.25, 0.05, 0.1]}
 )  # fmt: skip
+SHARES = pd.DataFrame(
+    {"position": [0, 0, 1, 1], "input": ["The", "The", " $1_0$ & \u738b", " $1_0$ & \u738b"],
+     "generated": [False, False, True, True], "term": ["attention:0", "mlp:0"] * 2, "logit": [0.5, -1.0, 2.0, 0.25]}
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,8 @@ def drawn():
         plots.exit_map: ROUNDS,
         plots.acceptance_by_position: POSITIONS,
         plots.patch_map: PATCHES,
+        plots.probes_by_layer: fabricate_probes("cost_$a$ & 50 % #1", 4),
+        plots.attribution_map: SHARES,
     }
 
 
@@ -196,7 +202,7 @@ def test_ground_without_a_colour_is_what_text_contrasts_with():
 def test_the_old_order_still_works_and_warns(drawn):
     heat_maps = {plots.lens_table, plots.acceptance_grid, plots.tokens_per_round_grid, plots.speedup_surface}
     for plot, table in drawn.items():
-        if plot in (plots.ladder, plots.exit_map, plots.patch_map):
+        if plot in (plots.ladder, plots.exit_map, plots.patch_map, plots.probes_by_layer, plots.attribution_map):
             continue  # younger than the old order
         ax = Figure(figsize=(5, 3)).subplots()
         with pytest.warns(DeprecationWarning, match=rf"{plot.__name__}\(table, ax=ax\)"):

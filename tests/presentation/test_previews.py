@@ -1,4 +1,4 @@
-"""What a study draws of itself: five pictures of three kinds, from the tables, with nothing left out."""
+"""What a study draws of itself: five pictures, or six, of three kinds, from the tables, with nothing left out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from presentation.fabricate_study import fabricate_study
 from probekit.presentation import previews
 from probekit.traces.trace import Trace
 
-NAMES = ("lens_table", "agreement", "acceptance", "speedup", "predicted_against_measured")
+NAMES = ("lens_table", "agreement", "acceptance", "speedup", "predicted_against_measured", "probes")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """The folder of the previews, and the figures by name."""
     folder = fabricate_study(tmp_path_factory.mktemp("previews") / "study", ("tales-untied", "a_$model$"), depth=4,
-                             prompts=4, tokens=12, draft_lengths=(1, 3), drafter=True)  # fmt: skip
+                             prompts=4, tokens=12, draft_lengths=(1, 3), drafter=True, probed=True)  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
-    tables = {name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation")}
+    tables = {
+        name: pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("layers", "cells", "validation", "probes")
+    }
     traces = {model["name"]: Trace.open(folder / model["trace"]) for model in summary["models"]}
     figures: list[Figure] = []
     save = Figure.savefig
@@ -60,6 +62,13 @@ def test_all_heat_maps_have_numbers_of_one_size(drawn, name):
     sizes = {text.get_fontsize() for ax in drawn[1][name].axes[:2] for text in ax.texts}
     assert len(sizes) == 1
     assert all(len(ax.texts) == 2 * 4 for ax in drawn[1][name].axes[:2])  # three exits and a draft model
+
+
+def test_each_model_has_a_panel_of_acceptance_and_one_of_the_answer(drawn):
+    figure = drawn[1]["probes"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["tales-untied", r"a_\$model\$"] * 2
+    assert [ax.get_ylabel() for ax in figure.axes] == ["AUROC of acceptance", "", "model's token (share)", ""]
+    assert [len(part.legends) for part in figure.subfigs] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["agreement", "predicted_against_measured"])

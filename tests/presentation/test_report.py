@@ -390,6 +390,19 @@ def test_shares_that_are_not_those_of_the_run_are_refused(tmp_path, spoil, messa
         write_report(folder)
 
 
+@pytest.mark.parametrize("probed", [False, True])
+def test_probes_have_their_part_where_they_were_drawn(study, tmp_path, probed):
+    folder = Path(shutil.copytree(study, tmp_path / "copy"))
+    if probed:
+        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "figures" / "probes.png").write_bytes(b"a picture")
+    page = Page(write_report(folder))
+    assert ("probes" in [each.get("id") for each in page.attributes("section")]) == probed
+    assert ("#probes" in [each.get("href") for each in page.attributes("a")]) == probed
+    source = f"data:image/png;base64,{base64.b64encode(b'a picture').decode()}"
+    assert (source in [each.get("src") for each in page.attributes("img")]) == probed
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 def _copy(study: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(study, tmp_path / "copy"))

@@ -38,9 +38,13 @@ def noise(compared: dict) -> dict[str, float]:
 
 def test_both_packages_were_held_against():
     records = [json.loads(path.read_text(encoding="utf-8")) for path in RECORDS]
-    for package in ("tuned-lens", "transformer-lens"):
+    real = {
+        "tuned-lens": {"SmolLM2-135M-Instruct.Q4_1"},
+        "transformer-lens": {"SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m.Q4_K_M"},  # two families
+    }
+    for package, published in real.items():
         models = {record["model"] for record in records if record["package"] == package}
-        assert {"tales-untied", "tales-tied"} <= models
+        assert {"tales-untied", "tales-tied", *published} <= models
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=[path.stem for path in RECORDS])
@@ -60,6 +64,17 @@ def test_a_kept_difference_is_float32_noise_and_stands_on_the_page(path):
     row = re.search(rf"^\| `{re.escape(name)}` \|.*$", page, re.MULTILINE)
     assert row is not None, f"{name} is not on the page"
     assert all(f" {figure:.1e} " in row[0] for figure in figures), (figures, row[0])
+
+
+def test_the_page_says_how_much_the_patches_changed():
+    changed = {}
+    for name in ("SmolLM2-135M-Instruct.Q4_1", "tales-untied"):
+        record = json.loads((KEPT / f"transformer-lens-{name}.json").read_text(encoding="utf-8"))
+        patches = record["compared"]["activation patching"]
+        changed[name] = max(each["largest_change"] for each in patches.values() if isinstance(each, dict))
+    large, small = changed.values()
+    said = f"by up to {large:.1f}, those of `tales-untied` by {small:.2f}"
+    assert said in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.second

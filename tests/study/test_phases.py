@@ -6,13 +6,18 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from probekit.errors import Remark
 from probekit.kept import Kept
-from probekit.settings import StudySettings
+from probekit.models.loaded import load
+from probekit.probing.linear_answer import linear_answer
+from probekit.probing.probe import probe
+from probekit.settings import KeptResiduals, StudySettings
 from probekit.study.phases import (
+    Drafting,
     Models,
     attribute_texts,
     choose_pair,
@@ -20,8 +25,11 @@ from probekit.study.phases import (
     odd,
     predict_rounds,
     rank_ways,
+    trace_prompts,
     validate_choice,
 )
+from probekit.study.probes import COLUMNS, MOST_LAYERS, probe_texts, probed_layers
+from probekit.tracing.prompts import Prompt
 from probekit.tracing.tracer import trace
 from probekit.validation import kept_texts
 from tests.choice.test_choice import linear_costs
@@ -49,6 +57,62 @@ def test_a_model_whose_parts_are_not_known_has_none_and_says_so(tiny):
     parts = replace(tiny.anatomy, family=replace(tiny.anatomy.family, branches=None), sizes=None)
     with pytest.warns(Remark, match="does not say who wrote the logits"):
         assert attribute_texts(replace(tiny, anatomy=parts), run).empty
+
+
+QUIET = lambda *_, **__: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """An early-exit-trained model, whose drafts are accepted or not, and its run with residuals."""
+    loaded = load("tales-layerskip", device="cpu")
+    texts = ["Once upon a time", "The king", "A wolf said", "In the forest", "There was a"]
+    kept = KeptResiduals(None, rows="scored")
+    return loaded, trace(
+        loaded, texts, tmp_path_factory.mktemp("probed") / "run", max_new_tokens=24, keep_residuals=kept
+    )
+
+
+def test_a_study_is_probed_when_it_is_asked_to(probed, tmp_path):
+    loaded, run = probed
+    kept = Kept(tmp_path, "study")
+    assert probe_texts(loaded, run, StudySettings(("m",)), kept, QUIET).empty
+    table = probe_texts(loaded, run, StudySettings(("m",), probes=True), kept, QUIET)
+    assert tuple(table.columns) == COLUMNS
+    exits = list(range(1, loaded.depth))
+    for label, own in (
+        ("accepted", probe(run, "accepted", exits).to_pandas()),
+        ("answer", linear_answer(loaded, run, [0, *exits])),
+    ):
+        rows = table[table["label"] == label].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows[["layer", "kind", "value", "low", "high"]],
+                                      own[["layer", "kind", "value", "low", "high"]])  # fmt: skip
+    again = probe_texts(None, None, StudySettings(("m",), probes=True), kept, QUIET)  # it is kept: no model is asked
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_what_cannot_be_probed_is_left_out_with_a_word(tiny, tmp_path):
+    run = trace(tiny, ["one", "two", "three"], tmp_path / "run", max_new_tokens=3, keep_residuals="all")
+    with pytest.warns(Remark, match="a probe needs 4"):
+        table = probe_texts(tiny, run, StudySettings(("m",), probes=True), Kept(tmp_path, "study"), QUIET)
+    assert table.empty and tuple(table.columns) == COLUMNS
+
+
+@pytest.mark.parametrize("depth", [2, 3, 12, 13, 14, 30, 80])
+def test_probed_layers_are_spread_from_the_first_exit_to_the_last(depth):
+    layers = probed_layers(depth)
+    assert layers[0] == 1 and layers[-1] == depth - 1 and len(layers) == min(MOST_LAYERS, depth - 1)
+    assert set(np.diff(layers)) <= {(depth - 2) // (MOST_LAYERS - 1), (depth - 2) // (MOST_LAYERS - 1) + 1}
+
+
+def test_residuals_are_kept_for_the_probes_only(tiny, tmp_path):
+    texts = [Prompt(index, text) for index, text in enumerate(("one", "two"))]
+    kept = [
+        trace_prompts(Models(tiny, None), texts, Drafting(), StudySettings(("m",), max_new_tokens=3, probes=asked),
+                      tmp_path / str(asked), QUIET).manifest.settings.keep_residuals
+        for asked in (False, True)
+    ]  # fmt: skip
+    assert kept == [(), tuple(range(tiny.depth + 1))]
 
 
 def test_a_validation_that_was_ended_decodes_no_text_again(tiny, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
     python tests/tools/break_lines.py [-o FILE.json] [--only WORD] [--table FILE.csv]
 
 Each row of `breaks.csv` names a line, what it becomes, what that breaks, and the tests of the rooms that should see it.
-Those are run first, and all fast tests where they see nothing. The tree is copied; the checkout is never touched. A row
-whose text is not in its file exactly once is an error: the table is to follow the code.
+Their fast part is run first, and all fast tests where it sees nothing. The tree is copied; the checkout is never
+touched. A row whose text is not in its file exactly once is an error: the table is to follow the code.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ def rows(path: Path = TABLE) -> list[dict[str, str]]:
     return table
 
 
-def noticed(copy: Path, tests: list[str]) -> str:
+def noticed(copy: Path, tests: list[str], marks: tuple[str, ...] = ()) -> str:
     """How these tests notice a break in the copy: "a failed test", "no import", "no end"; empty: they do not."""
     environment = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1"}
-    marks = ["-m", "not long"] if tests else []  # the second part, too, of the rooms that should see it
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *marks, *tests]
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -63,20 +62,21 @@ def main() -> int:
         "--table", type=Path, default=TABLE, help="breaks_gpu.csv: mistakes that only a GPU would show"
     )
     given = options.parse_args()
+    marks = () if given.table == TABLE else ("-m", "not long")  # kernels and device rounds are of the second part
     found = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "probekit"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache"))
         table = [row for row in rows(given.table) if given.only in row["file"]]
         for tests in dict.fromkeys(row["tests"] for row in table):
-            if how := noticed(copy, tests.split()):
+            if how := noticed(copy, tests.split(), marks):
                 raise SystemExit(f"{tests} do not pass before anything is broken: {how}.")
         for row in table:
             path, began = copy / row["file"], time.perf_counter()
             whole = path.read_text(encoding="utf-8")
             path.write_text(whole.replace(row["old"], row["new"]), encoding="utf-8")
             try:
-                near = noticed(copy, row["tests"].split())
+                near = noticed(copy, row["tests"].split(), marks)
                 how = near or noticed(copy, [])
             finally:
                 path.write_text(whole, encoding="utf-8")

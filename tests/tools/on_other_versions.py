@@ -26,7 +26,7 @@ ENVIRONMENTS = ROOT / "build" / "versions"
 RECORD = ROOT / "docs" / "results" / "tests" / "versions.json"
 PAIRS = {
     "oldest": {"torch": "2.11.0", "transformers": "5.17.0"},
-    "newest": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "newest": {"torch": "2.13.0", "transformers": "5.24.0"},
     "gpu": {"torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0"},
 }
 # A GPU machine's interpreter, and what is not installed there.

@@ -159,12 +159,12 @@ def given_texts(path: Path, prompts: int, tokens: int) -> int:
 
 
 def tokens(number: int, folder: Path) -> dict[str, Any]:
-    total = given_texts(folder / "texts.parquet", max(1, number // 200), 190)
+    total = given_texts(folder / "texts.parquet", -(-number // 180), 190)  # some 190 tokens each
     found = command("trace", MODEL, "--prompts", folder / "texts.parquet", "--given",
                     "--max-new-tokens", 480, "-o", folder / "run")  # fmt: skip
     first, last = found["peaks_by_quarter"][1], found["peaks_by_quarter"][3]
     return found | {"tokens": total, "grown_bytes": last - first,
-                    "holds": found["status"] == 0 and total >= number * 0.9 and last - first < 8 * LEAK}  # fmt: skip
+                    "holds": found["status"] == 0 and total >= number and last - first < 8 * LEAK}  # fmt: skip
 
 
 def prompts(number: int, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from probekit.errors import InputError
 from probekit.files import LOCK, locked, sha256_of
 from probekit.lens.exit_heads import fit_heads, load_heads, save_heads
 from probekit.models.loaded import load
-from probekit.settings import Sampling
+from probekit.settings import KeptResiduals, Sampling
 from probekit.study.run import run_study
 from probekit.tracing.tracer import trace
 from probekit.verification.verify import verify
@@ -108,6 +108,15 @@ def flipped(path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(("rows", "share"), [("scored", 1.0), ("all", 0.5), ("scored", 0.5)])
+def test_residuals_of_some_rows_are_whole(tiny, tmp_path, rows, share):
+    kept = KeptResiduals((1, 3), rows=rows, share=share)
+    trace(tiny, PROMPTS, tmp_path / "run", max_new_tokens=6, batch_size=2, keep_residuals=kept)
+    assert said(tmp_path / "run") == ""
+    edited(tmp_path / "run", residual_rows="all", residual_share=1.0)  # what it does not hold
+    assert "does not hold the residuals of its texts" in said(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

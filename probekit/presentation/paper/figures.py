@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from probekit.presentation.paper import captions, layer_figures, round_figures, way_figures
+from probekit.presentation.paper import (
+    captions,
+    layer_figures,
+    probing_captions,
+    probing_figures,
+    round_figures,
+    way_figures,
+)
 from probekit.presentation.paper.look import Page
 from probekit.presentation.study_folder import StudyFolder
 
@@ -16,11 +23,15 @@ Draw = Callable[[StudyFolder, Page], Figure]
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """draw: from a study and a page to the figure. caption, alt: from a study to plain text."""
+    """draw: from a study and a page to the figure. caption, alt: from a study to plain text.
+
+    needs: the one of MORE_TABLES that it is drawn from; a study without it does without the figure.
+    """
 
     draw: Draw
     caption: captions.Words
     alt: captions.Words
+    needs: str | None = None
 
 
 FIGURES: Mapping[str, PaperFigure] = {
@@ -43,5 +54,11 @@ FIGURES: Mapping[str, PaperFigure] = {
     ),
     "fig10_ladder": PaperFigure(way_figures.ladder, captions.of_ladder, captions.alt_of_ladder),
     "fig11_oracle_map": PaperFigure(way_figures.oracle_map, captions.of_oracle_map, captions.alt_of_oracle_map),
+    "fig12_probes": PaperFigure(
+        probing_figures.probes, probing_captions.of_probes, probing_captions.alt_of_probes, "probes"
+    ),
+    "fig13_attribution": PaperFigure(
+        probing_figures.attribution, probing_captions.of_attribution, probing_captions.alt_of_attribution, "attribution"
+    ),
 }  # fmt: skip
 """In the order of the paper."""

@@ -36,7 +36,7 @@ def make(
 
     Raises InputError before anything is written where the study lacks something, or no figure has a wanted name.
     """
-    wanted = _chosen(only, figures)
+    wanted = _chosen(only, figures, study)
     if not only:
         study.check()
     widths = {}
@@ -52,12 +52,22 @@ def make(
     yield _write(output / "tables.tex", _tables_tex({path.stem: len(study.table(path.stem)) for path in tables}, page))
 
 
-def _chosen(only: Sequence[str], figures: Mapping[str, PaperFigure]) -> dict[str, PaperFigure]:
-    """The figures whose names begin with what was asked for; all without a wish."""
+def _chosen(
+    only: Sequence[str], figures: Mapping[str, PaperFigure], study: StudyFolder
+) -> dict[str, PaperFigure]:  # fmt: skip
+    """The figures whose names begin with what was asked for, all without a wish; but for those that the study lacks."""
+    there = {name: figure for name, figure in figures.items() if figure.needs is None or study.has(figure.needs)}
     for wish in only:
-        if not any(name.startswith(wish) for name in figures):
+        meant = [name for name in figures if name.startswith(wish)]
+        if not meant:
             raise InputError(f"there is no figure {wish!r}.", f"There are {', '.join(figures)}.")
-    return {name: figure for name, figure in figures.items() if not only or name.startswith(tuple(only))}
+        if not set(meant) & set(there):
+            raise InputError(
+                f"{meant[0]} is drawn from tables/{figures[meant[0]].needs}.csv, and the study in {study.folder} has "
+                "none of it.",
+                "A study with --probes has probes.csv; attribution.csv is of models whose layers' parts are known.",
+            )
+    return {name: figure for name, figure in there.items() if not only or name.startswith(tuple(only))}
 
 
 def _drawn(

@@ -42,7 +42,7 @@ def of_models(study: StudyFolder, page: Page, height: float, share_y: bool = Fal
     axes = figure.subplots(down, across, squeeze=False, sharey=share_y)
     for ax in axes.flat[many:]:
         ax.set_visible(False)
-    for ax, model, letter in zip(axes.flat, study.models, _letters(), strict=False):
+    for ax, model, letter in zip(axes.flat, study.models, letters(), strict=False):
         ax.set_title(f"({letter}) {plots.plain(study.label(model))}" if many > 1 else plots.plain(study.label(model)))
     return figure, list(axes.flat[:many])
 
@@ -64,7 +64,7 @@ def grids(
     height = min(3.6, max(1.5, 0.65 + 0.115 * tallest))
     figure = canvas(page.column if many == 1 else page.text, min(page.height, height * down * len(rows) + 0.1))
     axes = figure.subplots(down * len(rows), across, squeeze=False)
-    letters = iter(_letters())
+    letter_of = iter(letters())
     blocks = []
     for place, (_, label, grid) in enumerate(rows):
         block = axes[place * down : (place + 1) * down]
@@ -73,7 +73,7 @@ def grids(
         for index, (ax, model) in enumerate(zip(block.flat, study.models, strict=False)):
             grid(cells[cells["model"] == study.label(model)], model, ax)
             label_of = plots.plain(study.label(model))
-            title = f"({next(letters)}) {label_of}" if many * len(rows) > 1 else label_of
+            title = f"({next(letter_of)}) {label_of}" if many * len(rows) > 1 else label_of
             lines = [title, *map(plots.plain, below[model].splitlines() if below else ())]
             ax.set_title("\n".join(lines), fontsize=7.5 if below else None)
             if index % across:
@@ -88,5 +88,6 @@ def grids(
     return figure
 
 
-def _letters() -> Sequence[str]:
+def letters() -> Sequence[str]:
+    """Of panels, in their order."""
     return [chr(ord("a") + place % 26) for place in np.arange(64)]

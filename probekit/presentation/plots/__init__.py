@@ -9,6 +9,7 @@ colour, dash and marker. Intervals are 95 %, over prompts. Nothing here imports 
 """
 
 from probekit.lens.statistics import Statistic
+from probekit.presentation.plots.attribution import attribution_map
 from probekit.presentation.plots.calling import colours_of, one_bar
 from probekit.presentation.plots.glyphs import drawable, families, plain
 from probekit.presentation.plots.grids import (
@@ -28,6 +29,7 @@ from probekit.presentation.plots.layers import (
 )
 from probekit.presentation.plots.lens import STATISTICS, lens_table
 from probekit.presentation.plots.patches import patch_map
+from probekit.presentation.plots.probes import probes_by_layer
 from probekit.presentation.plots.rounds import (
     COMPARED,
     acceptance_by_position,
@@ -40,9 +42,9 @@ from probekit.presentation.plots.ways import NO_EXIT, exit_colours, exit_map, la
 
 __all__ = [
     "COMPARED", "DIVERGING", "FAINT", "INK", "NO_EXIT", "NUMBERS", "PALETTE", "SEQUENTIAL", "STATISTICS", "STYLE",
-    "Statistic", "acceptance_by_position", "acceptance_grid", "agreement_by_layer", "by_layer", "colours_of",
-    "drawable", "echo_by_layer", "entropy_and_kl", "entropy_by_layer", "exit_colours", "exit_map", "families",
-    "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend", "patch_map", "plain", "predicted_against_measured",
-    "run_lengths_against_geometric", "speedup_surface", "tokens_per_round_grid", "trace_against_sweep",
-    "write_numbers",
+    "Statistic", "acceptance_by_position", "acceptance_grid", "agreement_by_layer", "attribution_map", "by_layer",
+    "colours_of", "drawable", "echo_by_layer", "entropy_and_kl", "entropy_by_layer", "exit_colours", "exit_map",
+    "families", "kl_by_layer", "ladder", "lens_table", "one_bar", "one_legend", "patch_map", "plain",
+    "predicted_against_measured", "probes_by_layer", "run_lengths_against_geometric", "speedup_surface",
+    "tokens_per_round_grid", "trace_against_sweep", "write_numbers",
 ]  # fmt: skip

@@ -118,18 +118,22 @@ def untitled(ax: Axes) -> None:
         legend.set_title("")
 
 
-def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Where all panels have the same legend: one above them, where it covers nothing."""
+def one_legend(figure: Figure, axes: Sequence[Axes], *, least: int = 2, columns: int | None = None) -> None:
+    """Where all panels have the same legend, `least` of them at the least: one above them, where it covers nothing.
+
+    columns: of the legend; by default all names beside each other, or four of many.
+    """
     legends = [legend for ax in axes if (legend := ax.get_legend()) is not None]
     named = [[text.get_text() for text in legend.get_texts()] for legend in legends]
-    if len(legends) < 2 or any(names != named[0] for names in named):
+    if len(legends) < max(1, least) or any(names != named[0] for names in named):
         return
     handles, labels = next(ax for ax in axes if ax.get_legend() is not None).get_legend_handles_labels()
     for legend in legends:
         legend.remove()
     shared = figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 6 else 4, columnspacing=1.6
-    )
+        handles, labels, loc="outside upper left", columnspacing=1.6,
+        ncols=columns or (len(labels) if len(labels) < 6 else 4),
+    )  # fmt: skip
     with_their_fonts(shared)
 
 
