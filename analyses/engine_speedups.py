@@ -10,6 +10,7 @@ clock of one processor, for a machine that does other things beside.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 from importlib.metadata import version
@@ -69,6 +70,7 @@ def main(
     cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
     output.mkdir(parents=True, exist_ok=True)
     place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
     record: dict[str, Any] = {
