@@ -10,6 +10,7 @@ clock of one processor, for a machine that does other things beside.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 from importlib.metadata import version
@@ -62,23 +63,26 @@ def main(
     models: Annotated[str, typer.Option(help="With commas between.")] = ",".join(CELLS),
     prompts: Annotated[int, typer.Option(min=1)] = 8,
     sweeps: Annotated[int, typer.Option(min=1)] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="That the costs are measured on.")] = 3,
     folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
         "build/engines"
     ),
     cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
     output.mkdir(parents=True, exist_ok=True)
     place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine,
-        "settings": {"prompts": prompts, "sweeps": sweeps, "tokens": [FEWER, MORE], "context": CONTEXT,
-                     "dtype": "float32", "threads": 1, "clock": "processor"},
+        "settings": {"tokens": [FEWER, MORE], "context": CONTEXT, "dtype": "float32", "threads": 1,
+                     "clock": "processor"},
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
         "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
         | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
-        "profiles": {}, "rows": [],
+        "turns": {}, "profiles": {}, "rows": [],
     }  # fmt: skip
+    record |= kept(output / f"{engine}.json", record)
     for name in models.split(","):
         loaded = load(name if name == "tales-layerskip" else fetch(name, cache.expanduser()), device="cpu",
                       dtype="float32", cache=cache.expanduser())  # fmt: skip
@@ -86,9 +90,11 @@ def main(
             engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="",
         )  # fmt: skip
         plan = CostPlan((1, loaded.depth - 1), (1, 2, 4, 8), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
-                        together=engine == "transformers")  # fmt: skip
+                        together=engine == "transformers", texts=texts)  # fmt: skip
         profile = measure_home(home, plan)
         record["profiles"][loaded.name] = profile.to_json()
+        record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "texts": texts}
+        record["rows"] = [row for row in record["rows"] if row["model"] != loaded.name]
         costs = profile.costs(loaded.depth)
         chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
         run = trace(loaded, chosen, max_new_tokens=MORE + PAST)
@@ -108,6 +114,13 @@ def main(
                 f"{loaded.name}: {row['drafter']} x {length}: predicted {row['predicted']:.3f}, measured "
                 f"{row['measured']:.3f}, ratio {row['ratio']:.3f}", markup=False,
             )  # fmt: skip
+
+
+def kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of other models in the same way: a run of one model leaves theirs."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(found.get(name) == record[name] for name in ("schema", "settings", "versions"))
+    return {name: found[name] for name in ("turns", "profiles", "rows")} if same else {}
 
 
 def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int) -> tuple[float, float]:

@@ -51,8 +51,11 @@ def speedups() -> str:
         figures = " | ".join(f"{row[name]:.2f}" for name in ("predicted", "measured", "ratio", "plain_against_plain"))
         name = f"{record['engine']} {version_of(record)}"
         lines.append(f"| {name} | {row['model']} | {row['drafter']} × {row['draft_length']} | {figures} |")
-    near = sum(abs(row["ratio"] - 1) <= 0.1 for _, row in rows)
-    return "\n".join([*lines, "", f"Within 10 %: {near} of {len(rows)} cells."]) + "\n"
+    near = []
+    for record in records:
+        ratios = [abs(row["ratio"] - 1) for row in record["rows"]]
+        near.append(f"{sum(each <= 0.1 for each in ratios)} of {len(ratios)} cells in {record['engine']}")
+    return "\n".join([*lines, "", f"Within 10 %: {', '.join(near)}."]) + "\n"
 
 
 def page(text: str, name: str = "counted", made: Callable[[], str] = table) -> str:

@@ -24,6 +24,7 @@ from probekit.prediction.table import Cell
 CALIBRATIONS = 200
 REBATCHED = 400  # draws of prompts that are put into batches: each is replayed
 _CONFIDENCE = 0.95
+_AT_ONCE = 2**24  # steps of drawn prompts that are held
 
 
 class Certainty(NamedTuple):
@@ -117,7 +118,10 @@ def batch_certainty(seconds: BatchSeconds, again: Sequence[BatchSeconds], rows: 
         return Certainty(unknown, unknown, np.ones(len(speedups), bool))
     calibrated = np.log([each.speedups(order) for each in again]).reshape(-1, len(speedups))
     calibrated = calibrated - calibrated.mean(axis=0) if len(calibrated) else calibrated
-    drawn = np.log(seconds.speedups(drawn_indices(prompts, REBATCHED)[:, order]))  # (ways, draws)
+    some = np.array_split(
+        drawn_indices(prompts, REBATCHED), 1 + prompts * seconds.steps.shape[1] * REBATCHED // _AT_ONCE
+    )
+    drawn = np.log(np.concatenate([seconds.speedups(each[:, order]) for each in some], axis=1))  # (ways, draws)
     behind = drawn - drawn[[best]]
     value = np.log(speedups)
     wider = np.sqrt(prompts / (prompts - 1))  # a bootstrap's spread is too small by that

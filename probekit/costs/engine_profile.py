@@ -3,7 +3,8 @@
 A profile is a table of steps, as CSV or JSON. Its columns:
 
     step        autoregressive: a step of plain decoding; draft: one step of the drafter, head included; first: what the
-                first of a round takes longer; verify: a pass of the whole model over the drafts and the token before
+                first of a round takes longer; verify: a pass of the whole model over the drafts and the token before;
+                lookup: what a round of a lookup takes longer, whether it found drafts or none
     exit_layer  of a draft step, and of a first: the layers that the drafter has; empty otherwise
     tokens      of a verification: tokens of each row, K + 1; 1 otherwise
     rows        rows in the batch
@@ -11,9 +12,9 @@ A profile is a table of steps, as CSV or JSON. Its columns:
     seconds     of the whole pass, all rows together
 
 JSON is `{"schema": "probekit/cost-profile/1", "engine", "device", "dtype", "steps": [{..}]}`; a measured one also has
-`details`: with what, how often, by which clock. No `first` step is none that takes longer. `llama-bench -n` and
-`vllm bench latency` print the first kind (seconds = rows / tokens per second). What lies between known rows, contexts,
-tokens and exits is read off a straight line; beyond them nothing is known, and asking for it is refused.
+`details`: with what, how often, by which clock. No `first` or `lookup` step is none that takes longer. `llama-bench
+-n` and `vllm bench latency` print the first kind (seconds = rows / tokens per second). What lies between known rows,
+contexts, tokens and exits is read off a straight line; beyond them nothing is known, and asking for it is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from probekit.foreign.text import read_bytes
 SCHEMA = "probekit/cost-profile/1"
 NEEDED = ("autoregressive", "draft", "verify")
 DRAFTS = ("draft", "first")
-STEPS = (*NEEDED, "first")
+LONGER = ("first", "lookup")  # may be 0
+STEPS = (*NEEDED, *LONGER)
 MOST = 10_000  # layers, or tokens in a pass
 MOST_SECONDS = 1e6
 
@@ -55,7 +57,7 @@ class Step:
         if self.step not in STEPS:
             raise InputError(f"step {self.step!r} is not known: it is one of {', '.join(STEPS)}.")
         timed = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
-        if not (timed and 0 <= self.seconds <= MOST_SECONDS and (self.seconds > 0 or self.step == "first")):
+        if not (timed and 0 <= self.seconds <= MOST_SECONDS and (self.seconds > 0 or self.step in LONGER)):
             raise InputError(f"a {self.step} step takes {self.seconds!r} seconds; expected a number above 0.")
         for name, least, most in (
             ("rows", 1, 2**20), ("context", 0, 2**31), ("tokens", 2 if self.step == "verify" else 1, MOST),
@@ -126,6 +128,7 @@ class EngineProfile:
         colder = {step.exit_layer for step in self.steps if step.step == "first" and step.exit_layer is not None}
         longer = {exit_layer: self._at(rows, context, "first", exit_layer=exit_layer) for exit_layer in sorted(colder)}
         cold = np.interp(exits, list(longer), list(longer.values())) if longer else np.zeros(depth - 1)
+        looks_up = any(step.step == "lookup" for step in self.steps)
         tokens = sorted({step.tokens for step in self.steps if step.step == "verify"})
         passes = [plain, *(self._at(rows, context, "verify", tokens=count) for count in tokens)]
         widths = range(1, tokens[-1] + 1)
@@ -141,6 +144,7 @@ class EngineProfile:
             head_s=float(np.median(step_s - early)),
             heads_s=dict(zip(exits, (step_s - early).tolist(), strict=True)),
             cold_s=dict(zip(exits, cold.tolist(), strict=True)),
+            lookup_s=self._at(rows, context, "lookup") if looks_up else 0.0,
             verify_s={
                 (exit_layer, count): float(whole[count - 1] - early[exit_layer - 1])
                 for exit_layer in exits for count in widths

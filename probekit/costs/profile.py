@@ -82,6 +82,7 @@ class Costs:
     blocks: {step: its median in each sweep}: what costs are drawn again from (`probekit.costs.blocks`).
     rows: rows in the batch; seconds are of all of them together.
     whole_s: {rows: the whole model over so many}, where that was timed; it is else read off the passes above exits.
+    lookup_s: what each round of drafts that are copied from the text takes longer, also one that finds none.
     engine: who ran the rounds; a round that "cuda" recorded takes as long with fewer drafts in the budget.
     """
 
@@ -108,10 +109,11 @@ class Costs:
     rows: int = 1
     blocks: Mapping[str, Sequence[float]] = field(default_factory=dict)
     whole_s: Mapping[int, float] = field(default_factory=dict)
+    lookup_s: float = 0.0
 
     def __post_init__(self) -> None:
         times = [self.autoregressive_s, self.head_s, *self.early_s.values(), *self.verify_s.values()]
-        if not all(np.isfinite(each) and each > 0 for each in times) or not self.overhead_s >= 0:
+        if not all(np.isfinite(each) and each > 0 for each in times) or not min(self.overhead_s, self.lookup_s) >= 0:
             raise InputError("a step takes more than 0 seconds; these costs hold other times.")
 
     @property
@@ -172,7 +174,7 @@ class Costs:
         key = self.key_of(drafter)
         self._check(key, drafts)
         if key.kind in NO_PASSES:
-            return self.whole_pass_seconds(drafts + 1) + self.overhead_s
+            return self.whole_pass_seconds(drafts + 1) + self.overhead_s + self.lookup_s
         if not key.is_exit and self.draft_model is not None:
             return self.draft_model.round_seconds(drafts) + self.overhead_s
         early, head = self.early_s[key.exit_layer], self.heads_s.get(key.exit_layer, self.head_s)
@@ -287,6 +289,7 @@ class Costs:
             "engine": self.engine,
             "rows": self.rows,
             "blocks": {name: list(each) for name, each in self.blocks.items()},
+            **({"lookup_s": self.lookup_s} if self.lookup_s else {}),
             **({"whole_s": [{"rows": rows, "seconds": each} for rows, each in self.whole_s.items()]}
                if self.whole_s else {}),
         }  # fmt: skip

@@ -1,10 +1,10 @@
 """What an engine's steps take, timed from outside: transformers, vLLM and llama.cpp alike.
 
 An engine is opened plainly, with prompt lookups (rounds that verify drafts and draft with no model), and with draft
-models of a few depths. Each decodes a short and a longer text from one prompt; what the longer one takes more, and the
-rounds that the engine counts more, are one equation: seconds = plain steps + drafts + verifications. The steps solve
-all equations by least squares of their relative errors. All are asked in turns, in an order that is drawn again each
-time.
+models of a few depths. Each decodes a short and a longer text from a few prompts; what the longer one takes more, and
+the rounds that the engine counts more, are one equation: seconds = plain steps + drafts + verifications, and what a
+round of lookups takes besides, which is often more than a step. The steps solve all equations by least squares of their
+relative errors. All are asked in turns, in an order that is drawn again each time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import lsq_linear
@@ -42,7 +42,8 @@ Open = Callable[[Drafting], AbstractContextManager[Session]]
 class CostPlan:
     """What is timed.
 
-    exit_layers: depths of the draft models. draft_lengths: K of the lookups; draft models have three of them.
+    exit_layers: depths of the draft models. draft_lengths: K of the lookups and of the draft models.
+    texts: prompts that are continued; with one, lookups tell rounds that find something badly from those that do not.
     rows, contexts: of the batches, and tokens in the cache halfway through a text. sweeps: turns of everything.
     clock: "wall", or "processor": seconds of the engine's processor, for one thread on a busy machine.
     together: all ways of drafting open at once, in turns; otherwise each beside plain decoding, where memory is short.
@@ -55,6 +56,7 @@ class CostPlan:
     sweeps: int = 5
     clock: str = "wall"
     together: bool = True
+    texts: int = 3
 
     def __post_init__(self) -> None:
         if self.clock not in CLOCKS:
@@ -65,6 +67,7 @@ class CostPlan:
                 raise InputError(f"{name} of a cost plan is empty; expected one or more.")
             object.__setattr__(self, name, values)
         whole_number("sweeps must be", self.sweeps, 1)
+        whole_number("texts must be", self.texts, 1)
         least = (SHORTER + LONGER) // 2 + 1
         if self.contexts[0] < least:
             raise InputError(
@@ -77,13 +80,19 @@ class CostPlan:
         return self.contexts[-1] + LONGER + self.draft_lengths[-1]
 
     def ways(self, rule: str) -> Iterator[Drafting]:
-        """Plain decoding, a lookup at every length, each exit at the shortest, a middle and the longest."""
+        """Plain decoding, and lookups and each exit at every length."""
         yield Drafting()
         for length in self.draft_lengths:
             yield Drafting(length, lookup=lookup_of(rule, length))
         for exit_layer in self.exit_layers:
-            for length in sorted({self.draft_lengths[at] for at in (0, len(self.draft_lengths) // 2, -1)}):
+            for length in self.draft_lengths:
                 yield Drafting(length, exit_layer)
+
+    def prompts(self, text: Sequence[int], context: int) -> list[Sequence[int]]:
+        """Of each text, so that its middle has so many tokens in the cache."""
+        size, longest = (at - (SHORTER + LONGER) // 2 for at in (context, self.contexts[-1]))
+        starts = [place * (len(text) - longest) // max(1, self.texts - 1) for place in range(self.texts)]
+        return [text[start : start + size] for start in starts]
 
 
 def lookup_of(rule: str, length: int) -> PromptLookup:
@@ -118,7 +127,7 @@ def measure_engine(
     Parameters
     ----------
     name: of the engine. open_engine: drafting -> a context that holds a session of the engine.
-    text: token ids, as many as the longest context at least: prompts are taken from its beginning.
+    text: token ids, as many as the longest context at least: prompts are taken from all over it.
     rule: of the engine's prompt lookup. details: what the profile shall say beside the plan.
     progress: called as `progress("costs", done, all)`.
 
@@ -129,24 +138,25 @@ def measure_engine(
     report, ways = usual_progress(progress), list(plan.ways(rule))
     plain, *drafting = ways
     groups = [ways] if plan.together else [[plain, way] for way in drafting]
-    found: dict[tuple[int, int, Drafting], Equation] = {}
+    found: dict[Asked, Equation] = {}
     for number, group in enumerate(groups):
         timed = _turns(open_engine, group, text, plan, random.Random(number))
-        for (rows, at, way), each in timed.items():
-            first = found.setdefault((rows, at, plain), timed[rows, at, plain])
-            if way != plain:  # in a slower hour plain steps were slower, too
-                slower = timed[rows, at, plain].seconds / first.seconds
-                found[rows, at, way] = replace(each, seconds=each.seconds / slower)
+        for asked, each in timed.items():
+            alone = asked._replace(way=plain)
+            first = found.setdefault(alone, timed[alone])
+            if asked.way != plain:  # in a slower hour plain steps were slower, too
+                found[asked] = replace(each, seconds=each.seconds * first.seconds / timed[alone].seconds)
         report("costs", number + 1, len(groups))
     steps: list[Step] = []
     errors: list[float] = []
     for rows in plan.rows:
         for at in plan.contexts:
-            solved, error = solve([found[rows, at, way] for way in ways], plan, rows, at)
+            equations = [each for asked, each in found.items() if (asked.rows, asked.context) == (rows, at)]
+            solved, error = solve(equations, plan, rows, at)
             steps += solved
             errors += [] if error is None else [error]
-    about = {"sweeps": plan.sweeps, "clock": plan.clock, "together": plan.together, "tokens": [SHORTER, LONGER],
-             "largest_error": max(errors, default=None), **(details or {})}  # fmt: skip
+    about = {"sweeps": plan.sweeps, "clock": plan.clock, "together": plan.together, "texts": plan.texts,
+             "tokens": [SHORTER, LONGER], "largest_error": max(errors, default=None), **(details or {})}  # fmt: skip
     return EngineProfile(name, device, dtype, tuple(steps), about)
 
 
@@ -155,7 +165,8 @@ def measure_home(home: EngineHome, plan: CostPlan, *, progress: Progress | None 
     loaded = home.loaded
     prompts = as_prompts(bundled_prompts_for(loaded.name))
     once = [token for prompt in prompts for token in encode(prompt, loaded.tokenizer).ids]
-    text = (once * (1 + plan.contexts[-1] // len(once)))[: plan.contexts[-1]]
+    many = plan.texts * plan.contexts[-1]
+    text = (once * (1 + many // len(once)))[:many]
     return measure_engine(
         home.engine, home.open, text, plan, rule=ENGINES[home.engine].rules[0], device=device_name(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."), progress=progress,
@@ -163,22 +174,37 @@ def measure_home(home: EngineHome, plan: CostPlan, *, progress: Progress | None 
     )  # fmt: skip
 
 
+class Asked(NamedTuple):
+    """What an equation is of. text: the number of the prompt."""
+
+    rows: int
+    context: int
+    text: int
+    way: Drafting
+
+
 def _turns(
     open_engine: Open, group: Sequence[Drafting], text: Sequence[int], plan: CostPlan, order: random.Random
-) -> dict[tuple[int, int, Drafting], Equation]:
-    """{(rows, context, way): its equation}, all of them asked in turns."""
-    turns: dict[tuple[int, int, Drafting], list[list[Turn]]] = defaultdict(list)
+) -> dict[Asked, Equation]:
+    """The equations of some ways, all of them asked in turns."""
+    turns: dict[Asked, list[list[Turn]]] = defaultdict(list)
     with ExitStack() as stack:
-        sessions = [(way, stack.enter_context(open_engine(way))) for way in group]
-        asks = [(rows, at, way, session) for way, session in sessions for rows in plan.rows for at in plan.contexts]
+        sessions = {way: stack.enter_context(open_engine(way)) for way in group}
+        asks = [
+            (Asked(rows, at, number, way), prompt)
+            for way in group
+            for rows in plan.rows
+            for at in plan.contexts
+            for number, prompt in enumerate(plan.prompts(text, at))
+        ]
         for sweep in range(plan.sweeps + 1):
-            for rows, at, way, session in asks:
-                prompt = text[: at - (SHORTER + LONGER) // 2]
-                pair = [session(prompt, count, rows=rows, ignore_eos=True) for count in (SHORTER, LONGER)]
+            for asked, prompt in asks:
+                session = sessions[asked.way]
+                pair = [session(prompt, count, rows=asked.rows, ignore_eos=True) for count in (SHORTER, LONGER)]
                 if sweep:  # the first passes are slow
-                    turns[rows, at, way].append(pair)
+                    turns[asked].append(pair)
             order.shuffle(asks)
-    return {key: _equation(key[-1], pairs, plan.clock) for key, pairs in turns.items()}
+    return {asked: _equation(asked.way, pairs, plan.clock) for asked, pairs in turns.items()}
 
 
 def _equation(way: Drafting, pairs: Sequence[Sequence[Turn]], clock: str) -> Equation:
@@ -206,15 +232,18 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
 
     The error is None where there are no more equations than steps, which then always hold.
 
-    Unknown are a plain step, verifications of K + 1 tokens for each K of the plan, a draft step of each exit, and what
-    the first of a round takes longer. Verifications of other widths are read off the line between their neighbours. A
-    step takes LEAST of a plain one at least.
+    A plain step is known from plain decoding. Unknown are verifications of K + 1 tokens for each K of the plan, of
+    which a wider one takes no less, a draft step of each exit, what the first of a round takes longer, and what a round
+    of a lookup does. Verifications of other widths are read off the line between their neighbours. A step takes LEAST
+    of a plain one at least.
     """
     widths = [1, *(length + 1 for length in plan.draft_lengths)]
     exits, most = list(plan.exit_layers), len(plan.exit_layers)
-    table = np.zeros((len(equations), len(widths) + 2 * most))
+    table = np.zeros((len(equations), len(widths) + 2 * most + 1))
     for place, each in enumerate(equations):
         table[place, 0] = each.plain
+        if each.drafting.lookup is not None:
+            table[place, -1] = each.plain + sum(each.rounds.values())
         for drafts, count in each.rounds.items():
             for column, one in enumerate(np.eye(len(widths))):
                 table[place, column] += count * np.interp(drafts + 1, widths, one)
@@ -226,17 +255,28 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
     unseen = [width - 1 for width, column in zip(widths, table.T, strict=False) if width > 1 and column.sum() < 1]
     if unseen:
         raise ResourceError(f"no round verified {unseen[0]} drafts.", "Time shorter drafts, or at a longer context.")
-    least = np.full(table.shape[1], LEAST * seconds[0] / max(1, equations[0].plain))
-    least[len(widths) + most :] = 0.0
-    scaled = least.max() / LEAST  # unknown are multiples of a plain step
-    equal = np.ones(len(equations))
-    solved = scaled * lsq_linear(table * scaled / seconds[:, None], equal, (least / scaled, np.inf), method="bvls").x
-    error = float(np.abs(table @ solved / seconds - 1).max()) if table.shape[0] > table.shape[1] else None
+    # A plain step, which everything is held against, is that of plain decoding, whatever other equations leave over.
+    alone = [place for place, each in enumerate(equations) if not each.drafting.speculates]
+    plain_s = float(seconds[alone].sum() / table[alone, 0].sum())
+    other = table[:, 1:] @ _increments(len(widths) - 1, table.shape[1] - 1) * plain_s / seconds[:, None]
+    least = np.zeros(other.shape[1])
+    least[[0, *range(len(widths) - 1, len(widths) - 1 + most)]] = LEAST  # unknown are multiples of a plain step
+    left = 1 - table[:, 0] * plain_s / seconds
+    solved = lsq_linear(other, left, (least, np.inf), method="bvls").x
+    found = plain_s * np.append(1.0, _increments(len(widths) - 1, len(solved)) @ solved)
+    error = float(np.abs(table @ found / seconds - 1).max()) if table.shape[0] > table.shape[1] else None
     at = {"rows": rows, "context": context}
-    taken = solved.tolist()
+    taken = found.tolist()
     steps = [Step("autoregressive", taken[0], **at)]
     steps += [Step("verify", each, tokens=width, **at) for width, each in zip(widths[1:], taken[1:], strict=False)]
     for place, exit_layer in enumerate(exits):
         steps.append(Step("draft", taken[len(widths) + place], exit_layer=exit_layer, **at))
         steps.append(Step("first", taken[len(widths) + most + place], exit_layer=exit_layer, **at))
-    return steps, error
+    return [*steps, Step("lookup", taken[-1], **at)], error
+
+
+def _increments(widths: int, steps: int) -> np.ndarray:
+    """(steps, steps): steps from unknowns; the first of them are what each wider verification takes longer."""
+    matrix = np.eye(steps)
+    matrix[:widths, :widths] = np.tri(widths)
+    return matrix

@@ -11,6 +11,7 @@ from traces.fabricate import fabricate
 
 from probekit.choice.certainty import certainty
 from probekit.choice.choose import choose
+from probekit.costs.batch import BatchCosts
 from probekit.costs.blocks import redrawn
 from probekit.prediction.intervals import bootstrap_ratio
 from probekit.prediction.predict import predict
@@ -104,3 +105,20 @@ def test_the_winner_is_covered():
         best = choice.ranking[0]
         held.append(best.interval[0] <= truth[best.cell] <= best.interval[1])
     assert np.mean(held) >= 0.92
+
+
+def test_batches_of_one_row_are_prompts():
+    """The intervals of batches come another way, from prompts that are put into new batches."""
+    replayed = predict(fabricate(depth=6, prompts=24, tokens=40, agreement=[0.1, 0.7, 0.72, 0.74, 0.76, 0.9]),
+                       with_rounds=True)  # fmt: skip
+    costs = with_blocks(linear_costs(), 0.05)
+    alone, one, four = (
+        choose(replayed, each)
+        for each in (costs, BatchCosts({1: costs}), BatchCosts({1: costs, 4: replace(costs, rows=4)}))
+    )
+    assert [each.cell for each in one.ranking] == [each.cell for each in alone.ranking]
+    for mine, theirs in zip(one.ranking, alone.ranking, strict=True):
+        assert mine.speedup == pytest.approx(theirs.speedup)
+        assert mine.interval == pytest.approx(theirs.interval, rel=0.03)
+    # as dear as one row: a round of four lasts as long as its longest row, and texts end at different times
+    assert all(mine.speedup < theirs.speedup for mine, theirs in zip(four.ranking[:5], one.ranking, strict=False))

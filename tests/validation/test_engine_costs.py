@@ -12,6 +12,7 @@ import pytest
 from cli.test_commands import document
 from cli.test_front_door import fails
 
+from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.errors import InputError, ResourceError
 from probekit.validation.engine_costs import LONGER, CostPlan, measure_engine
@@ -22,7 +23,7 @@ from probekit.validation.vllm import vllm_session
 
 PLAN = CostPlan((1, 5), (1, 2, 4), contexts=(64,), sweeps=2)
 VERIFY = {1: 0.010, 2: 0.012, 3: 0.013, 5: 0.019}
-DRAFT, FIRST = {1: 0.002, 5: 0.008}, {1: 0.001, 5: 0.003}
+DRAFT, FIRST, LOOKUP = {1: 0.002, 5: 0.008}, {1: 0.001, 5: 0.003}, 0.004
 
 
 @dataclass
@@ -35,10 +36,11 @@ class Fabricated:
 
     def __call__(self, prompt_ids, max_new_tokens, *, rows=1, ignore_eos=False):
         drafted, accepted, plain, seconds, made = [], [], 1, 0.5 + 0.01 * len(prompt_ids), 1
-        length = self.drafting.draft_length
+        length, looks_up, begin = self.drafting.draft_length, self.drafting.lookup is not None, prompt_ids[0]
         while made < max_new_tokens:
             drafts = min(length, max_new_tokens - made - 1)
-            if drafts and self.finds and not (self.drafting.lookup is not None and made % 3 == 0):
+            seconds += LOOKUP if looks_up else 0.0
+            if drafts and self.finds and not (looks_up and (made + begin) % (3 + begin % 5) == 0):
                 taken = min(made % (drafts + 1), max_new_tokens - made - 1)
                 drafted.append(drafts)
                 accepted.append(taken)
@@ -72,6 +74,9 @@ def check(profile, scale=1.0, **at):
             expected = drafts * DRAFT[exit_layer] + FIRST[exit_layer] + VERIFY[drafts + 1]
             assert costs.round_seconds(exit_layer, drafts) == pytest.approx(scale * expected)
     assert costs.whole_pass_seconds(3) == pytest.approx(scale * VERIFY[3])
+    lookup = PromptLookup(2).key
+    for drafts in (0, 2):  # also where nothing is found
+        assert costs.round_seconds(lookup, drafts) == pytest.approx(scale * (VERIFY[drafts + 1] + LOOKUP))
 
 
 def test_steps_that_are_known_come_out_again():
@@ -79,7 +84,8 @@ def test_steps_that_are_known_come_out_again():
     check(profile)
     assert profile.details["largest_error"] < 1e-6
     assert profile.details["clock"] == "wall"
-    assert timed(replace(PLAN, draft_lengths=(1, 4))).details["largest_error"] is None  # as many steps as equations
+    few = timed(replace(PLAN, draft_lengths=(1, 4), texts=1))
+    assert few.details["largest_error"] is None  # no more equations than steps
 
 
 def test_a_model_of_steps_that_does_not_fit_says_by_how_much():
