@@ -3,7 +3,7 @@
 An engine is opened plainly, with prompt lookups (rounds that verify drafts and draft with no model), and with draft
 models of a few depths. Each decodes a short and a longer text from a few prompts; what the longer one takes more, and
 the rounds that the engine counts more, are one equation: seconds = plain steps + drafts + verifications, and what a
-round of lookups takes besides, which is often more than a step. The steps solve all equations by least squares of their
+round of lookups takes besides. The steps solve all equations by least squares of their
 relative errors. All are asked in turns, in an order that is drawn again each time.
 """
 
