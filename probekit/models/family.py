@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaModel
 
 from probekit.errors import InputError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 """The keyword that models take their cache by; renamed in transformers 5.24, which still takes the old one."""
 
 

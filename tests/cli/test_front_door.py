@@ -174,12 +174,12 @@ def test_a_second_signal_ends_at_once_and_without_a_traceback(tmp_path):
         "import signal, os, time\n"
         "from probekit.cli import main\n"
         "def slow(*_, **__):\n"
-        "    try: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-        "    finally: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT); time.sleep(300)\n"
+        "    finally: os.kill(os.getpid(), signal.SIGINT); time.sleep(300)\n"
         "import probekit.models.loaded; probekit.models.loaded.load = slow\n"
         "main(['inspect', 'tales-tied'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", late], env=HERE, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", late], env=HERE, capture_output=True, text=True, timeout=150)
     assert done.returncode == -signal.SIGINT, "130, as a shell gives it"
     assert "Traceback" not in done.stderr
 
