@@ -191,6 +191,7 @@ def test_bad_input_is_one_clear_line(folder, capsys, words, message):
     assert message in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.second
 def test_choose_for_batches_of_the_decoder_here(folder, capsys):
     """A choice for each number of rows; a schedule for an engine is not made of these costs."""
     words = ["choose", str(folder), "--context", "8", "--draft-lengths", "2", "--exit-layers", "1,2"]
