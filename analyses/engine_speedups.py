@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ import engine_environments as environments
 import numpy as np
 import torch
 import typer
+from engine_turns import FEWER, MORE, PAST, SETTINGS, cost_plan, decoding, in_turns, prompt_ids
 from fetch_real_models import fetch
 from rich.console import Console
 
@@ -36,7 +36,7 @@ from probekit.settings import Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import as_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
-from probekit.validation.engine_costs import CostPlan, measure_home
+from probekit.validation.engine_costs import measure_home
 from probekit.validation.engine_rounds import Session
 from probekit.validation.open_engine import EngineHome
 
@@ -50,9 +50,6 @@ LOOKUPS = {
     "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=3), PromptLookup(2, rule="llama.cpp", copied=3)),
 }
 LOOKUP_LENGTH = 3
-FEWER, MORE = 8, 64
-CONTEXT = 64  # of the costs: the middle of these texts
-PAST = 8
 SCHEMA = "probekit/engine-speedups/1"
 RESULTS = Path("docs/results/engine-speedups")
 
@@ -75,8 +72,7 @@ def main(
     place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine,
-        "settings": {"tokens": [FEWER, MORE], "context": CONTEXT, "dtype": "float32", "threads": 1,
-                     "clock": "processor"},
+        "settings": SETTINGS,
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
         "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
         | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
@@ -89,9 +85,7 @@ def main(
         home = EngineHome(
             engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="",
         )  # fmt: skip
-        plan = CostPlan((1, loaded.depth - 1), (1, 2, 4, 8), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
-                        together=engine == "transformers", texts=texts)  # fmt: skip
-        profile = measure_home(home, plan)
+        profile = measure_home(home, cost_plan(engine, loaded.depth, sweeps, texts))
         record["profiles"][loaded.name] = profile.to_json()
         record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "texts": texts}
         record["rows"] = [row for row in record["rows"] if row["model"] != loaded.name]
@@ -124,23 +118,11 @@ def kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int) -> tuple[float, float]:
-    """(plain seconds / seconds with drafts, plain seconds / plain seconds) over all prompts, each at the least that its
-    turns took: other processes only add to it."""
-    ids = [run.prompt_ids(prompt).tolist() for prompt in run.prompts]
-    order = random.Random(0)
-    seconds = np.full((sweeps, len(ids), 3, 2), np.inf)  # three sessions, two lengths
-    for sweep in range(-1, sweeps):  # the first passes are slow
-        for at, prompt in enumerate(ids):
-            asks = [(0, plain), (1, drafts), (2, plain)]
-            order.shuffle(asks)
-            for place, session in asks:
-                taken = [session(prompt, count).processor_s for count in (FEWER, MORE)]
-                if sweep >= 0:
-                    seconds[sweep, at, place] = taken
-    least = seconds.min(axis=0).sum(axis=0)
-    decoding = least[:, 1] - least[:, 0]
-    both = seconds[:, :, [0, 2]].min(axis=(0, 2)).sum(axis=0)
-    return float((both[1] - both[0]) / decoding[1]), float(decoding[0] / decoding[2])
+    """(plain seconds / seconds with drafts, plain seconds / plain seconds) over all prompts."""
+    seconds = in_turns(prompt_ids(run), (plain, drafts, plain), sweeps)
+    first, drafting, second = decoding(seconds).sum(axis=0)
+    both = decoding(np.concatenate([seconds[:, :, [0]], seconds[:, :, [2]]])).sum()
+    return float(both / drafting), float(first / second)
 
 
 def predicted(run: Trace, drafter: Drafter, length: int, costs: Costs, first_round: str) -> float:

@@ -72,7 +72,7 @@ ROWS = {
     "choice": ("certainty", "prices", "ranking", "choose", "schedule", "what_if", "robustness", "rank"),
     "engines": (
         "acceptance", "engine", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "known", "export",
-        "pretrained",
+        "inside", "pretrained",
     ),
     "validation": (
         "draft_checkpoint", "differences", "results", "engine_rounds", "transformers", "inside_vllm",

@@ -20,7 +20,7 @@ from probekit.choice.ranking import Ranked, Ranking
 from probekit.costs.batch import BatchCosts
 from probekit.costs.profile import Costs
 from probekit.drafting.drafters import Drafter
-from probekit.drafting.keys import DrafterKey
+from probekit.drafting.keys import NGRAM, DrafterKey
 from probekit.drafting.policies import FIXED, Policy
 from probekit.errors import InputError
 from probekit.html_tables import HtmlCell
@@ -306,6 +306,8 @@ class Choice:
 
 def _described(candidate: Candidate) -> str:
     tokens = f"{candidate.draft_length} token{'s' if candidate.draft_length > 1 else ''} at a time"
+    if candidate.key is not None and candidate.key.kind == NGRAM:
+        return f"prompt lookup ({candidate.key.model}), {tokens}"
     if candidate.drafter is not None:
         return f"the model {candidate.drafter}, {tokens}"
     layers = "layer" if candidate.exit_layer == 1 else f"{candidate.exit_layer} layers"
@@ -320,6 +322,8 @@ def _times(candidate: Candidate) -> str:
 
 def choose(prediction: Prediction | Trace, costs: Costs | BatchCosts, *, ways: Ranking | None = None) -> Choice:
     """Rank no drafting, self-speculative decoding at every pair and, where there is a draft model, two-model decoding.
+
+    A prediction of what another engine has (`engines.inside`) has its prompt lookups, too.
 
     Cells that the costs do not know, and cells without a round, are left out.
 

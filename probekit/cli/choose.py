@@ -16,10 +16,10 @@ from probekit.cli.costs import (
     AnyCosts,
     Context,
     context_of,
-    convention_of,
     costs_of,
     engine_asked,
     engine_profile,
+    predicted,
     profile_named,
 )
 from probekit.cli.export import EngineName, schedule_of
@@ -81,7 +81,6 @@ def choose(
     from probekit.engines.export import check_export
     from probekit.engines.known import engine_named
     from probekit.prediction.joint import check_batch
-    from probekit.prediction.predict import predict as predict_rounds
     from probekit.traces.trace import Trace
 
     profile, asked, told = profile_named(costs), engine_asked(costs), engine_named(engine)
@@ -115,9 +114,10 @@ def choose(
     when_to_stop = policy_named(policy)
     others = [import_drafter(path, trace) for path in imported or ()]
     whose = profile.engine if profile is not None else None if asked is None else asked[0]
-    prediction = predict_rounds(
-        trace, exits, lengths, convention_of(trace, whose), of_batches, draft_rows=draft_rows, policy=when_to_stop
-    )
+    prediction = predicted(
+        trace, whose, exits, lengths, draft_rows, when_to_stop, target=None if export is None else engine,
+        with_rounds=of_batches,
+    )  # fmt: skip
     if of_batches:
         check_batch(prediction, max(batches or [1]))
     lengths = sorted({cell.draft_length for cell in prediction.cells})

@@ -94,6 +94,22 @@ def convention_of(trace: Trace, engine: str | None) -> str:
     return "prefill" if told is None else convention(trace, told)
 
 
+def predicted(trace, whose, exits, lengths, draft_rows, policy, *, target=None, with_rounds=False):
+    """The rounds of what an engine can draft with, where the costs are those of one (`whose`); otherwise of ours.
+
+    target: the engine that is exported to; another one's prompt lookups are none of its.
+    """
+    from probekit.engines.inside import predict_inside
+    from probekit.engines.known import ENGINES
+    from probekit.prediction.predict import predict
+
+    told = None if whose is None else ENGINES.get(whose)
+    if told is None:
+        return predict(trace, exits, lengths, with_rounds=with_rounds, draft_rows=draft_rows, policy=policy)
+    look_up = False if target not in (None, whose) else None
+    return predict_inside(trace, told, exits, lengths, draft_rows=draft_rows, policy=policy, look_up=look_up)
+
+
 def costs_of(trace, source, context, lengths, draft_rows, policy, device, dtype, bars, *, rows=1, bits=None):
     """Costs that know every draft length asked for, and the run's draft model."""
     if source == "roofline":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.costs import AnyCosts, Context, context_of, convention_of, costs_of, profile_named
+from probekit.cli.costs import AnyCosts, Context, context_of, convention_of, costs_of, predicted, profile_named
 from probekit.cli.terminal import notice, out, print_json, progress_bars
 from probekit.errors import InputError
 
@@ -72,7 +72,7 @@ def export(
     elif chosen is not None:
         drafts, length, sentence = _of_study(trace, chosen)
     else:
-        choice = _chosen(trace, costs, context, device, dtype, quiet or as_json)
+        choice = _chosen(trace, costs, engine, context, device, dtype, quiet or as_json)
         drafts = choice.best.drafts
     plan = None
     if batches is not None and drafts is not None:
@@ -148,18 +148,17 @@ def _of_study(trace: Trace, entry: dict) -> tuple[Drafter | None, int, str]:
 
 
 def _chosen(
-    trace: Trace, costs: str, context: int | None, device: str | None, dtype: str | None, silent: bool
+    trace: Trace, costs: str, engine: str, context: int | None, device: str | None, dtype: str | None, silent: bool
 ) -> Choice:
     from probekit.choice.choose import choose
     from probekit.drafting.policies import FIXED
-    from probekit.prediction.predict import predict
 
     profile, lengths = profile_named(costs), range(1, 9)
     if profile is not None:
         lengths = range(1, min(8, profile.longest_draft) + 1)
-        prediction = predict(trace, draft_lengths=lengths, first_round=convention_of(trace, profile.engine))
+        prediction = predicted(trace, profile.engine, None, lengths, None, FIXED, target=engine)
         return choose(prediction, profile.costs(trace.depth, context=context))
-    prediction = predict(trace, draft_lengths=lengths)
+    prediction = predicted(trace, None, None, lengths, None, FIXED)
     with progress_bars(silent) as bars:
         timed = costs_of(trace, costs, context_of(costs, context), lengths, None, FIXED, device, dtype, bars)
     return choose(prediction, timed)

@@ -52,13 +52,10 @@ class Drafting:
     @classmethod
     def of(cls, choice: Choice) -> Drafting:
         """What a choice says."""
-        if not choice.speculate:
+        best = choice.best
+        if best.drafts is None:
             return cls(sampling=choice.sampling)
-        exits = choice.drafter is None
-        return cls(
-            choice.draft_length or 0, choice.exit_layer, choice.drafter, None, choice.sampling,
-            choice.draft_rows if exits else None, choice.exit_heads if exits else None,
-        )  # fmt: skip
+        return cls.with_drafter(best.drafts, best.draft_length, choice.sampling)
 
     @classmethod
     def with_drafter(cls, drafter: Drafter, draft_length: int, sampling: Sampling) -> Drafting:

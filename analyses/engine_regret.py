@@ -1,0 +1,187 @@
+"""Was the way that probekit chooses for another engine the fastest there? Every way that it chose among, really run.
+
+    python analyses/engine_regret.py transformers --environments build/engines -o docs/results/engine-regret
+    python analyses/engine_regret.py vllm --environments build/engines -o docs/results/engine-regret
+
+Chosen on the even-numbered bundled prompts: one trace, and costs that `probekit costs` measures in that engine. Exits
+and prompt lookups at every length then decode the odd-numbered ones inside the engine, in turns with plain decoding,
+twice in each group of ways that are open together (in transformers all of them are; a process of vLLM or a server takes
+its own memory). Seconds are those of one processor, at the least of a text's turns; a way's speedup is against
+the plain decoding of its own group. More turns follow until the noise is below 2 %, or `--sweeps` are done.
+
+Regret: 1 - speedup of the chosen way / speedup of the fastest; plain decoding is among the ways, at 1. Held out: the
+fastest is looked for on half of the prompts and compared on the other half, for every way to halve them. Noise: what
+plain decoding differs from itself, in 95 % of the draws of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import engine_environments as environments
+import numpy as np
+import torch
+import typer
+from engine_turns import CONTEXT, MORE, PAST, SETTINGS, cost_plan, decoding, in_turns, prompt_ids
+from fetch_real_models import fetch
+from rich.console import Console
+
+from probekit.choice.choose import Candidate, choose
+from probekit.engines.engine import Drafting
+from probekit.engines.inside import predict_inside
+from probekit.engines.known import ENGINES
+from probekit.files import atomic_text
+from probekit.models.loaded import load
+from probekit.prediction.intervals import drawn_indices, spread
+from probekit.settings import Sampling
+from probekit.tracing.prompts import as_prompts, bundled_prompts_for
+from probekit.tracing.tracer import trace
+from probekit.validation.engine_costs import measure_home
+from probekit.validation.open_engine import EngineHome
+
+SCHEMA = "probekit/engine-regret/1"
+NOISE = 0.02
+RESAMPLES = 1000
+TOGETHER = {"transformers": 1000, "vllm": 6, "llama.cpp": 12}  # ways that are open at once
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+def main(
+    engine: Annotated[str, typer.Argument(help=" or ".join(TOGETHER))],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Receives ENGINE-MODEL.json.")] = Path(
+        "docs/results/engine-regret"
+    ),
+    model: str = "tales-layerskip",
+    exit_layers: Annotated[str, typer.Option(help="With commas between.")] = "1,2,3,4,6",
+    draft_lengths: Annotated[str, typer.Option(help="With commas between.")] = "1,2,3,4,5",
+    least: Annotated[int, typer.Option(min=1, help="Turns of every way, before noise is asked for.")] = 3,
+    sweeps: Annotated[int, typer.Option(min=1, help="The most turns of every way.")] = 9,
+    folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
+        "build/engines"
+    ),
+    cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
+    output.mkdir(parents=True, exist_ok=True)
+    place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
+    loaded = load(model if model.startswith("tales-") else fetch(model, cache.expanduser()), device="cpu",
+                  dtype="float32", cache=cache.expanduser())  # fmt: skip
+    home = EngineHome(engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="")
+    exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
+    prompts = as_prompts(bundled_prompts_for(loaded.name))
+    chosen_on = trace(loaded, prompts[::2], max_new_tokens=MORE + PAST)
+    profile = measure_home(home, cost_plan(engine, loaded.depth, 5, 3))
+    prediction = predict_inside(chosen_on, ENGINES[engine], exits, lengths, look_up=True)
+    choice = choose(prediction, profile.costs(loaded.depth, context=CONTEXT))
+    ways = [each for each in choice.ranking if each.key is not None]
+    record: dict[str, Any] = {
+        "schema": SCHEMA, "engine": engine, "model": loaded.name,
+        "settings": SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
+                                "noise": NOISE, "least": least, "sweeps": sweeps},
+        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
+        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+        "choice": choice.to_json(), "profile": profile.to_json(),
+    }  # fmt: skip
+    ids = prompt_ids(trace(loaded, prompts[1::2], max_new_tokens=MORE))
+    groups = []
+    for first in range(0, len(ways), TOGETHER[engine]):
+        group = ways[first : first + TOGETHER[engine]]
+        groups.append(decoded(home, group, ids, least, sweeps))
+        Console(soft_wrap=True).print(f"{first + len(group)} of {len(ways)} ways", markup=False)
+    plain = np.stack([each.plain for each in groups])
+    seconds = np.concatenate(
+        [plain.mean(axis=(0, 1))[None], *(each.ways * plain.mean() / each.plain.mean() for each in groups)]
+    )
+    names = ["no drafts", *(named(way) for way in ways)]
+    mine = names.index(named(choice.best)) if choice.speculate else 0
+    record |= {
+        "turns": [each.turns for each in groups],
+        "seconds": {name: np.round(row, 5).tolist() for name, row in zip(names, seconds, strict=True)},
+        "plain": np.round(plain, 5).tolist(),
+        "regret": regret(seconds, plain, mine, names) | {"predicted_speedup": choice.speedup},
+    }
+    atomic_text(output / f"{engine}-{loaded.name}.json", json.dumps(record, indent=1) + "\n")
+    Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
+
+
+def named(way: Candidate) -> str:
+    return f"{way.label} x {way.draft_length}"
+
+
+class Group(NamedTuple):
+    """Seconds of decoding: of plain decoding twice, (2, prompts); of ways that were open beside it, (ways, prompts)."""
+
+    plain: np.ndarray
+    ways: np.ndarray
+    turns: int
+
+
+def decoded(home: EngineHome, ways: Sequence[Candidate], ids: Sequence[Sequence[int]], least: int, most: int) -> Group:
+    """All of them in turns with plain decoding, until that differs from itself by less than NOISE."""
+    with ExitStack() as stack:
+        alone = stack.enter_context(home.open(Drafting()))
+        drafting = [
+            stack.enter_context(home.open(Drafting.with_drafter(way.drafts, way.draft_length, Sampling())))
+            for way in ways
+            if way.drafts is not None
+        ]
+        sessions = [alone, *drafting, alone]
+        seconds = in_turns(ids, sessions, least)
+        while len(seconds) < most and noise(_group(seconds).plain) > NOISE:
+            seconds = np.concatenate([seconds, in_turns(ids, sessions, 1, warm=True)])
+    return _group(seconds)
+
+
+def _group(seconds: np.ndarray) -> Group:
+    spent = decoding(seconds).T
+    return Group(spent[[0, -1]], spent[1:-1], len(seconds))
+
+
+def noise(plain: np.ndarray) -> float:
+    """How far plain decoding, (2, prompts), is from itself in 95 % of the draws of prompts."""
+    first, second = plain[:, drawn_indices(plain.shape[1], RESAMPLES)].sum(axis=-1)
+    return float(np.quantile(np.abs(1 - first / second), 0.95))
+
+
+def regret(seconds: np.ndarray, plain: np.ndarray, mine: int, names: Sequence[str]) -> dict[str, Any]:
+    """seconds: (ways, prompts), plain decoding the first. plain: (groups, 2, prompts). mine: the chosen one's place."""
+    prompts = seconds.shape[1]
+    total = seconds.sum(axis=1)
+    best = int(total.argmin())
+    drawn = seconds[:, drawn_indices(prompts, RESAMPLES)].sum(axis=-1)  # (ways, draws)
+    held = []
+    for half in combinations(range(prompts), prompts // 2):
+        here = np.isin(np.arange(prompts), half)
+        fastest = int(seconds[:, here].sum(axis=1).argmin())
+        held.append(1 - seconds[fastest, ~here].sum() / seconds[mine, ~here].sum())
+    apart = max(noise(each) for each in plain)
+    return {
+        "prompts": prompts,
+        "ways": len(seconds) - 1,
+        "chosen": names[mine],
+        "chosen_speedup": total[0] / total[mine],
+        "chosen_speedup_interval": list(map(float, spread(drawn[0] / drawn[mine]))),
+        "chosen_rank": int((total < total[mine]).sum()) + 1,
+        "best": names[best],
+        "best_speedup": total[0] / total[best],
+        "regret": 1 - total[best] / total[mine],
+        "regret_interval": list(map(float, spread(1 - drawn[best] / drawn[mine]))),
+        "regret_held_out": float(np.mean(held)),
+        "regret_held_out_quantiles": np.quantile(held, QUANTILES).tolist(),
+        "noise_95": apart,
+        "ways_within_noise_of_the_best": int((total <= total[best] * (1 + apart)).sum()),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
