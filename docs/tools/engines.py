@@ -1,4 +1,4 @@
-"""Tables of rounds and speedups inside other engines: `python docs/tools/engines.py` writes them into their pages."""
+"""Tables of rounds, speedups and choices inside other engines, in their pages: `python docs/tools/engines.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ PAGE = DOCS / "how-to" / "use-in-another-engine.md"
 RECORDS = DOCS / "results" / "engines"
 COSTS_PAGE = DOCS / "reference" / "cost-profile.md"
 SPEEDUPS = DOCS / "results" / "engine-speedups"
+REGRETS = DOCS / "results" / "engine-regret"
 
 
 def table() -> str:
@@ -58,6 +59,28 @@ def speedups() -> str:
     return "\n".join([*lines, "", f"Within 10 %: {', '.join(near)}."]) + "\n"
 
 
+def regrets() -> str:
+    """A row an engine and model: the chosen way and the fastest of all that were run there; none, no table."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(REGRETS.glob("*.json"))]
+    if not records:
+        return ""
+    heads = ["engine", "model", "ways run", "chosen", "predicted", "measured", "the fastest", "measured", "regret, %",
+             "held out, %", "noise, %"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for record in records:
+        found = record["regret"]
+        low, high = (100 * each for each in found["regret_interval"])
+        cells = [
+            f"{record['engine']} {version_of(record)}", record["model"], found["ways"],
+            found["chosen"].replace(" x ", " × "), f"{found['predicted_speedup']:.2f}",
+            f"{found['chosen_speedup']:.2f}", found["best"].replace(" x ", " × "),
+            f"{found['best_speedup']:.2f}", f"{100 * found['regret']:.1f} [{low:.1f}, {high:.1f}]",
+            f"{100 * found['regret_held_out']:.1f}", f"{100 * found['noise_95']:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def page(text: str, name: str = "counted", made: Callable[[], str] = table) -> str:
     """A page with the table in its place."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
@@ -67,4 +90,5 @@ def page(text: str, name: str = "counted", made: Callable[[], str] = table) -> s
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    COSTS_PAGE.write_text(page(COSTS_PAGE.read_text(encoding="utf-8"), "speedups", speedups), encoding="utf-8")
+    costs = page(COSTS_PAGE.read_text(encoding="utf-8"), "speedups", speedups)
+    COSTS_PAGE.write_text(page(costs, "regrets", regrets), encoding="utf-8")

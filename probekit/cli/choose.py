@@ -87,8 +87,9 @@ def choose(
     if profile is None and asked is None:
         context = context_of(costs, context)
     elif context is None:
-        context = MEASURED_CONTEXT if profile is None else profile.contexts[0]
-    options.at_least_one(context, "--context")
+        context = MEASURED_CONTEXT if profile is None else profile.contexts[0]  # 0 where a profile says none
+    else:
+        options.at_least_one(context, "--context")
     batches = options.integers(rows, "--rows")
     places = options.integers(contexts, "--contexts")
     of_batches = costs == "measured" and max(batches or [1]) > 1

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probekit.cli import options
-from probekit.cli.costs import AnyCosts, Context, context_of, convention_of, costs_of, predicted, profile_named
+from probekit.cli.costs import (
+    MEASURED_CONTEXT,
+    AnyCosts,
+    Context,
+    context_of,
+    convention_of,
+    costs_of,
+    engine_asked,
+    engine_profile,
+    predicted,
+    profile_named,
+)
 from probekit.cli.terminal import notice, out, print_json, progress_bars
 from probekit.errors import InputError
 
@@ -71,12 +82,18 @@ def export(
         drafts = _named(trace, exit_layer, drafter)
     elif chosen is not None:
         drafts, length, sentence = _of_study(trace, chosen)
-    else:
-        choice = _chosen(trace, costs, engine, context, device, dtype, quiet or as_json)
+    profile: EngineProfile | str = profile_named(costs) or costs
+    chooses = draft_length is None and chosen is None
+    if (chooses or batches is not None) and (asked := engine_asked(costs)) is not None:
+        with progress_bars(quiet or as_json) as bars:
+            places = [MEASURED_CONTEXT if context is None else context]
+            profile = engine_profile(trace, asked, batches or [1], places, range(1, 9), device, dtype, bars)
+    if chooses:
+        choice = _chosen(trace, profile, engine, context, device, dtype, quiet or as_json)
         drafts = choice.best.drafts
     plan = None
     if batches is not None and drafts is not None:
-        plan = schedule_of(trace, drafts, batches, costs, context, device, dtype)
+        plan = schedule_of(trace, drafts, batches, profile, context, device, dtype)
     from probekit.handover.export import export as hand_over  # with torch: after what can be refused without
 
     exported = hand_over(
@@ -148,19 +165,20 @@ def _of_study(trace: Trace, entry: dict) -> tuple[Drafter | None, int, str]:
 
 
 def _chosen(
-    trace: Trace, costs: str, engine: str, context: int | None, device: str | None, dtype: str | None, silent: bool
-) -> Choice:
+    trace: Trace, costs: str | EngineProfile, engine: str, context: int | None, device: str | None, dtype: str | None,
+    silent: bool,
+) -> Choice:  # fmt: skip
     from probekit.choice.choose import choose
     from probekit.drafting.policies import FIXED
 
-    profile, lengths = profile_named(costs), range(1, 9)
+    profile, lengths = None if isinstance(costs, str) else costs, range(1, 9)
     if profile is not None:
         lengths = range(1, min(8, profile.longest_draft) + 1)
         prediction = predicted(trace, profile.engine, None, lengths, None, FIXED, target=engine)
         return choose(prediction, profile.costs(trace.depth, context=context))
     prediction = predicted(trace, None, None, lengths, None, FIXED)
     with progress_bars(silent) as bars:
-        timed = costs_of(trace, costs, context_of(costs, context), lengths, None, FIXED, device, dtype, bars)
+        timed = costs_of(trace, costs, context_of(str(costs), context), lengths, None, FIXED, device, dtype, bars)
     return choose(prediction, timed)
 
 
@@ -173,7 +191,7 @@ def schedule_of(
     from probekit.drafting.policies import FIXED
     from probekit.prediction.predict import predict
 
-    profile = profile_named(costs) if isinstance(costs, str) else costs
+    profile = None if isinstance(costs, str) else costs
     if costs == "measured":
         raise InputError(
             "--rows makes a schedule for an engine, and needs the costs of a batch there; measured costs are of the "

@@ -92,6 +92,39 @@ def test_choose_hands_over_what_it_chose(capsys, traced, tmp_path):
     assert "MODEL_CARD.md" in {path.name for path in (tmp_path / "to").iterdir()}
 
 
+def test_an_engine_is_told_its_own_lookup_where_that_is_best(capsys, traced, tmp_path):
+    """Costs of vLLM whose drafts take as long as plain steps; another engine has no lookup by its rule."""
+    costs = tmp_path / "vllm.csv"
+    costs.write_text(
+        "engine,step,exit_layer,tokens,seconds\nvllm,autoregressive,,1,0.01\nvllm,draft,1,1,0.01\n"
+        "vllm,draft,11,1,0.01\nvllm,verify,,2,0.0101\nvllm,verify,,5,0.0102\n"
+    )
+    chosen = document(capsys, "choose", traced, "--costs", costs, "--export", tmp_path / "to", "--engine", "vllm")
+    assert chosen["drafter"].startswith("ngram:")
+    assert chosen["drafter"].endswith(":vllm")
+    settings = json.loads((tmp_path / "to" / "settings.json").read_text())["speculative_config"]
+    assert settings["method"] == "ngram"
+    assert settings["num_speculative_tokens"] == chosen["draft_length"]
+    assert document(capsys, "export", traced, "-o", tmp_path / "same", "--engine", "vllm", "--costs", costs)[
+        "drafter"
+    ] == chosen["drafter"]  # fmt: skip
+    other = document(capsys, "export", traced, "-o", tmp_path / "other", "--engine", "llama.cpp", "--costs", costs,
+                     "--settings-only")  # fmt: skip
+    assert other["drafter"] is None or other["drafter"].startswith("layer ")
+    named = document(capsys, "choose", traced, "--costs", costs, "--exit-layers", "2,3")
+    assert all(each["drafter"] is None for each in [named, *named["runners_up"]])
+
+
+@pytest.mark.second  # it times an engine
+def test_an_export_times_the_engine_that_it_is_for(capsys, traced, tmp_path, monkeypatch):
+    monkeypatch.setattr("probekit.cli.costs.SWEEPS", 1)
+    found = document(capsys, "export", traced, "-o", tmp_path / "to", "--engine", "transformers", "--costs",
+                     "transformers")  # fmt: skip
+    chosen = json.loads((tmp_path / "to" / "choice.json").read_text())
+    assert chosen["costs"]["source"] == "transformers"
+    assert found["draft_length"] == chosen["draft_length"]
+
+
 def test_wrong_use_is_one_line(capsys, traced, tmp_path):
     to = ["-o", tmp_path / "to"]
     assert "there is no export to 'mlx'" in fails(capsys, "export", traced, *to, "--engine", "mlx")

@@ -28,7 +28,11 @@ def test_the_table_is_that_of_the_records():
     spec = importlib.util.spec_from_file_location("engines_tool", DOCS / "tools" / "engines.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    for page, *which in ((PAGE,), (tool.COSTS_PAGE, "speedups", tool.speedups)):
+    for page, *which in (
+        (PAGE,),
+        (tool.COSTS_PAGE, "speedups", tool.speedups),
+        (tool.COSTS_PAGE, "regrets", tool.regrets),
+    ):
         text = page.read_text(encoding="utf-8")
         assert tool.page(text, *which) == text
 
