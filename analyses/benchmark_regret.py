@@ -7,12 +7,13 @@
 The pair is chosen on the even-numbered bundled prompts: one trace, and costs measured on this machine. Exit heads, and
 the tokens whose rows a small draft head keeps, are learned from what the model writes after every fourth prompt, which
 then has no part in the choice. Every pair decodes the odd-numbered ones. All take turns on a prompt, autoregressive
-decoding twice among them, before the next prompt comes: a machine that slows down slows all of them. A run stops after
-`--minutes`, behind a whole prompt, and the same command goes on with the others.
+decoding twice among them, before the next prompt comes: a machine that slows down slows all of them. More turns follow
+until that decoding differs from itself by less than 1 %, or `--turns` are done. A run stops after `--minutes`, behind a
+whole prompt, and the same command goes on with the others.
 
 Regret: 1 - speedup of the chosen pair / speedup of the best pair, all prompts together; "no drafts" is among the pairs,
-at 1. The time of a pair is that of its rounds: their number, which no noise touches, times the median over the prompts
-of a text's median round, so that a slow moment of the machine, which meets one pair and not the next, decides nothing.
+at 1. The time of a pair on a prompt is that of all its rounds, at the least of the turns: other processes only add to
+it. One thread on a CPU is timed by the processor's clock, which does not count them either.
 The best of many noisy speedups is too good, so beside it stands the honest one: the best pair is looked for on half of
 the prompts, and compared on the other half, for every way to halve them. Noise: the same for two runs of one method,
 autoregressive decoding against itself.
@@ -28,12 +29,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Annotated, Any
 
 import benchmarking as bench
@@ -60,8 +61,9 @@ from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 
 RESAMPLES = 1000
-RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds", "round_s")
+RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds")
 PLAIN = (0, 0)  # (exit layer, draft length) of autoregressive decoding
+LEAST, NOISE = 3, 0.01  # turns of every pair on a prompt, and when they are enough
 
 
 def main(
@@ -75,6 +77,7 @@ def main(
     ] = None,
     heads: Annotated[bool, typer.Option("--fit-heads", help="Draft through exit heads.")] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Start no further prompt after so long.")] = 3.5,
+    turns: Annotated[int, typer.Option(min=1, help="The most turns of every pair on a prompt.")] = 6,
     threads: bench.Threads = None,
     device: bench.AnyDevice = None,
     dtype: bench.Dtype = None,
@@ -84,14 +87,14 @@ def main(
         loaded = ranks.agreed(lambda: bench.opened_with(model, threads, ranks.device(device), dtype))
         prompts = bundled_prompts_for(loaded.name)
         drafting, record, raw = ranks.from_first_of(
-            lambda: begun(loaded, prompts, output, max_new_tokens, longest, draft_rows, heads)
+            lambda: begun(loaded, prompts, output, max_new_tokens, longest, draft_rows, heads, turns)
         )
         todo = [prompt for prompt in prompts[1::2] if prompt.index not in set(raw["prompt"])]
         methods = methods_of(loaded, longest, drafting)
         for place, prompt in enumerate(ranks.share(todo)):
             if place and perf_counter() - began > 60 * minutes:
                 break
-            keep(output, ranks.rank, measured(loaded, prompt, methods, max_new_tokens))
+            keep(output, ranks.rank, measured(loaded, prompt, methods, max_new_tokens, turns))
         ranks.all("measured")
         if not ranks.first:
             return
@@ -105,7 +108,7 @@ def main(
 
 def begun(
     loaded: Loaded, prompts: Sequence[Prompt], output: Path, budget: int, longest: int, draft_rows: int | None,
-    heads: bool,
+    heads: bool, turns: int,
 ) -> tuple[Drafting, dict[str, Any], pd.DataFrame]:  # fmt: skip
     """What exit layers draft with, the choice, and what an earlier run of the same settings has measured."""
     learns = heads or draft_rows is not None
@@ -115,6 +118,8 @@ def begun(
         "longest": longest,
         "weights_hash": loaded.weights_hash,
         "threads": torch.get_num_threads(),
+        "turns": turns,
+        "clock": "processor" if clock_of(loaded) is process_time else "wall",
         "draft_rows": draft_rows,
         "exit_heads": fingerprint(drafting.heads) if drafting.heads else None,
     }
@@ -230,97 +235,78 @@ def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[t
     return [plain, *pairs[:half], plain, *pairs[half:]]
 
 
+def clock_of(loaded: Loaded) -> Callable[[], float]:
+    """Of one thread on a CPU the processor's own."""
+    return process_time if loaded.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+
+
 def measured(
-    loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Decoder]], budget: int
+    loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Decoder]], budget: int, most: int
 ) -> pd.DataFrame:
-    """All methods on one prompt, in an order of its own. Seconds of decoding only."""
-    ids = loaded.tokenizer(prompt.text)["input_ids"]
-    for _, method in methods[:3]:
-        method.decode([ids], max_new_tokens=min(budget, 16))
+    """All methods on one prompt, each turn in an order of its own. Seconds of the rounds only."""
+    ids, clock = loaded.tokenizer(prompt.text)["input_ids"], clock_of(loaded)
+    for _, method in methods:
+        method.decode([ids], max_new_tokens=min(budget, 8))
+    order = np.random.default_rng(prompt.index)
     rows: list[tuple[Any, ...]] = []
     seen: dict[tuple[int, int], int] = {}
-    for place in np.random.default_rng(prompt.index).permutation(len(methods)):
-        pair, method = methods[place]
-        with bench.stopwatch() as ticks:
-            done = method.decode([ids], max_new_tokens=budget)[0]
-        seen[pair] = seen.get(pair, -1) + 1
-        spent = done.seconds["total"] - done.seconds["prefill"]
-        typical = float(np.median(np.diff(ticks)))
-        rows.append((prompt.index, *pair, seen[pair], spent, done.emitted, done.rounds, typical))
+    for sweep in range(most):
+        for place in order.permutation(len(methods)):
+            pair, method = methods[place]
+            with bench.stopwatch(clock) as ticks:
+                done = method.decode([ids], max_new_tokens=budget)[0]
+            seen[pair] = seen.get(pair, -1) + 1
+            rows.append((prompt.index, *pair, seen[pair], ticks[-1] - ticks[0], done.emitted, done.rounds))
+        alone = [row[RAW.index("seconds")] for row in rows if row[1:3] == PLAIN]
+        if sweep + 1 >= LEAST and abs(1 - min(alone[::2]) / min(alone[1::2])) < NOISE:
+            break
     return pd.DataFrame(rows, columns=list(RAW))
 
 
 def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
     """Speedups of all pairs, pooled over prompts, and what the chosen one lost."""
-    pairs = [PLAIN, *sorted(set(zip(raw["exit_layer"], raw["draft_length"], strict=True)) - {PLAIN})]
-    table = raw.pivot_table(["seconds", "rounds", "round_s"], "prompt", ["exit_layer", "draft_length", "turn"])
-    runs = [Runs.of(table, pair) for pair in pairs]
-    plain, mine = runs[0], runs[pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))]
-    seconds = np.array([run.typical() for run in runs])
-    best = runs[int(seconds.argmin())]
-    draws = drawn_indices(len(table), RESAMPLES)
-    against_itself = [
-        abs(1 - Runs.of(table, PLAIN, 0).typical(at) / Runs.of(table, PLAIN, 1).typical(at)) for at in draws
-    ]
-    lost = [1 - best.typical(at) / mine.typical(at) for at in draws]
-    gained = [plain.typical(at) / mine.typical(at) for at in draws]
-    held = halves(runs, mine, len(table))
+    raw = raw.assign(pair=list(zip(raw["exit_layer"], raw["draft_length"], strict=True)))
+    table = raw.groupby(["pair", "prompt"])["seconds"].min().unstack("prompt")  # (pairs, prompts)
+    alone = raw[raw["pair"] == PLAIN]
+    twice = np.stack([alone[alone["turn"] % 2 == part].groupby("prompt")["seconds"].min() for part in (0, 1)])
+    pairs = [PLAIN, *sorted(set(table.index) - {PLAIN})]
+    # Autoregressive decoding, too, at the least of as many turns as the others.
+    seconds = np.concatenate([twice.mean(axis=0)[None], table.loc[pairs[1:]].to_numpy()])
+    mine = pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))
+    total = seconds.sum(axis=1)
+    best = int(total.argmin())
+    draws = drawn_indices(seconds.shape[1], RESAMPLES)
+    drawn, first, second = (each[..., draws].sum(axis=-1) for each in (seconds, *twice))
+    apart = float(np.quantile(abs(1 - first / second), 0.95))
+    held = halves(seconds, mine)
     return {
-        "prompts": len(table),
+        "prompts": seconds.shape[1],
         "pairs": len(pairs) - 1,
-        "chosen": list(mine.pair),
-        "chosen_speedup": plain.typical() / mine.typical(),
-        "chosen_speedup_interval": [float(end) for end in spread(np.array(gained))],
+        "chosen": list(pairs[mine]),
+        "chosen_speedup": total[0] / total[mine],
+        "chosen_speedup_interval": [float(end) for end in spread(drawn[0] / drawn[mine])],
         "chosen_speedup_predicted": choice["speedup"],
-        "chosen_speedup_of_totals": float(plain.seconds.sum() / mine.seconds.sum()),
-        "chosen_rank": int((seconds < mine.typical()).sum()) + 1,
-        "best": list(best.pair),
-        "best_speedup": plain.typical() / best.typical(),
-        "regret": 1 - best.typical() / mine.typical(),
-        "regret_interval": [float(end) for end in spread(np.array(lost))],
+        "chosen_rank": int((total < total[mine]).sum()) + 1,
+        "best": list(pairs[best]),
+        "best_speedup": total[0] / total[best],
+        "regret": 1 - total[best] / total[mine],
+        "regret_interval": [float(end) for end in spread(1 - drawn[best] / drawn[mine])],
         "regret_held_out": float(np.mean(held)),
         "regret_held_out_quantiles": np.quantile(held, bench.QUANTILES).tolist(),
-        "noise": abs(1 - Runs.of(table, PLAIN, 0).typical() / Runs.of(table, PLAIN, 1).typical()),
-        "noise_95": float(np.quantile(against_itself, 0.95)),
-        "pairs_within_noise_of_the_best": int(
-            (seconds < seconds.min() * (1 + np.quantile(against_itself, 0.95))).sum()
-        ),
+        "noise": abs(1 - twice[0].sum() / twice[1].sum()),
+        "noise_95": apart,
+        "pairs_within_noise_of_the_best": int((total < total.min() * (1 + apart)).sum()),
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """One pair on every prompt: (prompts,) seconds, rounds, and seconds of the median round."""
-
-    pair: tuple[int, int]
-    seconds: np.ndarray
-    rounds: np.ndarray
-    round_s: np.ndarray
-
-    @classmethod
-    def of(cls, table: pd.DataFrame, pair: tuple[int, int], turn: int | None = None) -> Runs:
-        """table: a row a prompt. Without a turn, the mean of all."""
-        found = []
-        for name in ("seconds", "rounds", "round_s"):
-            turns = table[name][pair]
-            found.append((turns.mean(axis=1) if turn is None else turns[turn]).to_numpy(float))
-        return cls(pair, *found)
-
-    def typical(self, at: np.ndarray | slice = slice(None)) -> float:
-        """Seconds of all rounds of some prompts, were every round of the typical duration."""
-        return float(self.rounds[at].sum() * np.median(self.round_s[at]))
-
-
-def halves(runs: Sequence[Runs], mine: Runs, prompts: int) -> np.ndarray:
-    """Regret on one half of the prompts against the pair that was best on the other half, for every way to halve them.
-
-    Returns (halvings,).
-    """
-    found = []
+def halves(seconds: np.ndarray, mine: int) -> np.ndarray:
+    """(halvings,) regret on one half of the prompts against the way that was best on the other half, for every way to
+    halve them. seconds: (ways, prompts). mine: the place of the chosen way."""
+    prompts, found = seconds.shape[1], []
     for first in combinations(range(prompts), prompts // 2):
         here = np.isin(np.arange(prompts), first)
-        best = min(runs, key=lambda run: run.typical(here))
-        found.append(1 - best.typical(~here) / mine.typical(~here))
+        best = seconds[:, here].sum(axis=1).argmin()
+        found.append(1 - seconds[best, ~here].sum() / seconds[mine, ~here].sum())
     return np.array(found)
 
 

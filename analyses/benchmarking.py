@@ -162,15 +162,15 @@ def _nothing() -> None:
 
 
 @contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """The moments at which rounds of decoding begin and end: those at which a batch says so itself."""
+def stopwatch(clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
+    """The moments at which rounds of decoding begin and end, by a clock: those at which a batch says so itself."""
     ticks: list[float] = []
     lap = DecodeBatch.lap
 
     def noted(batch: DecodeBatch, phase: str) -> None:
         lap(batch, phase)
         if phase in ("prefill", "verify"):
-            ticks.append(time.perf_counter())
+            ticks.append(clock())
 
     DecodeBatch.lap = noted  # type: ignore[assignment, method-assign]
     try:

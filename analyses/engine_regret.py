@@ -22,7 +22,6 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +29,8 @@ import engine_environments as environments
 import numpy as np
 import torch
 import typer
+from benchmark_regret import halves
+from benchmarking import QUANTILES
 from engine_turns import CONTEXT, MORE, PAST, SETTINGS, cost_plan, decoding, in_turns, prompt_ids
 from fetch_real_models import fetch
 from rich.console import Console
@@ -51,7 +52,6 @@ SCHEMA = "probekit/engine-regret/1"
 NOISE = 0.02
 RESAMPLES = 1000
 TOGETHER = {"transformers": 1000, "vllm": 6, "llama.cpp": 12}  # ways that are open at once
-QUANTILES = (0.2, 0.5, 0.8)
 
 
 def main(
@@ -159,11 +159,7 @@ def regret(seconds: np.ndarray, plain: np.ndarray, mine: int, names: Sequence[st
     total = seconds.sum(axis=1)
     best = int(total.argmin())
     drawn = seconds[:, drawn_indices(prompts, RESAMPLES)].sum(axis=-1)  # (ways, draws)
-    held = []
-    for half in combinations(range(prompts), prompts // 2):
-        here = np.isin(np.arange(prompts), half)
-        fastest = int(seconds[:, here].sum(axis=1).argmin())
-        held.append(1 - seconds[fastest, ~here].sum() / seconds[mine, ~here].sum())
+    held = halves(seconds, mine)
     apart = max(noise(each) for each in plain)
     return {
         "prompts": prompts,

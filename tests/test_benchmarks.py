@@ -216,7 +216,7 @@ def test_regret_is_resumed_with_what_it_learned(room, tiny_folder, tmp_path, dra
     monkeypatch.setattr(script, "bundled_prompts_for", lambda name: bundled_prompts("general")[:8])
 
     def run(minutes):
-        script.main(str(tiny_folder), output, 6, 2, *drafting, minutes, 1, "cpu", "float32")
+        script.main(str(tiny_folder), output, 6, 2, *drafting, minutes, 2, 1, "cpu", "float32")
         return json.loads(output.with_suffix(".json").read_text())
 
     begun = run(1e-3)
@@ -244,7 +244,7 @@ def regret_in_a_job(ranks, folder, settings):
             os.kill(os.getpid(), signal.SIGKILL)
 
     script.keep = keep_or_die
-    script.main(settings["model"], folder, 6, 2, None, False, 60, 1, "cpu", "float32")
+    script.main(settings["model"], folder, 6, 2, None, False, 60, 1, 1, "cpu", "float32")
 
 
 @pytest.mark.long
@@ -253,7 +253,7 @@ def test_processes_share_the_prompts_of_a_regret(tiny_folder, tmp_path):
     asked = {"model": str(tiny_folder), "dies": False}
 
     def rows(name):
-        return pd.read_csv(tmp_path / f"{name}.csv").drop(columns=["seconds", "round_s"])
+        return pd.read_csv(tmp_path / f"{name}.csv").drop(columns=["seconds"])
 
     assert job(1, tmp_path / "one", asked, work=regret_in_a_job) == [0]
     assert rows("one")["prompt"].nunique() == 6
