@@ -29,12 +29,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Annotated, Any
 
 import benchmarking as bench
@@ -46,6 +46,7 @@ from rich.console import Console
 
 from probekit.choice.choose import Choice, choose
 from probekit.costs.measure import measure_costs
+from probekit.costs.timing import clock_named
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.speculative import SelfSpeculative
@@ -119,7 +120,7 @@ def begun(
         "weights_hash": loaded.weights_hash,
         "threads": torch.get_num_threads(),
         "turns": turns,
-        "clock": "processor" if clock_of(loaded) is process_time else "wall",
+        "clock": clock_of(loaded),
         "draft_rows": draft_rows,
         "exit_heads": fingerprint(drafting.heads) if drafting.heads else None,
     }
@@ -195,8 +196,9 @@ def choice_on(loaded: Loaded, traced: Trace, longest: int, drafting: Drafting) -
     context = int((traced.texts["prompt_tokens"] + traced.texts["new_tokens"] / 2).median())
     lengths = range(1, longest + 1)
     costs = measure_costs(
-        loaded, context, draft_lengths=lengths, draft_vocabulary=drafting.ids, exit_heads=drafting.heads
-    )
+        loaded, context, draft_lengths=lengths, draft_vocabulary=drafting.ids, exit_heads=drafting.heads,
+        clock=clock_of(loaded),
+    )  # fmt: skip
     return choose(predict(traced, draft_lengths=lengths, draft_rows=drafting.rows), costs)
 
 
@@ -235,16 +237,16 @@ def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[t
     return [plain, *pairs[:half], plain, *pairs[half:]]
 
 
-def clock_of(loaded: Loaded) -> Callable[[], float]:
+def clock_of(loaded: Loaded) -> str:
     """Of one thread on a CPU the processor's own."""
-    return process_time if loaded.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+    return "processor" if loaded.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def measured(
     loaded: Loaded, prompt: Prompt, methods: Sequence[tuple[tuple[int, int], Decoder]], budget: int, most: int
 ) -> pd.DataFrame:
     """All methods on one prompt, each turn in an order of its own. Seconds of the rounds only."""
-    ids, clock = loaded.tokenizer(prompt.text)["input_ids"], clock_of(loaded)
+    ids, clock = loaded.tokenizer(prompt.text)["input_ids"], clock_named(clock_of(loaded))
     for _, method in methods:
         method.decode([ids], max_new_tokens=min(budget, 8))
     order = np.random.default_rng(prompt.index)

@@ -35,7 +35,8 @@ from engine_turns import CONTEXT, MORE, PAST, SETTINGS, cost_plan, decoding, in_
 from fetch_real_models import fetch
 from rich.console import Console
 
-from probekit.choice.choose import Candidate, choose
+from probekit.choice.choose import Candidate, Choice, choose
+from probekit.costs.engine_profile import EngineProfile
 from probekit.engines.engine import Drafting
 from probekit.engines.inside import predict_inside
 from probekit.engines.known import ENGINES
@@ -43,6 +44,7 @@ from probekit.files import atomic_text
 from probekit.models.loaded import load
 from probekit.prediction.intervals import drawn_indices, spread
 from probekit.settings import Sampling
+from probekit.traces.trace import Trace
 from probekit.tracing.prompts import as_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.validation.engine_costs import measure_home
@@ -78,11 +80,9 @@ def main(
     home = EngineHome(engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="")
     exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
     prompts = as_prompts(bundled_prompts_for(loaded.name))
-    chosen_on = trace(loaded, prompts[::2], max_new_tokens=MORE + PAST)
     profile = measure_home(home, cost_plan(engine, loaded.depth, 5, 3))
-    prediction = predict_inside(chosen_on, ENGINES[engine], exits, lengths, look_up=True)
-    choice = choose(prediction, profile.costs(loaded.depth, context=CONTEXT))
-    ways = [each for each in choice.ranking if each.key is not None]
+    choice = chosen(trace(loaded, prompts[::2], max_new_tokens=MORE + PAST), profile, exits, lengths)
+    ways = choice.ranking
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine, "model": loaded.name,
         "settings": SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
@@ -99,9 +99,8 @@ def main(
         groups.append(decoded(home, group, ids, least, sweeps))
         Console(soft_wrap=True).print(f"{first + len(group)} of {len(ways)} ways", markup=False)
     plain = np.stack([each.plain for each in groups])
-    seconds = np.concatenate(
-        [plain.mean(axis=(0, 1))[None], *(each.ways * plain.mean() / each.plain.mean() for each in groups)]
-    )
+    alone = plain.mean(axis=(0, 1))
+    seconds = np.concatenate([alone[None], *(each.ways * alone.sum() / each.plain.mean(0).sum() for each in groups)])
     names = ["no drafts", *(named(way) for way in ways)]
     mine = names.index(named(choice.best)) if choice.speculate else 0
     record |= {
@@ -112,6 +111,12 @@ def main(
     }
     atomic_text(output / f"{engine}-{loaded.name}.json", json.dumps(record, indent=1) + "\n")
     Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
+
+
+def chosen(run: Trace, profile: EngineProfile, exits: Sequence[int], lengths: Sequence[int]) -> Choice:
+    """As `probekit choose --costs` does, among these exits and all lookups of the engine."""
+    prediction = predict_inside(run, ENGINES[profile.engine], exits, lengths, look_up=True)
+    return choose(prediction, profile.costs(run.depth, context=CONTEXT))
 
 
 def named(way: Candidate) -> str:

@@ -48,6 +48,7 @@ def measure_costs(
     rows: int = 1,
     repeats: int | None = None,
     engine: str = "host",
+    clock: str = "wall",
     progress: Progress | None = None,
 ) -> Costs:
     """Time the decoder's steps on the device that the model is on.
@@ -68,11 +69,14 @@ def measure_costs(
         processes, which go in step.
     engine: who runs the rounds, one of `decoding.device_decoding.ENGINES`; "cuda" times whole recorded rounds of exit
         layers, without a draft model and a policy.
+    clock: "wall", or "processor": seconds of this process alone, on a CPU that does other things beside; of one thread
+        (`torch.set_num_threads(1)`), for it counts those of all.
     progress: called as `progress("costs", percent, 100)`.
 
     Raises
     ------
-    InputError: for a context that the model does not reach, or an exit or draft length that does not exist.
+    InputError: for a context that the model does not reach, an exit or draft length that does not exist, and a clock
+        that would not tell the time of a step.
 
     Examples
     --------
@@ -106,6 +110,7 @@ def measure_costs(
     exits = sorted({1, loaded.depth - 1, *map(loaded.anatomy.check_exit, inner)})
     whole_number("the context must be", context, 1)
     whole_number("rows of a batch must be", rows, 1)
+    _check_clock(clock, loaded)
     if engine == "cuda" and rows > 1:
         raise InputError(f"engine 'cuda' records rounds of one row, not of {rows}.", "Use engine 'host'.")
     drafters: list[Drafter] = [
@@ -140,7 +145,7 @@ def measure_costs(
         if engine == "cuda":
             timer = RecordedTimer(loaded, bound, context, longest, sampling)
         else:
-            timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling, policy or FIXED, rows)
+            timer = RoundTimer(loaded, bound, context, longest, MOST_DRAFTS, sampling, policy or FIXED, rows, clock)
         jobs = list(bound)
         for job in jobs:  # to warm up
             deque(timer.measure(job, widths[-2:]), maxlen=0)
@@ -185,6 +190,22 @@ def measure_batch(loaded: Loaded | str | Path, context: int = 128, *, rows: int,
     read off straight lines. settings: as for `measure_costs`, `rows` left out. Raises what that raises."""
     whole_number("rows of a batch must be", rows, 1)
     return BatchCosts.of(rows, lambda size: measure_costs(loaded, context, rows=size, **settings))
+
+
+def _check_clock(clock: str, loaded: Loaded) -> None:
+    import torch
+
+    from probekit.costs.timing import CLOCKS
+
+    if clock not in CLOCKS:
+        raise InputError(f"clock {clock!r} is not known: it is {' or '.join(CLOCKS)}.")
+    threads = torch.get_num_threads()
+    if clock == "processor" and (loaded.device.type != "cpu" or threads > 1):
+        where = f"{threads} threads" if loaded.device.type == "cpu" else str(loaded.device)
+        raise InputError(
+            f"the processor's clock counts the time of one thread on a CPU; this model runs on {where}.",
+            "Call torch.set_num_threads(1), or take the wall clock.",
+        )
 
 
 def _checked_lengths(draft_lengths: Iterable[int]) -> list[int]:

@@ -26,6 +26,12 @@ from probekit.models.loaded import Loaded
 from probekit.settings import Sampling
 
 _ENDLESS = 10**9
+CLOCKS = ("wall", "processor")
+
+
+def clock_named(name: str) -> Callable[[], float]:
+    """Seconds by the clock on the wall, or of this process on its processors."""
+    return time.process_time if name == "processor" else time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class RoundTimer:
     ----------
     drafters: bound to `loaded`.
     context: tokens in the cache. longest: the longest draft that is verified; most_drafts: that is drafted.
-    batch: rows that every pass has.
+    batch: rows that every pass has. clock: "wall" or "processor".
     """
 
     def __init__(
@@ -87,8 +93,9 @@ class RoundTimer:
         sampling: Sampling,
         policy: Policy,
         batch: int = 1,
+        clock: str = "wall",
     ) -> None:
-        self.policy = Unstopped(policy)
+        self.policy, self._now = Unstopped(policy), clock_named(clock)
         self.most_drafts = most_drafts
         self.engine = open_engine(loaded.anatomy, batch, context + longest + 1)
         plan = DecodePlan([[0] * context] * batch, [*range(batch)], _ENDLESS, sampling, (), None)
@@ -121,7 +128,7 @@ class RoundTimer:
     def clock(self) -> float:
         if self._wait is not None:
             self._wait()
-        return time.perf_counter()
+        return self._now()
 
     def measure(self, key: DrafterKey, widths: Sequence[int]) -> Iterator[tuple[str, float]]:
         """(step, seconds) of a round for each width of its verification, autoregressive steps among them; a tree has

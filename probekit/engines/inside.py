@@ -71,8 +71,6 @@ def predict_inside(
     together: dict[tuple[PromptLookup, ...], list[int]] = {}
     for length in within_budget(lengths, found.budget):
         together.setdefault(tuple(lookups(engine, length)), []).append(length)
-    more = [
-        predict(trace, None, each, begun, drafters=drafters) for drafters, each in together.items() if drafters
-    ]
+    more = [predict(trace, None, each, begun, drafters=drafters) for drafters, each in together.items() if drafters]
     cells = (*found.cells, *(cell for each in more for cell in each.cells))
     return replace(found, cells=cells, exact=all(each.exact for each in (found, *more)))

@@ -22,6 +22,7 @@ from scipy.optimize import lsq_linear
 
 from probekit.costs.engine_profile import EngineProfile, Step
 from probekit.costs.measure import device_name
+from probekit.costs.timing import CLOCKS
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.engines.known import ENGINES
@@ -34,7 +35,6 @@ from probekit.validation.open_engine import EngineHome
 
 SHORTER, LONGER = 8, 56  # new tokens
 LEAST = 0.01
-CLOCKS = ("wall", "processor")
 Open = Callable[[Drafting], AbstractContextManager[Session]]
 
 

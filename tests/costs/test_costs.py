@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from traces.fabricate import fabricate
 
 from probekit.costs import measure as costs_module
@@ -328,11 +330,36 @@ def test_row_design():
         ({"draft_lengths": [0]}, "draft length 0 is out of range"),
         ({"draft_lengths": []}, "no draft length"),
         ({"exit_layers": [5]}, r"exit layer 5 is out of range: this model has exits 1\.\.4"),
+        ({"clock": "sundial"}, "clock 'sundial' is not known: it is wall or processor"),
     ],
 )
 def test_wrong_use(tiny, settings, message):
     with pytest.raises(InputError, match=message):
         measure_costs(tiny, **settings)
+
+
+def test_the_processors_clock_counts_one_thread_alone(tiny, monkeypatch):
+    """What a step waits for is not in it; the threads of a pass would be counted twice."""
+    from probekit.decoding.batch import DecodeBatch
+
+    verify, threads = DecodeBatch.verify, torch.get_num_threads()
+
+    def slowly(batch, *given):
+        time.sleep(0.005)
+        return verify(batch, *given)
+
+    monkeypatch.setattr(DecodeBatch, "verify", slowly)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(InputError, match="counts the time of one thread on a CPU; this model runs on 2 threads"):
+            measure_costs(tiny, 12, clock="processor")
+        torch.set_num_threads(1)
+        waits = measure_costs(tiny, 12, draft_lengths=[2], repeats=2)
+        works = measure_costs(tiny, 12, draft_lengths=[2], repeats=2, clock="processor")
+    finally:
+        torch.set_num_threads(threads)
+    assert min(waits.blocks["autoregressive"]) > 0.005
+    assert works.autoregressive_s < waits.autoregressive_s - 0.003
 
 
 def test_costs_show_themselves_in_milliseconds():
