@@ -239,7 +239,7 @@ def batches() -> Iterator[str]:
 def regret() -> Iterator[str]:
     yield from section(
         "Regret: was the chosen pair the best one?",
-        "python analyses/benchmark_regret.py tales-layerskip --threads 1 --max-new-tokens 64 --longest 4 --minutes 60 -o regret",
+        "python analyses/benchmark_regret.py tales-layerskip --threads 1 --max-new-tokens 64 --longest 4 --minutes 60",
         "The pair is chosen on the even prompts; then every pair really decodes the odd ones, taking turns. Regret: "
         "the share of the best pair's speed that the chosen one gives away, and its 95 % interval over prompts; held "
         "out: the best one looked for on half of the prompts, compared on the other half. Noise: the same "
