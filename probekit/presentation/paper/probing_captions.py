@@ -24,7 +24,9 @@ def of_attribution(study: StudyFolder) -> str:
         "Which layers wrote what the model says: what each layer's attention and MLP added to the logit of the model's "
         "next token at each position of one text (direct logit attribution, the final norm's scale held; with the "
         "embedding's share and constants the cells of a column add up to the logit). Blue raises the logit, red lowers "
-        "it; one cell of fifty lies beyond the ends of its colours. Layer l leads from the residual h[l - 1] to h[l]."
+        "it; one cell of fifty lies beyond the ends of its colours. Left of the line the prompt goes on; right of it "
+        "the model writes, and in greedy text its next token is the one that the next column reads. Layer l leads from "
+        "the residual h[l - 1] to h[l]."
     )  # fmt: skip
 
 
