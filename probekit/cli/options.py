@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from probekit.errors import InputError
+from probekit.models.placement import check_device_name, check_dtype_name
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A bundled name, a Hugging Face id, a local folder or a GGUF file.")
@@ -101,7 +101,6 @@ ExitHeads = Annotated[
 ]
 
 
-_DTYPES = ("float32", "float16", "bfloat16")
 MOST = 10_000  # layers, or drafts in a round: a slip of the keyboard should cost no memory
 
 
@@ -136,10 +135,10 @@ def at_least(least: int, value: int, name: str) -> int:
 
 def check_place(device: str | None, dtype: str | None) -> None:
     """Raise InputError for a device or a dtype that no machine has, also where a command has no use for it."""
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device {device!r} is not known; give cpu, cuda or cuda:N.")
-    if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known; give one of {', '.join(_DTYPES)}.")
+    if device is not None:
+        check_device_name(device)
+    if dtype is not None:
+        check_dtype_name(dtype)
 
 
 def within(least: int, most: int, value: int, name: str) -> int:
