@@ -131,6 +131,14 @@ def qwen():
     return load_real_model("qwen2.5-coder")
 
 
+@pytest.fixture(scope="module")
+def brief_calibration():
+    """Costs from the fewest sweeps, for tests of what is done with costs: by default a calibration takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("probekit.costs.measure.CALIBRATION_S", 0.0)
+        yield
+
+
 @pytest.fixture
 def unchanged():
     """`unchanged(model)` remembers a model; at the end of the test it must carry no hook and the same config."""

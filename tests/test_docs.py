@@ -179,6 +179,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
         ("predict", greedy, "--rounds"),
         ("predict", sampled, "--rounds"),
         ("choose", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "h100"),
+        ("choose", greedy, "--draft-lengths", "2", "--exit-layers", "1,2", "--context", 16, "--rows", "1,2"),
         (
             "choose",
             greedy,

@@ -9,9 +9,8 @@ import pytest
 
 import probekit
 
-NAMES = [
-    pytest.param(name, marks=pytest.mark.second if name == "run_study" else ()) for name in sorted(probekit.__all__)
-]
+LONG = {"batch_invariant", "export", "probe", "run_study", "validate", "validate_ways"}
+NAMES = [pytest.param(name, marks=pytest.mark.second if name in LONG else ()) for name in sorted(probekit.__all__)]
 
 
 @pytest.mark.parametrize("name", NAMES)

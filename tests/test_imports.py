@@ -27,7 +27,7 @@ ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
         "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
-        "memory", "in_blocks", "states", "family", "families", "one_layer",
+        "placement", "memory", "in_blocks", "states", "family", "families", "one_layer",
         "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "shipped",
         "checkpoint",
         "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",
@@ -107,7 +107,8 @@ ALSO_WITHOUT_TORCH = (
     "probekit", "probekit.errors", "probekit.files", "probekit.ranks", "probekit.progress",
     "probekit.settings", "probekit.foreign", "probekit.tracing.prompts", "probekit.tracing.prompt_store",
     "probekit.costs.profile", "probekit.costs.blocks", "probekit.costs.batch", "probekit.costs.engine_profile",
-    "probekit.lens.statistics", "probekit.models.shipped", "probekit.drafting.drafters",
+    "probekit.lens.statistics", "probekit.models.placement",
+    "probekit.models.shipped", "probekit.drafting.drafters",
     "probekit.drafting.policies", "probekit.drafting.probe_policy",
     "probekit.drafting.text_drafters", "probekit.drafting.imported",
     "probekit.drafting.round_policies", "probekit.drafting.ways", "probekit.drafting.named",

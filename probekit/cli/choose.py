@@ -83,6 +83,15 @@ def choose(
     from probekit.prediction.joint import check_batch
     from probekit.traces.trace import Trace
 
+    if os.path.isfile(run / "study.json"):
+        anew = {
+            "--costs": None if costs == "measured" else costs, "--context": context, "--rows": rows,
+            "--contexts": contexts, "--weight-bits": weight_bits, "--what-if": scenarios, "--export": export,
+            "--exit-layers": exit_layers, "--draft-lengths": draft_lengths, "--draft-rows": draft_rows,
+            "--policy": None if policy == "fixed" else policy, "--imported": imported,
+        }  # fmt: skip
+        _choose_of_study(run, [name for name, value in anew.items() if value is not None], as_json)
+        return
     profile, asked, told = profile_named(costs), engine_asked(costs), engine_named(engine)
     if profile is None and asked is None:
         context = context_of(costs, context)
@@ -90,8 +99,8 @@ def choose(
         context = MEASURED_CONTEXT if profile is None else profile.contexts[0]  # 0 where a profile says none
     else:
         options.at_least_one(context, "--context")
-    batches = options.integers(rows, "--rows")
-    places = options.integers(contexts, "--contexts")
+    batches = options.counts(rows, "--rows")
+    places = options.counts(contexts, "--contexts", options.MOST_TOKENS)
     of_batches = costs == "measured" and max(batches or [1]) > 1
     if of_batches and export is not None:
         raise InputError(
@@ -103,9 +112,6 @@ def choose(
         raise InputError("--weight-bits is of a roofline.", "Give --costs roofline.")
     if export is not None:
         check_export(export)  # before minutes of timing
-    if os.path.isfile(run / "study.json"):
-        _choose_of_study(run, export, as_json)
-        return
     trace = Trace.open(run)
     if export is not None:
         check_drafting(told, Drafting(1, 1, draft_rows=draft_rows, exit_heads=trace.manifest.heads_name))
@@ -222,14 +228,14 @@ def choose(
         )  # fmt: skip
 
 
-def _choose_of_study(folder: Path, export: Path | None, as_json: bool) -> None:
-    """A study has chosen already, for each of its models: say what."""
+def _choose_of_study(folder: Path, anew: list[str], as_json: bool) -> None:
+    """A study has chosen already, for each of its models: say what. anew: options that ask for another choice."""
     from probekit.presentation.study_folder import open_study
 
     study = open_study(folder, keys=("choice", "sentence"))
-    if export is not None:
+    if anew:
         raise InputError(
-            f"{folder} is a study of {len(study.models)} models; a choice is exported of one run.",
+            f"{folder} is a study, which has chosen already: a choice with {' and '.join(anew)} is of one run.",
             f"Give one of its runs: {folder / 'traces' / study.models[0]}.",
         )
     if as_json:

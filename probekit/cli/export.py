@@ -69,7 +69,7 @@ def export(
     check_export(output)
     check_gguf(told, gguf, "--gguf")
     trace, chosen = _opened(run, model)
-    batches = options.integers(rows, "--rows")
+    batches = options.counts(rows, "--rows")
     if (exit_layer is None and drafter is None) != (draft_length is None):
         raise InputError(
             "an exit layer (or a drafter) and a draft length go together.",

@@ -54,21 +54,23 @@ def costs(
 ) -> None:
     """What an installed engine's steps take: plain steps, draft steps and verifications, as a file for `choose`."""
     from probekit.files import atomic_text, check_file_target
-    from probekit.models.loaded import load
-    from probekit.validation.engine_costs import CostPlan, measure_home
-    from probekit.validation.open_engine import EngineHome
 
     if output is not None:
         check_file_target(output, "--output")  # before minutes of timing
+    batches, places = options.counts(rows, "--rows"), options.counts(contexts, "--contexts", options.MOST_TOKENS)
+    lengths, exits = options.counts(draft_lengths, "--draft-lengths"), options.counts(exit_layers, "--exit-layers")
+    from probekit.models.loaded import load  # with torch: after what can be refused without
+    from probekit.validation.engine_costs import CostPlan, measure_home
+    from probekit.validation.open_engine import EngineHome
+
     loaded = load(model, device=device, dtype=dtype)
-    exits = options.integers(exit_layers, "--exit-layers") or [1, loaded.depth - 1]
+    exits = exits or [1, loaded.depth - 1]
     for exit_layer in exits:
         loaded.anatomy.check_exit(exit_layer)
+    together = engine != "vllm" if together is None else together
     plan = CostPlan(
-        tuple(exits), tuple(options.integers(draft_lengths, "--draft-lengths") or ()),
-        tuple(options.integers(rows, "--rows") or ()), tuple(options.integers(contexts, "--contexts") or ()),
-        sweeps, clock, engine != "vllm" if together is None else together,
-    )  # fmt: skip
+        tuple(exits), tuple(lengths or ()), tuple(batches or ()), tuple(places or ()), sweeps, clock, together
+    )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bars = stack.enter_context(progress_bars(quiet or as_json))

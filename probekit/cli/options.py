@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from probekit.errors import InputError
+from probekit.models.placement import check_device_name, check_dtype_name
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A bundled name, a Hugging Face id, a local folder or a GGUF file.")
@@ -101,15 +101,15 @@ ExitHeads = Annotated[
 ]
 
 
-_DTYPES = ("float32", "float16", "bfloat16")
-MOST = 10_000  # layers, or drafts in a round: a slip of the keyboard should cost no memory
+MOST = 10_000  # layers, drafts in a round, or numbers at all: a slip of the keyboard should cost no memory
+MOST_TOKENS = 10_000_000  # in a cache
 
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def integers(text: str | None, name: str) -> list[int] | None:
+def integers(text: str | None, name: str, most: int = MOST) -> list[int] | None:
     """`2,4,8`, `1-8` or a mixture as a sorted list without repeats; None stays None (the default)."""
     if text is None:
         return None
@@ -118,14 +118,24 @@ def integers(text: str | None, name: str) -> list[int] | None:
         for piece in text.split(","):
             first, dash, last = piece.strip().partition("-")
             ends = int(first), int(last if dash else first)
-            if max(map(abs, ends)) > MOST:
-                raise InputError(f"{name} names {piece.strip()}; numbers up to {MOST:,} make sense here.")
+            if max(map(abs, ends)) > most:
+                raise InputError(f"{name} names {piece.strip()}; numbers up to {most:,} make sense here.")
+            if ends[1] - ends[0] > MOST:
+                raise InputError(f"{name} names {piece.strip()}, more than {MOST:,} numbers.")
             numbers.update(range(ends[0], ends[1] + 1))
     except ValueError:
         raise InputError(f"{name} is {_short(text)}; expected whole numbers as 2,4,8 or 1-8.") from None
     if not numbers:
         raise InputError(f"{name} is {text!r}, which names no number.", "Write the smaller number first: 1-8.")
     return sorted(numbers)
+
+
+def counts(text: str | None, name: str, most: int = MOST) -> list[int] | None:
+    """The same for what there is at least one of."""
+    numbers = integers(text, name, most)
+    if numbers is not None:
+        at_least_one(numbers[0], name)
+    return numbers
 
 
 def at_least(least: int, value: int, name: str) -> int:
@@ -136,10 +146,10 @@ def at_least(least: int, value: int, name: str) -> int:
 
 def check_place(device: str | None, dtype: str | None) -> None:
     """Raise InputError for a device or a dtype that no machine has, also where a command has no use for it."""
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device {device!r} is not known; give cpu, cuda or cuda:N.")
-    if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known; give one of {', '.join(_DTYPES)}.")
+    if device is not None:
+        check_device_name(device)
+    if dtype is not None:
+        check_dtype_name(dtype)
 
 
 def within(least: int, most: int, value: int, name: str) -> int:

@@ -21,10 +21,10 @@ from probekit.errors import InputError
 from probekit.models import families
 from probekit.models.configuration import check_configuration, check_depth
 from probekit.models.families import FAMILIES
+from probekit.models.placement import DTYPES, check_device_name, check_dtype_name
 from probekit.models.quantised import check_dtypes, check_runs, quantised_by
 from probekit.models.weight_files import config_of, weight_files
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -46,26 +46,19 @@ class Source:
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The torch dtype of that name, or InputError with the names that there are."""
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise InputError(f"dtype {str(dtype)!r} is not known; give one of {', '.join(DTYPES)}.")
-    return found
+    return getattr(torch, check_dtype_name(dtype))
 
 
 def check_device(device: torch.device | str) -> torch.device:
     """The torch device of that name, or InputError where this machine has none such."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise InputError(f"device {str(device)!r} is not known; give cpu, cuda or cuda:N.")
-    if found.type == "cuda":
+    name = check_device_name(device)
+    kind, _, index = name.partition(":")
+    if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
+        if int(index or 0) >= count:  # of the name: torch takes its number modulo 65,536
             there = f"this machine has {count}" if count else "this machine has none that torch can use"
-            raise InputError(f"CUDA device {str(device)!r} is not there: {there}.", "Use --device cpu.")
-    return found
+            raise InputError(f"CUDA device {name!r} is not there: {there}.", "Use --device cpu.")
+    return torch.device(name)
 
 
 def check_folder(source: Source) -> Source:
@@ -147,7 +140,8 @@ def read_folder(
 
 def _own_dtype(config: dict[str, Any]) -> torch.dtype | None:
     """What a quantised model computes in, whatever the device: the scales of its weights are of that kind."""
-    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype"))) if quantised_by(config) else None
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return getattr(torch, name) if name in DTYPES and quantised_by(config) else None
 
 
 def default_dtype(device: torch.device, stored: str) -> torch.dtype:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from presentation.fabricate_study import fabricate_study
 
 from probekit.cli.app import run
 
@@ -183,10 +184,30 @@ def test_numbers_far_out_of_bounds(capsys, run_folder, tmp_path):
     exported = ["export", run_folder, "--engine", "vllm", "--exit-layer", "1", "-o", tmp_path / "out", "--draft-length"]
     fails(capsys, [*exported, 2**63 - 1], "expected 1 to 10,000")
     fails(capsys, ["choose", run_folder, "--costs", "roofline", "--context", 10**23], "--context", "expected 1 to")
+    fails(capsys, ["choose", run_folder, "--contexts", "1-100000"], "more than 10,000 numbers")
+    fails(capsys, ["choose", run_folder, "--contexts", 10**9], "numbers up to 10,000,000 make sense here")
+    assert run(["choose", str(run_folder), "--costs", "roofline", "--device", "h100", "--contexts", "16384"]) == 0
+    capsys.readouterr()
     fails(capsys, ["fit-heads", run_folder, "-o", tmp_path / "heads", "--ridge", "1e999"], "finite")
     ranked = ["rank", str(run_folder), "--costs", "roofline", "--device", "h100", "--exit-layers", "1", "--json"]
     assert run([*ranked, "--draft-lengths", "10000"]) == 0  # which is 64 here, where costs of 10,000 took minutes
     assert max(way["draft_length"] for way in json.loads(capsys.readouterr().out)["ways"]) == 64
+
+
+@pytest.mark.parametrize("option", ["--rows", "--contexts"])
+def test_a_batch_of_nothing(capsys, run_folder, tmp_path, option):
+    for words in (["choose", run_folder], ["costs", "no model", "--engine", "transformers"]):
+        fails(capsys, [*words, option, "0,4"], f"{option} is 0; expected 1 or more")
+
+
+def test_a_study_has_chosen_already(capsys, tmp_path):
+    """An option that asks for another choice is not passed over."""
+    study = fabricate_study(tmp_path / "study", ("one", "two"), prompts=2, tokens=4, depth=3, draft_lengths=(1,))
+    (study / "study.json").write_text("{}")
+    fails(capsys, ["choose", study, "--rows", "1,4", "--policy", "confidence:0.6"],
+          "a choice with --rows and --policy is of one run", "study/traces/one")  # fmt: skip
+    fails(capsys, ["choose", study, "--export", tmp_path / "out"], "Give one of its runs")
+    assert run(["choose", str(study)]) == 0
 
 
 def test_where_costs_go_is_looked_at_before_they_are_measured(capsys, tmp_path):

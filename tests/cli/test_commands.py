@@ -13,6 +13,7 @@ from probekit.cli.commands import ALL, name_of
 from probekit.cli.validate import SHOWN_DIFFERENCES, _show_differences
 from probekit.validation.differences import Difference
 
+pytestmark = pytest.mark.usefixtures("brief_calibration")
 CELL_KEYS = {
     "exit_layer", "draft_length", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
     "acceptance_rate_interval", "alpha", "tokens_per_round", "tokens_per_round_interval", "accepted_by_position",
@@ -75,7 +76,8 @@ def test_predict(capsys, run_folder):
 
 
 def test_choose(capsys, run_folder, tmp_path):
-    found = document(capsys, "choose", run_folder, "--context", 16, "--export", tmp_path / "exported")
+    found = document(capsys, "choose", run_folder, "--context", 16, "--exit-layers", "2,3", "--draft-lengths", "1-3",
+                     "--export", tmp_path / "exported")  # fmt: skip
     assert {"schema", "exit_layer", "draft_length", "speedup", "interval", "speculate", "runners_up", "costs"} <= set(
         found
     )
@@ -179,7 +181,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "predict": ["predict", run_folder],
         "choose": ["choose", run_folder, "--costs", "roofline"],
         "costs": ["costs", tiny_folder, "--engine", "transformers", "-o", tmp_path / "costs.json", "--exit-layers", 2,
-                  "--draft-lengths", 2, "--contexts", 33, "--sweeps", 2],
+                  "--draft-lengths", 2, "--contexts", 33, "--sweeps", 1],
         "export": ["export", run_folder, "-o", tmp_path / "to", "--exit-layer", 2, "--draft-length", 2],
         "rank": ["rank", run_folder, "--costs", "roofline", "--draft-lengths", 2],
         "probe": ["probe", run_folder, "--label", "position", "--layers", 2],
@@ -189,7 +191,7 @@ def test_every_command_prints_one_json_document(capsys, tiny_folder, prompts, ru
         "fit-heads": ["fit-heads", run_folder, "-o", tmp_path / "heads.safetensors"],
         "compare": ["compare", run_folder, run_folder],
         "study": ["study", tiny_folder, "--prompts", prompts, "-o", study, "--max-new-tokens", 6,
-                  "--draft-lengths", 2],
+                  "--exit-layers", 2, "--draft-lengths", 2, "--context", 8],
         "report": ["report", study],
         "figures": ["figures", study, "--only", "fig02", "--format", "svg"],
         "verify": ["verify", study],

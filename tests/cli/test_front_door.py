@@ -199,9 +199,8 @@ def test_a_signal_in_json(tmp_path):
     assert document["hint"].startswith("Go on with: probekit study tales-tied -o ")
 
 
-@pytest.mark.parametrize(
-    "wait", [pytest.param(0.2, marks=pytest.mark.second), 0.6, pytest.param(1.2, marks=pytest.mark.second)]
-)
+@pytest.mark.second
+@pytest.mark.parametrize("wait", [0.2, 0.6, 1.2])
 def test_a_signal_while_it_starts(wait):
     """Also in the imports: never a traceback."""
     process = probekit_process("inspect", "tales-tied")

@@ -24,6 +24,8 @@ from probekit.settings import Sampling
 from probekit.tracing.prompts import bundled_prompts_for
 from probekit.tracing.tracer import trace
 
+NEW = 20
+
 
 @pytest.fixture(scope="module")
 def tales():
@@ -32,7 +34,7 @@ def tales():
 
 @pytest.fixture(scope="module")
 def run(tales):
-    return trace(tales, bundled_prompts_for(tales.name)[::3][:7], max_new_tokens=32, statistics="all")
+    return trace(tales, bundled_prompts_for(tales.name)[::3][:7], max_new_tokens=NEW, statistics="all")
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_the_decoders_own_rounds(tales, run, seen, rows, exit_layer, length):
     drafted = rounds_of_prompts(prediction, prediction.keys[0], length)
     for places in in_order(len(run), rows):
         seen.clear()
-        SelfSpeculative(tales, exit_layer, length).decode(prompts_of(run, places), max_new_tokens=32)
+        SelfSpeculative(tales, exit_layer, length).decode(prompts_of(run, places), max_new_tokens=NEW)
         assert seen == joint(drafted, places)
 
 
@@ -74,11 +76,11 @@ def test_a_policy_and_plain_decoding_in_a_batch(tales, run, seen):
     policy = ConfidenceThreshold(0.5)
     prediction = predict(run, [3], [4], with_rounds=True, policy=policy)
     decoded = Speculative(tales, prediction.cells[0].drafts, 4, policy=policy).decode(
-        prompts_of(run, range(5)), max_new_tokens=32
+        prompts_of(run, range(5)), max_new_tokens=NEW
     )
     assert seen == joint(own_rounds(each.drafted for each in decoded), range(5))
     seen.clear()
-    Autoregressive(tales).decode(prompts_of(run, range(5)), max_new_tokens=32)
+    Autoregressive(tales).decode(prompts_of(run, range(5)), max_new_tokens=NEW)
     steps = own_rounds([0] * int(tokens) for tokens in prediction.cells[0].tokens_of_prompt)
     assert seen == joint(steps, range(5))
 
@@ -126,7 +128,7 @@ def test_a_predicted_speedup_is_that_of_the_decoders_work(tales, run, rows_clock
     def seconds(decoder):
         took = 0.0
         for batch in batches:
-            done = decoder.decode(batch, max_new_tokens=32)
+            done = decoder.decode(batch, max_new_tokens=NEW)
             took += max(each.seconds["total"] for each in done) - done[0].seconds["prefill"]
         return took
 

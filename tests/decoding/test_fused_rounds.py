@@ -78,7 +78,8 @@ def as_they_are(model):
     return {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["Llama", *(pytest.param(n, marks=pytest.mark.second) for n in [*FAMILIES][1:])])
+@pytest.mark.second
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_a_pass_is_the_one_of_the_models_own_layers(name):
     """Rows at positions of their own, several tokens, past the window; and the model is left as it was."""

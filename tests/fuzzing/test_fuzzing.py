@@ -20,6 +20,7 @@ CORPUS = Path(__file__).parent / "corpus"
 KEPT = sorted(path for path in CORPUS.glob("*/*") if path.is_dir())
 FEW = 6
 SLOW = {"adapters", "GGUF files"}
+ENDLESS = {"model_folders-1-17", "model_folders-1-22", "model_folders-1-37"}  # each takes all the time that it is given
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,13 @@ def kept_input(folder: Path) -> targets.Changed:
     return changed
 
 
-@pytest.mark.parametrize("folder", KEPT, ids=[f"{path.parent.name}-{path.name}" for path in KEPT])
+def kept_inputs():
+    for path in KEPT:
+        name = f"{path.parent.name}-{path.name}"
+        yield pytest.param(path, id=name, marks=pytest.mark.second if name in ENDLESS else ())
+
+
+@pytest.mark.parametrize("folder", kept_inputs())
 def test_what_once_failed(folder, bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bounded, "MOST_SECONDS", 1)

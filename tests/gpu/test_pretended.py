@@ -19,6 +19,9 @@ from probekit.settings import Sampling
 SHAPE = Shape(4, 32, 48, 4, 2, 64, 256, 8)
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8], [9] * 20]
 SAMPLED = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
+GREEDY_FIRST = pytest.mark.parametrize(
+    "sampling", [Sampling(), pytest.param(SAMPLED, marks=pytest.mark.second)], ids=["greedy", "sampled"]
+)
 MOVES = ("wait", "to host", "to device")
 
 
@@ -30,7 +33,7 @@ def ways(loaded):
     return {"plain": Autoregressive(loaded), "self": SelfSpeculative(loaded, 1, 3)}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@GREEDY_FIRST
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decoding_runs_whole(cuda, rows, dtype, sampling):
@@ -111,7 +114,7 @@ def moves(way, sampling, tokens):
     return LOG.count("to device"), LOG.count("wait", "to host"), done.rounds
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@GREEDY_FIRST
 @pytest.mark.parametrize("name", ["plain", "self"])
 def test_a_round_sends_nothing_to_the_device_and_reads_once(cuda, name, sampling):
     """More rounds cost no more copies to the device, and one wait each. (The last may be cut by the budget.)"""

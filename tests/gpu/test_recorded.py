@@ -33,7 +33,11 @@ from probekit.settings import Sampling
 SHAPE = Shape(4, 32, 48, 4, 2, 64, 256, 8)
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8], [9] * 20]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)}
+SECOND = pytest.mark.second
 GREEDY_AND_SAMPLED = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+GREEDY_FIRST = pytest.mark.parametrize(
+    "sampling", [SAMPLINGS["greedy"], pytest.param(SAMPLINGS["sampled"], marks=SECOND)], ids=SAMPLINGS
+)
 
 
 def model(device="cpu"):
@@ -49,10 +53,7 @@ def on_host(method, prompts, **setting):
         return method(model()).decode(prompts, **setting)
 
 
-SECOND = pytest.mark.second
-
-
-@GREEDY_AND_SAMPLED
+@GREEDY_FIRST
 @pytest.mark.parametrize(
     ("draft_length", "rows"), [(4, 3), pytest.param(4, 1, marks=SECOND), pytest.param(0, 1, marks=SECOND),
                                pytest.param(0, 3, marks=pytest.mark.long)],
@@ -71,7 +72,7 @@ def test_replays_are_the_host_decoders_rounds(cuda, draft_length, rows, sampling
     assert Graph.replays - replays >= max(text.rounds for text in expected)
 
 
-@GREEDY_AND_SAMPLED
+@GREEDY_FIRST
 def test_a_recorded_round_asks_nothing_of_the_host_and_tells_it_without_a_wait(cuda, sampling):
     method = DeviceSelfSpeculative(model(cuda), 1, 3)
     method.decode(PROMPTS[:1], max_new_tokens=50, sampling=sampling)  # records
@@ -102,11 +103,16 @@ def test_one_round_is_under_way_while_the_one_before_is_read(cuda):
     assert sent == waited and len(set(sent)) == RING
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("rows", "draft_length", "sampling"),
-    [(1, 2, SAMPLINGS["greedy"]), *(pytest.param(*each, marks=SECOND) for each in (
-        (3, 3, SAMPLINGS["greedy"]), (1, 2, SAMPLINGS["sampled"]), (1, 0, SAMPLINGS["greedy"])))],
-)  # fmt: skip
+    [
+        (1, 2, SAMPLINGS["greedy"]),
+        (3, 3, SAMPLINGS["greedy"]),
+        (1, 2, SAMPLINGS["sampled"]),
+        (1, 0, SAMPLINGS["greedy"]),
+    ],
+)
 def test_replays_of_fused_kernels_are_the_host_decoders_rounds(fused, rows, draft_length, sampling):
     """The kernels are in the recording, and read where the rows stand from the device."""
     loaded = synthetic(replace(SHAPE, layers=2), device=fused, exit_layer=1, dial=0.3)
@@ -223,7 +229,7 @@ def windowed(kind):
     return probekit.wrap(made.eval().requires_grad_(False), None, name=kind)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+@pytest.mark.parametrize("kind", ["mistral", pytest.param("gemma3", marks=SECOND)])
 @GREEDY_AND_SAMPLED
 def test_windows(cuda, kind, sampling):
     """Past the window, where a mask that knows none would be silently wrong."""

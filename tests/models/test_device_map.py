@@ -40,7 +40,7 @@ def test_layers_lie_on_disk_norm_and_head_do_not(pair) -> None:
 
 @pytest.mark.parametrize("statistics", ["all", "agreement"])
 def test_the_trace_is_the_same_bit_for_bit(pair, statistics) -> None:
-    one, other = (probekit.trace(loaded, TEXTS, max_new_tokens=8, statistics=statistics) for loaded in pair)
+    one, other = (probekit.trace(loaded, TEXTS, max_new_tokens=5, statistics=statistics) for loaded in pair)
     for table in ("texts", "tokens", "layers"):
         mine, theirs = getattr(one, table), getattr(other, table)
         assert list(mine.columns) == list(theirs.columns)
@@ -53,10 +53,10 @@ def test_the_trace_is_the_same_bit_for_bit(pair, statistics) -> None:
 
 @pytest.mark.parametrize("way", [{}, {"method": "self-speculative", "exit_layer": 4, "draft_length": 3}])
 def test_decoding_is_the_same_round_by_round(pair, way) -> None:
-    one, other = (probekit.decode(loaded, TEXTS[0], max_new_tokens=8, **way) for loaded in pair)
+    one, other = (probekit.decode(loaded, TEXTS[0], max_new_tokens=5, **way) for loaded in pair)
     assert (one.tokens, one.drafted, one.accepted) == (other.tokens, other.drafted, other.accepted)
     sampled = [
-        probekit.decode(loaded, TEXTS[0], max_new_tokens=8, sampling=probekit.Sampling(0.8, seed=3), **way)
+        probekit.decode(loaded, TEXTS[0], max_new_tokens=5, sampling=probekit.Sampling(0.8, seed=3), **way)
         for loaded in pair
     ]
     assert sampled[0].tokens == sampled[1].tokens

@@ -540,7 +540,7 @@ def test_unknown_dtype(tiny_folder, dtype):
 
 
 def test_devices(tiny_folder, monkeypatch):
-    for device in ("abacus", "mps", "", "cuda:x", "cpu cuda"):
+    for device in ("abacus", "mps", "", "cuda:x", "cpu cuda", "cuda:01", "cpu:300"):
         with pytest.raises(InputError, match=r"is not known; give cpu, cuda or cuda:N"):
             load(tiny_folder, device=device)
     assert check_device("cpu") == torch.device("cpu")
@@ -551,8 +551,9 @@ def test_devices(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(InputError, match=r"'cuda:2' is not there: this machine has 2"):
-        check_device("cuda:2")
+    for number in (2, 65_536):  # torch.device("cuda:65536") is cuda:0
+        with pytest.raises(InputError, match=rf"'cuda:{number}' is not there: this machine has 2"):
+            check_device(f"cuda:{number}")
 
 
 # ------------------------------------------------------------------------------------------------ manners

@@ -13,6 +13,8 @@ from presentation.fabricate_study import fabricate_study
 from probekit.presentation import previews
 from probekit.traces.trace import Trace
 
+pytestmark = pytest.mark.second
+
 NAMES = ("lens_table", "agreement", "acceptance", "speedup", "predicted_against_measured", "probes")
 
 

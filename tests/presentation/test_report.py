@@ -257,7 +257,7 @@ def test_do_not_speculate_is_said(study, tmp_path):
 
 
 def test_markup_in_data_stays_data(tmp_path):
-    folder = fabricate_study(tmp_path / "study", models=("a", "b"), prompts=2)
+    folder = fabricate_study(tmp_path / "study", models=("a", "b"), prompts=2, tokens=8, draft_lengths=(1, 2))
     summary = json.loads((folder / "summary.json").read_text())
     for model in summary["models"]:
         model |= {"label": f"{model['label']}{MARKUP}", "sentence": MARKUP, "reference": MARKUP}
@@ -361,6 +361,13 @@ def test_a_study_says_who_wrote_the_logits_of_its_first_texts(tmp_path):
     np.testing.assert_allclose(written["logits"][0], own.groupby("position")["logit"].sum(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def attributed(tmp_path_factory) -> Path:
+    return fabricate_study(
+        tmp_path_factory.mktemp("attributed") / "study", models=("tales-untied", "tales-tied"), attributed=1
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -382,25 +389,23 @@ def test_a_study_says_who_wrote_the_logits_of_its_first_texts(tmp_path):
         (lambda table: table.drop(columns="logit"), "has no column logit"),
     ],
 )
-def test_shares_that_are_not_those_of_the_run_are_refused(tmp_path, spoil, message):
-    folder = fabricate_study(tmp_path / "study", models=("tales-untied", "tales-tied"), attributed=1)
+def test_shares_that_are_not_those_of_the_run_are_refused(attributed, tmp_path, spoil, message):
+    folder = _copy(attributed, tmp_path)
     path = folder / "tables" / "attribution.csv"
     spoil(pd.read_csv(path)).to_csv(path, index=False)
     with pytest.raises(InputError, match=message):
         write_report(folder)
 
 
-@pytest.mark.parametrize("probed", [False, True])
-def test_probes_have_their_part_where_they_were_drawn(study, tmp_path, probed):
-    folder = Path(shutil.copytree(study, tmp_path / "copy"))
-    if probed:
-        (folder / "figures").mkdir(exist_ok=True)
-        (folder / "figures" / "probes.png").write_bytes(b"a picture")
-    page = Page(write_report(folder))
-    assert ("probes" in [each.get("id") for each in page.attributes("section")]) == probed
-    assert ("#probes" in [each.get("href") for each in page.attributes("a")]) == probed
+def test_probes_have_their_part_where_they_were_drawn(study, page, tmp_path):
+    folder = _copy(study, tmp_path)
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "probes.png").write_bytes(b"a picture")
     source = f"data:image/png;base64,{base64.b64encode(b'a picture').decode()}"
-    assert (source in [each.get("src") for each in page.attributes("img")]) == probed
+    for made, probed in ((page, False), (Page(write_report(folder)), True)):
+        assert ("probes" in [each.get("id") for each in made.attributes("section")]) == probed
+        assert ("#probes" in [each.get("href") for each in made.attributes("a")]) == probed
+        assert (source in [each.get("src") for each in made.attributes("img")]) == probed
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -459,28 +464,27 @@ def test_what_is_no_study_is_refused(study, tmp_path, spoil, message):
     assert not (folder / "report.html").exists()
 
 
-def test_every_way_of_drafting_is_in_the_page(tmp_path):
-    study = open_study(fabricate_study(tmp_path / "study", ["tales-tied", "tales-layerskip"]))
-    page = write_report(study.folder).read_text(encoding="utf-8")
-    section = re.search(r'<section id="ways".*?</section>', page, re.DOTALL)[0]
-    for entry in study.entries:
+def test_every_way_of_drafting_is_in_the_page(study, page):
+    entries = open_study(study).entries
+    section = re.search(r'<section id="ways".*?</section>', page.source, re.DOTALL)[0]
+    for entry in entries:
         ways = entry["ways"]
         for row in ways["ladder"]:
             assert f"{row['speedup']:.2f}×" in section and row["rung"] in section
         for row in ways["ways"]:
             assert f">{way_label(row)}</th>" in section and f"{row['tokens_per_round']:.2f}" in section
         assert f"{100 * ways['ways'][0]['oracle_share']:.0f} %" in section
-        assert len(re.findall(r"<td>\d+ / \d+</td>", section)) == 2 * 10 * len(study.entries)
+        assert len(re.findall(r"<td>\d+ / \d+</td>", section)) == 2 * 10 * len(entries)
     at = re.findall(r'x2="([\d.]+)"', section)
     assert at and all(0 <= float(each) <= 100 for each in at), "no bar leaves its drawing"
-    assert section.count("<circle") == sum(len(entry["ways"]["ladder"]) for entry in study.entries)
+    assert section.count("<circle") == sum(len(entry["ways"]["ladder"]) for entry in entries)
     places = [float(x) for x in re.findall(r'<circle class="point" cx="([\d.]+)"', section)]
     assert min(places) > 0 and max(places) < 100
-    assert "Every way</a>" in page
+    assert "Every way</a>" in page.source
 
 
 def test_a_study_that_ranked_no_ways_has_no_such_part(tmp_path):
-    folder = fabricate_study(tmp_path / "study", ["tales-tied"])
+    folder = fabricate_study(tmp_path / "study", ["tales-tied"], prompts=2, tokens=8, draft_lengths=(1, 2))
     summary = json.loads((folder / "summary.json").read_text())
     del summary["models"][0]["ways"]
     (folder / "summary.json").write_text(json.dumps(summary))

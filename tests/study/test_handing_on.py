@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,9 +21,15 @@ from probekit.study.log_to import check_tracker, log_study, metrics_of
 from probekit.tracing.prompts import as_prompts
 
 
+@pytest.fixture(scope="module")
+def fabricated(tmp_path_factory):
+    return fabricate_study(tmp_path_factory.mktemp("studies") / "study", models=("a", "b|c"), prompts=8)
+
+
 @pytest.fixture
-def study(tmp_path):
-    folder = fabricate_study(tmp_path / "study", models=("a", "b|c"), prompts=8)
+def study(fabricated, tmp_path):
+    """A copy of it, and its summary."""
+    folder = Path(shutil.copytree(fabricated, tmp_path / "study"))
     return folder, json.loads((folder / "summary.json").read_text())
 
 

@@ -12,7 +12,7 @@ import torch
 
 from probekit.errors import Remark
 from probekit.kept import Kept
-from probekit.models.loaded import load
+from probekit.models.synthetic import synthetic
 from probekit.probing.linear_answer import linear_answer
 from probekit.probing.probe import probe
 from probekit.settings import KeptResiduals, StudySettings
@@ -64,9 +64,9 @@ QUIET = lambda *_, **__: None  # noqa: E731
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-    """An early-exit-trained model, whose drafts are accepted or not, and its run with residuals."""
-    loaded = load("tales-layerskip", device="cpu")
-    texts = ["Once upon a time", "The king", "A wolf said", "In the forest", "There was a"]
+    """A model whose exits' drafts are accepted or not, and its run with residuals."""
+    loaded = synthetic("tiny", seed=6, layers=3, exit_layer=1, dial=0.5)
+    texts = ["one", "two", "three", "four", "five"]
     kept = KeptResiduals(None, rows="scored")
     return loaded, trace(
         loaded, texts, tmp_path_factory.mktemp("probed") / "run", max_new_tokens=24, keep_residuals=kept
@@ -85,6 +85,7 @@ def test_a_study_is_probed_when_it_is_asked_to(probed, tmp_path):
         ("answer", linear_answer(loaded, run, [0, *exits])),
     ):
         rows = table[table["label"] == label].reset_index(drop=True)
+        assert set(rows["layer"]) == set(exits if label == "accepted" else [0, *exits])
         pd.testing.assert_frame_equal(rows[["layer", "kind", "value", "low", "high"]],
                                       own[["layer", "kind", "value", "low", "high"]])  # fmt: skip
     again = probe_texts(None, None, StudySettings(("m",), probes=True), kept, QUIET)  # it is kept: no model is asked

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from probekit.kept import Kept
+from probekit.kept import Kept, sealed
+from probekit.study import phases
 from probekit.study.phases import own_threads, settle_threads
 from probekit.tracing.prompts import Prompt
 
@@ -19,6 +20,8 @@ def study(tiny, tmp_path):
 
 def test_the_fastest_number_is_kept_and_taken_again(study, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(phases, "THREAD_TOKENS", 3)
+    monkeypatch.setattr(phases, "THREAD_TURNS", 1)
     with own_threads():
         torch.set_num_threads(2)
         settle_threads(*study)
@@ -27,11 +30,11 @@ def test_the_fastest_number_is_kept_and_taken_again(study, monkeypatch):
         assert set(kept["seconds_per_token"]) == {"1", "2"}
         assert kept["seconds_per_token"][str(kept["threads"])] == min(kept["seconds_per_token"].values())
         assert torch.get_num_threads() == kept["threads"]
-        document = json.loads(path.read_text())
-        path.write_text(json.dumps({**document, "made": {**kept, "threads": 1}}))
-        torch.set_num_threads(2)
-        settle_threads(*study)
-        assert torch.get_num_threads() == 1, "a resumed study goes on with the number that it began with"
+        for threads in (1, 2):  # of which one was not the fastest
+            path.write_text(sealed(study[-1].digest, json.dumps({**kept, "threads": threads})))
+            torch.set_num_threads(2)
+            settle_threads(*study)
+            assert torch.get_num_threads() == threads, "a resumed study goes on with the number that it began with"
 
 
 def test_threads_that_were_asked_for_stay(study, monkeypatch):

@@ -46,7 +46,7 @@ def run(finished, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studied(tiny_folder, tmp_path_factory) -> Path:
+def studied(tiny_folder, tmp_path_factory, brief_calibration) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     (folder / "prompts.txt").write_text("abc\ndefg\nhij\nk\nlm\nno\n")
     run_study(

@@ -106,18 +106,17 @@ def of_oracle_map(study: StudyFolder) -> str:
 
 # -- alt texts
 def alt_of_lens_tables(study: StudyFolder) -> str:
-    told = []
-    for model in study.models:
+    def first_half(model: str) -> str:
         own = lens_table(study.trace(model), study.trace(model).prompts[0]).frame
         own = own[own["generated"]]
         depth = int(own["layer"].max())
         share = own.groupby("layer")["agrees"].mean()
         first = next((layer for layer in range(depth) if share[layer] >= 0.5), None)
-        told.append(f"{study.label(model)}: " + (
-            f"from layer {first} of {depth} on, half or more of the tokens" if first is not None
-            else f"no layer below the last of {depth} has half of the tokens"
-        ) + (" are the model's own" if first is not None else ""))  # fmt: skip
-    return f"Tables of tokens, layers from bottom to top, positions from left to right. {'; '.join(told)}."
+        if first is None:
+            return f"no layer below the last of {depth} has half of the tokens"
+        return f"from layer {first} of {depth} on, half or more of the tokens are the model's own"
+
+    return f"Tables of tokens, layers from bottom to top, positions from left to right. {of_each(study, first_half)}."
 
 
 def alt_of_agreement(study: StudyFolder) -> str:
@@ -180,28 +179,31 @@ def alt_of_trace_and_sweep(study: StudyFolder) -> str:
 
 
 def alt_of_ladder(study: StudyFolder) -> str:
-    told = []
-    for model in study.models:
+    def steps(model: str) -> str:
         rungs = rungs_of(study, model)
-        steps = ", ".join(f"{rung} {gain:.2f}" for rung, gain in zip(rungs["rung"], rungs["speedup"], strict=True))
-        told.append(f"{study.label(model)}: {steps}")
-    return f"Points on a scale of predicted speedup. {'; '.join(told)}."
+        return ", ".join(f"{rung} {gain:.2f}" for rung, gain in zip(rungs["rung"], rungs["speedup"], strict=True))
+
+    return f"Points on a scale of predicted speedup. {of_each(study, steps)}."
 
 
 def alt_of_oracle_map(study: StudyFolder) -> str:
-    told = []
-    for model in study.models:
+    def drafting(model: str) -> str:
         rounds = oracle_rounds(study, model)
+        if rounds.empty:
+            return "no round"
         drafted = rounds[rounds["exit_layer"] > 0]
-        told.append(
-            f"{study.label(model)}: no round" if rounds.empty
-            else f"{study.label(model)}: {len(drafted) / len(rounds):.0%} of the rounds draft, from "
-            f"{drafted['exit_layer'].nunique()} different layers"
-        )  # fmt: skip
-    return f"A bar for each round of each text, coloured by exit layer. {'; '.join(told)}."
+        layers = drafted["exit_layer"].nunique()
+        return f"{len(drafted) / len(rounds):.0%} of the rounds draft, from {layers} different layers"
+
+    return f"A bar for each round of each text, coloured by exit layer. {of_each(study, drafting)}."
 
 
 # -- pieces
+def of_each(study: StudyFolder, words: Callable[[str], str], between: str = "; ") -> str:
+    """What `words` says of each model, after its label."""
+    return between.join(f"{study.label(model)}: {words(model)}" for model in study.models)
+
+
 def _models(study: StudyFolder) -> str:
     labels = [study.label(model) for model in study.models]
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
@@ -233,16 +235,17 @@ def _trend(study: StudyFolder, column: str, lenses: tuple[str, ...] = ("final-no
 
 def _ranges(study: StudyFolder, column: str) -> str:
     """Least and greatest value of each model, and where the greatest is."""
-    told = []
-    for model in study.models:
+    name = column.replace("_", " ")
+
+    def ends(model: str) -> str:
         own = study.of("cells", model).dropna(subset=[column])
         if own.empty:
-            told.append(f"{study.label(model)}: no {column.replace('_', ' ')}")
-            continue
+            return f"no {name}"
         best = own.iloc[int(own[column].to_numpy().argmax())]
         drafter = "the draft model" if pd.isna(best["exit_layer"]) else f"exit layer {int(best['exit_layer'])}"
-        told.append(
-            f"{study.label(model)}: {own[column].min():.2f} to {best[column]:.2f}, the most with {drafter} and draft "
-            f"length {int(best['draft_length'])}"
+        return (
+            f"{own[column].min():.2f} to {best[column]:.2f}, the most with {drafter} and draft length "
+            f"{int(best['draft_length'])}"
         )
-    return f"{column.replace('_', ' ').capitalize()} of {'; '.join(told)}."
+
+    return f"{name.capitalize()} of {of_each(study, ends)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from probekit.presentation.paper.captions import of_each
 from probekit.presentation.paper.probing_figures import reach_of, shares_of
 from probekit.presentation.study_folder import StudyFolder
 
@@ -23,13 +24,14 @@ def of_attribution(study: StudyFolder) -> str:
         "Which layers wrote what the model says: what each layer's attention and MLP added to the logit of the model's "
         "next token at each position of one text (direct logit attribution, the final norm's scale held; with the "
         "embedding's share and constants the cells of a column add up to the logit). Blue raises the logit, red lowers "
-        "it; one cell of fifty lies beyond the ends of its colours. Layer l leads from the residual h[l - 1] to h[l]."
+        "it; one cell of fifty lies beyond the ends of its colours. Left of the line the prompt goes on; right of it "
+        "the model writes, and in greedy text its next token is the one that the next column reads. Layer l leads from "
+        "the residual h[l - 1] to h[l]."
     )  # fmt: skip
 
 
 def alt_of_probes(study: StudyFolder) -> str:
-    told = []
-    for model in study.models:
+    def leads(model: str) -> str:
         table = study.of("probes", model)
         parts = []
         for label, kinds in (("accepted", ("probe", "confidence")), ("answer", ("probe", "lens"))):
@@ -46,20 +48,21 @@ def alt_of_probes(study: StudyFolder) -> str:
             parts.append(
                 f"{what} leads the lens's most at layer {int(both.index[place])}, {one:.2f} against {other:.2f}"
             )
-        told.append(f"{study.label(model)}: {'; '.join(parts)}")
-    return f"Curves over layers, two panels a model. {'. '.join(told)}."
+        return "; ".join(parts)
+
+    return f"Curves over layers, two panels a model. {of_each(study, leads, between='. ')}."
 
 
 def alt_of_attribution(study: StudyFolder) -> str:
-    told = []
-    for model in study.models:
+    def greatest(model: str) -> str:
         shares = shares_of(study, model)
         if reach_of(shares) is None:
-            told.append(f"{study.label(model)}: not known")
-            continue
+            return "not known"
         means = shares.groupby("term")["logit"].mean()
         parts = means[[":" in str(term) for term in means.index]]
         kind, _, layer = str(parts.index[int(np.argmax(parts.to_numpy()))]).partition(":")
         who = f"the {'MLP' if kind == 'mlp' else kind} of layer {int(layer) + 1}"
-        told.append(f"{study.label(model)}: {who} raises it most, by {parts.max():.1f} logits in the mean")
-    return f"Heat maps, layers upwards, positions to the right, attention before MLPs. {'; '.join(told)}."
+        return f"{who} raises it most, by {parts.max():.1f} logits in the mean"
+
+    maps = "Heat maps, layers upwards, positions to the right, attention before MLPs."
+    return f"{maps} {of_each(study, greatest)}."

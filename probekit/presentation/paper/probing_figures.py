@@ -68,7 +68,9 @@ def attribution(study: StudyFolder, page: Page) -> Figure:
                 ax.set_xlabel("")
         row[0].set_ylabel("layer")  # the title says of what
         row[1].set_ylabel("" if down == 1 else "layer")
-        plots.one_bar(figure, list(row), "written (logits)", pad=0.01, aspect=8 * down * heights[place], extend="both")
+        plots.one_bar(
+            figure, list(row), "contribution (logits)", pad=0.01, aspect=8 * down * heights[place], extend="both"
+        )
     return figure
 
 
