@@ -17,22 +17,31 @@ plain decoding differs from itself, in 95 % of the draws of prompts.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import engine_environments as environments
 import numpy as np
-import torch
 import typer
 from benchmark_regret import halves
 from benchmarking import QUANTILES
-from engine_turns import CONTEXT, MORE, PAST, SETTINGS, cost_plan, decoding, in_turns, prompt_ids
-from fetch_real_models import fetch
+from engine_turns import (
+    CACHE,
+    CONTEXT,
+    FOLDER,
+    MORE,
+    PAST,
+    SETTINGS,
+    Cache,
+    Folder,
+    cost_plan,
+    decoding,
+    homes,
+    in_turns,
+    measured_on,
+    prompt_ids,
+)
 from rich.console import Console
 
 from probekit.choice.choose import Candidate, Choice, choose
@@ -41,7 +50,6 @@ from probekit.engines.engine import Drafting
 from probekit.engines.inside import predict_inside
 from probekit.engines.known import ENGINES
 from probekit.files import atomic_text
-from probekit.models.loaded import load
 from probekit.prediction.intervals import drawn_indices, spread
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
@@ -66,18 +74,12 @@ def main(
     draft_lengths: Annotated[str, typer.Option(help="With commas between.")] = "1,2,3,4,5",
     least: Annotated[int, typer.Option(min=1, help="Turns of every way, before noise is asked for.")] = 3,
     sweeps: Annotated[int, typer.Option(min=1, help="The most turns of every way.")] = 9,
-    folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
-        "build/engines"
-    ),
-    cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
+    folder: Folder = FOLDER,
+    cache: Cache = CACHE,
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
     output.mkdir(parents=True, exist_ok=True)
-    place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
-    loaded = load(model if model.startswith("tales-") else fetch(model, cache.expanduser()), device="cpu",
-                  dtype="float32", cache=cache.expanduser())  # fmt: skip
-    home = EngineHome(engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="")
+    [home] = homes(engine, [model], folder, cache)
+    loaded = home.loaded
     exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
     prompts = as_prompts(bundled_prompts_for(loaded.name))
     profile = measure_home(home, cost_plan(engine, loaded.depth, 5, 3))
@@ -87,9 +89,7 @@ def main(
         "schema": SCHEMA, "engine": engine, "model": loaded.name,
         "settings": SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
                                 "noise": NOISE, "least": least, "sweeps": sweeps},
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
-        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+        **measured_on(engine),
         "choice": choice.to_json(), "profile": profile.to_json(),
     }  # fmt: skip
     ids = prompt_ids(trace(loaded, prompts[1::2], max_new_tokens=MORE))

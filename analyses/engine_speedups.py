@@ -10,18 +10,27 @@ clock of one processor, for a machine that does other things beside.
 from __future__ import annotations
 
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import engine_environments as environments
 import numpy as np
-import torch
 import typer
-from engine_turns import FEWER, MORE, PAST, SETTINGS, cost_plan, decoding, in_turns, prompt_ids
-from fetch_real_models import fetch
+from engine_turns import (
+    CACHE,
+    FEWER,
+    FOLDER,
+    MORE,
+    PAST,
+    SETTINGS,
+    Cache,
+    Folder,
+    cost_plan,
+    decoding,
+    homes,
+    in_turns,
+    measured_on,
+    prompt_ids,
+)
 from rich.console import Console
 
 from probekit.costs.profile import Costs
@@ -30,7 +39,6 @@ from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.engines.known import ENGINES
 from probekit.files import atomic_text
-from probekit.models.loaded import load
 from probekit.prediction.predict import predict
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
@@ -38,7 +46,6 @@ from probekit.tracing.prompts import as_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.validation.engine_costs import measure_home
 from probekit.validation.engine_rounds import Session
-from probekit.validation.open_engine import EngineHome
 
 CELLS = {
     "tales-layerskip": ((1, 2), (2, 4), (3, 3), (6, 5)),
@@ -61,30 +68,20 @@ def main(
     prompts: Annotated[int, typer.Option(min=1)] = 8,
     sweeps: Annotated[int, typer.Option(min=1)] = 5,
     texts: Annotated[int, typer.Option(min=1, help="That the costs are measured on.")] = 3,
-    folder: Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")] = Path(
-        "build/engines"
-    ),
-    cache: Annotated[Path, typer.Option(help="Holds the published models.")] = Path("~/.cache/probekit"),
+    folder: Folder = FOLDER,
+    cache: Cache = CACHE,
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
     output.mkdir(parents=True, exist_ok=True)
-    place = environments.ENGINES[engine](folder.absolute()) if engine in environments.ENGINES else None
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine,
         "settings": SETTINGS,
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
-        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+        **measured_on(engine),
         "turns": {}, "profiles": {}, "rows": [],
     }  # fmt: skip
     record |= kept(output / f"{engine}.json", record)
-    for name in models.split(","):
-        loaded = load(name if name == "tales-layerskip" else fetch(name, cache.expanduser()), device="cpu",
-                      dtype="float32", cache=cache.expanduser())  # fmt: skip
-        home = EngineHome(
-            engine, loaded, folder.absolute() / "models" / loaded.name, place, plain=True, options="",
-        )  # fmt: skip
+    names = models.split(",")
+    for name, home in zip(names, homes(engine, names, folder, cache), strict=True):
+        loaded = home.loaded
         profile = measure_home(home, cost_plan(engine, loaded.depth, sweeps, texts))
         record["profiles"][loaded.name] = profile.to_json()
         record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "texts": texts}

@@ -1,22 +1,60 @@
-"""Sessions of an engine on the same prompts in turns: what two analyses of engines share."""
+"""An engine on one thread, and its sessions on the same prompts in turns: what two analyses of engines share."""
 
 from __future__ import annotations
 
+import os
+import platform
 import random
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
 
+import engine_environments as environments
 import numpy as np
+import torch
+import typer
+from fetch_real_models import fetch
 
+from probekit.models.loaded import load
 from probekit.traces.trace import Trace
 from probekit.validation.engine_costs import CostPlan
 from probekit.validation.engine_rounds import Session
+from probekit.validation.open_engine import EngineHome
 
 FEWER, MORE = 8, 64  # tokens: what the longer text takes more is its decoding
 CONTEXT = 64  # of the costs: the middle of these texts
 PAST = 8  # tokens that a text is traced further, where engines draft past the budget
 SETTINGS: dict[str, Any] = {"tokens": [FEWER, MORE], "context": CONTEXT, "dtype": "float32", "threads": 1,
                             "clock": "processor"}  # fmt: skip
+
+
+Folder = Annotated[Path, typer.Option("--environments", help="Where engines are, or are set up.")]
+Cache = Annotated[Path, typer.Option("--cache", help="Holds the published models.")]
+FOLDER, CACHE = Path("build/engines"), Path("~/.cache/probekit")
+
+
+def homes(engine: str, models: Sequence[str], folder: Path, cache: Path) -> list[EngineHome]:
+    """The engine with each model, in float32 on one thread; the engine is set up where it is not there yet."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # vLLM's lookup wakes a thread for each core, and they spin
+    folder, cache = folder.absolute(), cache.expanduser()
+    place = environments.ENGINES[engine](folder) if engine in environments.ENGINES else None
+    found = []
+    for name in models:
+        model = name if name.startswith("tales-") else fetch(name, cache)
+        loaded = load(model, device="cpu", dtype="float32", cache=cache)
+        found.append(EngineHome(engine, loaded, folder / "models" / loaded.name, place, plain=True))
+    return found
+
+
+def measured_on(engine: str) -> dict[str, Any]:
+    """What a record says of the machine and of the versions."""
+    return {
+        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("probekit", "torch", "transformers")}
+        | {"packages": " ".join(environments.PACKAGES.get(engine, ()))},
+    }
 
 
 def cost_plan(engine: str, depth: int, sweeps: int, texts: int) -> CostPlan:

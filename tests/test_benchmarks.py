@@ -18,11 +18,13 @@ import torch
 from tracing.jobs import job
 
 from probekit.tracing.prompts import bundled_prompts
+from probekit.validation.engine_rounds import EngineRounds, Turn
 
 pytestmark = pytest.mark.second
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
-NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret")
+NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret",
+         "engine_turns", "engine_regret")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,55 @@ def test_regret_is_resumed_with_what_it_learned(room, tiny_folder, tmp_path, dra
     assert (begun["regret"]["prompts"], whole["regret"]["prompts"]) == (1, 4)
     assert whole["regret"]["pairs"] == 4 * 2
     assert whole["regret"]["chosen_rank"] >= 1
+
+
+def test_regret_by_hand(room):
+    """Two prompts; the chosen pair loses on both, and each half of them knows the best one."""
+    turns = [((0, 0), (4.0, 5.0), (6.0, 9.0)), ((1, 1), (2.5, 3.0), (5.0, 5.5)), ((2, 1), (2.0, 2.2), (4.0, 4.1))]
+    rows = [
+        (prompt, *pair, turn, seconds, 8, 4)
+        for pair, *prompts in turns
+        for prompt, twice in enumerate(prompts)
+        for turn, seconds in enumerate(twice)
+    ]
+    raw = pd.DataFrame(rows, columns=list(room["benchmark_regret"].RAW))
+    found = room["benchmark_regret"].regret(raw, {"exit_layer": 1, "draft_length": 1, "speedup": 1.5})
+    plain = (4.0 + 5.0) / 2 + (6.0 + 9.0) / 2  # two methods, each at the least of its turns
+    assert found["chosen_speedup"] == pytest.approx(plain / (2.5 + 5.0))
+    assert found["best"] == [2, 1]
+    assert found["regret"] == pytest.approx(1 - 6.0 / 7.5)
+    assert found["regret_held_out"] == pytest.approx((1 - 2.0 / 2.5 + 1 - 4.0 / 5.0) / 2)
+    assert found["noise"] == pytest.approx(1 - 10.0 / 14.0)
+
+
+def test_an_engines_regret_by_hand(room):
+    """Sessions that take so long for each token; a busy moment in one turn of each is not counted."""
+    calls = []
+
+    def session(name, per_token):
+        def ask(prompt, count):
+            calls.append((name, count))
+            busy = 7.0 if len(calls) % 5 == 0 else 0.0
+            return Turn(EngineRounds([], [], []), 0, 0.0, 1.0 + per_token * count * len(prompt) + busy)
+
+        return ask
+
+    turns, script = room["engine_turns"], room["engine_regret"]
+    sessions = [session("plain", 1.0), session("drafts", 0.5), session("plain", 1.0)]
+    seconds = turns.in_turns([[1], [1, 2]], sessions, 7)
+    assert seconds.shape == (7, 2, 3, 2)
+    assert len(calls) == 8 * 2 * 3 * 2  # one sweep to warm up
+    tokens = turns.MORE - turns.FEWER
+    assert turns.decoding(seconds) == pytest.approx(tokens * np.array([[1.0, 0.5, 1.0], [2.0, 1.0, 2.0]]))
+    group = script._group(seconds)
+    assert script.noise(group.plain) == pytest.approx(0)
+    assert script.noise(np.array([[1.0, 1.0], [1.1, 1.1]])) == pytest.approx(1 - 1 / 1.1)
+    all_ways = np.concatenate([group.plain.mean(axis=0)[None], group.ways])
+    found = script.regret(all_ways, group.plain[None], 0, ["no drafts", "layer 1 x 2"])
+    assert (found["chosen"], found["best"], found["chosen_rank"]) == ("no drafts", "layer 1 x 2", 2)
+    assert found["best_speedup"] == pytest.approx(2)
+    assert found["regret"] == pytest.approx(found["regret_held_out"]) == pytest.approx(0.5)
+    assert found["ways_within_noise_of_the_best"] == 1
 
 
 def regret_in_a_job(ranks, folder, settings):
