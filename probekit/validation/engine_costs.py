@@ -23,7 +23,7 @@ from scipy.optimize import lsq_linear
 from probekit.costs.engine_profile import EngineProfile, Step
 from probekit.costs.measure import device_name
 from probekit.costs.timing import CLOCKS
-from probekit.drafting.text_drafters import PromptLookup
+from probekit.drafting.text_drafters import LLAMA_CPP, PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.engines.known import ENGINES
 from probekit.errors import InputError, ResourceError
@@ -35,6 +35,7 @@ from probekit.validation.open_engine import EngineHome
 
 SHORTER, LONGER = 8, 56  # new tokens
 LEAST = 0.01
+LOOKED_FOR = (1, 3)  # tokens: one is nearly always found, three seldom, so that rounds that find nothing are timed
 Open = Callable[[Drafting], AbstractContextManager[Session]]
 
 
@@ -83,7 +84,9 @@ class CostPlan:
         """Plain decoding, and lookups and each exit at every length."""
         yield Drafting()
         for length in self.draft_lengths:
-            yield Drafting(length, lookup=lookup_of(rule, length))
+            for ngram in LOOKED_FOR:
+                if (lookup := lookup_of(rule, length, ngram)) is not None:
+                    yield Drafting(length, lookup=lookup)
         for exit_layer in self.exit_layers:
             for length in self.draft_lengths:
                 yield Drafting(length, exit_layer)
@@ -95,9 +98,13 @@ class CostPlan:
         return [text[start : start + size] for start in starts]
 
 
-def lookup_of(rule: str, length: int) -> PromptLookup:
-    """The lookup of an engine that finds something most often."""
-    return PromptLookup(1, rule=rule, copied=length) if rule == "llama.cpp" else PromptLookup(1, rule=rule)
+def lookup_of(rule: str, length: int, ngram: int) -> PromptLookup | None:
+    """The lookup of an engine that matches so many tokens and no fewer; None where it has none such."""
+    if rule == LLAMA_CPP:
+        return PromptLookup(ngram, rule=rule, copied=length) if ngram <= length else None
+    if rule == "transformers" and ngram > 1:
+        return None  # it goes on to look for fewer
+    return PromptLookup(ngram, ngram, rule)
 
 
 @dataclass(frozen=True)

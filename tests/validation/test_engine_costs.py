@@ -62,8 +62,8 @@ def opened(drafting):
     yield Fabricated(drafting)
 
 
-def timed(plan=PLAN, engine=opened):
-    return measure_engine("toy", engine, list(range(200)), plan, rule="vllm", device="cpu", dtype="float32")
+def timed(plan=PLAN, engine=opened, rule="vllm"):
+    return measure_engine("toy", engine, list(range(200)), plan, rule=rule, device="cpu", dtype="float32")
 
 
 def check(profile, scale=1.0, **at):
@@ -84,8 +84,25 @@ def test_steps_that_are_known_come_out_again():
     check(profile)
     assert profile.details["largest_error"] < 1e-6
     assert profile.details["clock"] == "wall"
-    few = timed(replace(PLAN, draft_lengths=(1, 4), texts=1))
+    few = timed(replace(PLAN, draft_lengths=(1, 4), texts=1), rule="transformers")
     assert few.details["largest_error"] is None  # no more equations than steps
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("transformers", ["ngram:1"] * 3),
+        ("vllm", ["ngram:1:vllm", "ngram:3-3:vllm"] * 3),
+        ("llama.cpp", ["ngram:1x1:llama.cpp", "ngram:1x2:llama.cpp", "ngram:1x4:llama.cpp", "ngram:3x4:llama.cpp"]),
+    ],
+)
+def test_lookups_that_find_little_are_timed_where_an_engine_has_them(rule, names):
+    """transformers looks for fewer tokens where it finds no three; llama.cpp drafts no fewer than it matched."""
+    lookups = [way.lookup for way in PLAN.ways(rule) if way.lookup is not None]
+    assert [each.key.model for each in lookups] == names
+    assert {(way.exit_layer, way.draft_length) for way in PLAN.ways(rule) if way.exit_layer} == {
+        (exit_layer, length) for exit_layer in (1, 5) for length in (1, 2, 4)
+    }
 
 
 def test_a_model_of_steps_that_does_not_fit_says_by_how_much():
