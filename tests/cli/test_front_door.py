@@ -172,6 +172,7 @@ def test_a_signal_says_what_is_kept_and_how_to_go_on(tmp_path, number, status, s
 def test_a_second_signal_ends_at_once_and_without_a_traceback(tmp_path):
     late = (
         "import signal, os, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from probekit.cli import main\n"
         "def slow(*_, **__):\n"
         "    try: os.kill(os.getpid(), signal.SIGINT); time.sleep(300)\n"
