@@ -32,7 +32,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -42,6 +41,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from regrets import noise, regret_of
 from rich.console import Console
 
 from probekit.choice.choose import Choice, choose
@@ -52,7 +52,6 @@ from probekit.decoding.decoder import Decoder
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads
 from probekit.models.loaded import Loaded
-from probekit.prediction.intervals import drawn_indices, spread
 from probekit.prediction.predict import predict
 from probekit.ranks import Ranks, joined
 from probekit.traces.draft_vocabulary import DraftVocabulary
@@ -61,7 +60,6 @@ from probekit.tracing.prompts import Prompt, bundled_prompts_for
 from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 
-RESAMPLES = 1000
 RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds")
 PLAIN = (0, 0)  # (exit layer, draft length) of autoregressive decoding
 LEAST, NOISE = 3, 0.01  # turns of every pair on a prompt, and when they are enough
@@ -247,8 +245,8 @@ def measured(
 ) -> pd.DataFrame:
     """All methods on one prompt, each turn in an order of its own. Seconds of the rounds only."""
     ids, clock = loaded.tokenizer(prompt.text)["input_ids"], clock_named(clock_of(loaded))
-    for _, method in methods:
-        method.decode([ids], max_new_tokens=min(budget, 8))
+    for _, method in methods[:3]:
+        method.decode([ids], max_new_tokens=min(budget, 16))
     order = np.random.default_rng(prompt.index)
     rows: list[tuple[Any, ...]] = []
     seen: dict[tuple[int, int], int] = {}
@@ -275,41 +273,11 @@ def regret(raw: pd.DataFrame, choice: dict[str, Any]) -> dict[str, Any]:
     # Autoregressive decoding, too, at the least of as many turns as the others.
     seconds = np.concatenate([twice.mean(axis=0)[None], table.loc[pairs[1:]].to_numpy()])
     mine = pairs.index((choice["exit_layer"] or 0, choice["draft_length"] or 0))
-    total = seconds.sum(axis=1)
-    best = int(total.argmin())
-    draws = drawn_indices(seconds.shape[1], RESAMPLES)
-    drawn, first, second = (each[..., draws].sum(axis=-1) for each in (seconds, *twice))
-    apart = float(np.quantile(abs(1 - first / second), 0.95))
-    held = halves(seconds, mine)
-    return {
-        "prompts": seconds.shape[1],
-        "pairs": len(pairs) - 1,
-        "chosen": list(pairs[mine]),
-        "chosen_speedup": total[0] / total[mine],
-        "chosen_speedup_interval": [float(end) for end in spread(drawn[0] / drawn[mine])],
+    found = regret_of(seconds, noise(twice), mine, [list(pair) for pair in pairs], "pairs")
+    return found | {
         "chosen_speedup_predicted": choice["speedup"],
-        "chosen_rank": int((total < total[mine]).sum()) + 1,
-        "best": list(pairs[best]),
-        "best_speedup": total[0] / total[best],
-        "regret": 1 - total[best] / total[mine],
-        "regret_interval": [float(end) for end in spread(1 - drawn[best] / drawn[mine])],
-        "regret_held_out": float(np.mean(held)),
-        "regret_held_out_quantiles": np.quantile(held, bench.QUANTILES).tolist(),
         "noise": abs(1 - twice[0].sum() / twice[1].sum()),
-        "noise_95": apart,
-        "pairs_within_noise_of_the_best": int((total < total.min() * (1 + apart)).sum()),
     }
-
-
-def halves(seconds: np.ndarray, mine: int) -> np.ndarray:
-    """(halvings,) regret on one half of the prompts against the way that was best on the other half, for every way to
-    halve them. seconds: (ways, prompts). mine: the place of the chosen way."""
-    prompts, found = seconds.shape[1], []
-    for first in combinations(range(prompts), prompts // 2):
-        here = np.isin(np.arange(prompts), first)
-        best = seconds[:, here].sum(axis=1).argmin()
-        found.append(1 - seconds[best, ~here].sum() / seconds[mine, ~here].sum())
-    return np.array(found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Was the way that probekit chooses for another engine the fastest there? Every way that it chose among, really run.
 
     python analyses/engine_regret.py transformers --environments build/engines -o docs/results/engine-regret
-    python analyses/engine_regret.py vllm --environments build/engines -o docs/results/engine-regret
+    python analyses/engine_regret.py vllm --exit-layers 1,3,6 --draft-lengths 1,3,5 -o docs/results/engine-regret
 
 Chosen on the even-numbered bundled prompts: one trace, and costs that `probekit costs` measures in that engine. Exits
 and prompt lookups at every length then decode the odd-numbered ones inside the engine, in turns with plain decoding,
@@ -22,26 +22,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import engine_turns as turns
 import numpy as np
 import typer
-from benchmark_regret import halves
-from benchmarking import QUANTILES
-from engine_turns import (
-    CACHE,
-    CONTEXT,
-    FOLDER,
-    MORE,
-    PAST,
-    SETTINGS,
-    Cache,
-    Folder,
-    cost_plan,
-    decoding,
-    homes,
-    in_turns,
-    measured_on,
-    prompt_ids,
-)
+from regrets import noise, regret_of
 from rich.console import Console
 
 from probekit.choice.choose import Candidate, Choice, choose
@@ -50,7 +34,6 @@ from probekit.engines.engine import Drafting
 from probekit.engines.inside import predict_inside
 from probekit.engines.known import ENGINES
 from probekit.files import atomic_text
-from probekit.prediction.intervals import drawn_indices, spread
 from probekit.settings import Sampling
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import as_prompts, bundled_prompts_for
@@ -60,7 +43,6 @@ from probekit.validation.open_engine import EngineHome
 
 SCHEMA = "probekit/engine-regret/1"
 NOISE = 0.02
-RESAMPLES = 1000
 TOGETHER = {"transformers": 1000, "vllm": 6, "llama.cpp": 12}  # ways that are open at once
 
 
@@ -74,25 +56,25 @@ def main(
     draft_lengths: Annotated[str, typer.Option(help="With commas between.")] = "1,2,3,4,5",
     least: Annotated[int, typer.Option(min=1, help="Turns of every way, before noise is asked for.")] = 3,
     sweeps: Annotated[int, typer.Option(min=1, help="The most turns of every way.")] = 9,
-    folder: Folder = FOLDER,
-    cache: Cache = CACHE,
+    folder: turns.Folder = turns.FOLDER,
+    cache: turns.Cache = turns.CACHE,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    [home] = homes(engine, [model], folder, cache)
+    [home] = turns.homes(engine, [model], folder, cache)
     loaded = home.loaded
     exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
     prompts = as_prompts(bundled_prompts_for(loaded.name))
-    profile = measure_home(home, cost_plan(engine, loaded.depth, 5, 3))
-    choice = chosen(trace(loaded, prompts[::2], max_new_tokens=MORE + PAST), profile, exits, lengths)
+    profile = measure_home(home, turns.cost_plan(engine, loaded.depth, 5, 3))
+    choice = chosen(trace(loaded, prompts[::2], max_new_tokens=turns.MORE + turns.PAST), profile, exits, lengths)
     ways = choice.ranking
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine, "model": loaded.name,
-        "settings": SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
+        "settings": turns.SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
                                 "noise": NOISE, "least": least, "sweeps": sweeps},
-        **measured_on(engine),
+        **turns.measured_on(engine),
         "choice": choice.to_json(), "profile": profile.to_json(),
     }  # fmt: skip
-    ids = prompt_ids(trace(loaded, prompts[1::2], max_new_tokens=MORE))
+    ids = turns.prompt_ids(trace(loaded, prompts[1::2], max_new_tokens=turns.MORE))
     groups = []
     for first in range(0, len(ways), TOGETHER[engine]):
         group = ways[first : first + TOGETHER[engine]]
@@ -107,7 +89,8 @@ def main(
         "turns": [each.turns for each in groups],
         "seconds": {name: np.round(row, 5).tolist() for name, row in zip(names, seconds, strict=True)},
         "plain": np.round(plain, 5).tolist(),
-        "regret": regret(seconds, plain, mine, names) | {"predicted_speedup": choice.speedup},
+        "regret": regret_of(seconds, max(map(noise, plain)), mine, names, "ways")
+        | {"predicted_speedup": choice.speedup},
     }
     atomic_text(output / f"{engine}-{loaded.name}.json", json.dumps(record, indent=1) + "\n")
     Console(soft_wrap=True).print_json(json.dumps(record["regret"]))
@@ -116,7 +99,7 @@ def main(
 def chosen(run: Trace, profile: EngineProfile, exits: Sequence[int], lengths: Sequence[int]) -> Choice:
     """As `probekit choose --costs` does, among these exits and all lookups of the engine."""
     prediction = predict_inside(run, ENGINES[profile.engine], exits, lengths, look_up=True)
-    return choose(prediction, profile.costs(run.depth, context=CONTEXT))
+    return choose(prediction, profile.costs(run.depth, context=turns.CONTEXT))
 
 
 def named(way: Candidate) -> str:
@@ -141,47 +124,15 @@ def decoded(home: EngineHome, ways: Sequence[Candidate], ids: Sequence[Sequence[
             if way.drafts is not None
         ]
         sessions = [alone, *drafting, alone]
-        seconds = in_turns(ids, sessions, least)
+        seconds = turns.in_turns(ids, sessions, least)
         while len(seconds) < most and noise(_group(seconds).plain) > NOISE:
-            seconds = np.concatenate([seconds, in_turns(ids, sessions, 1, warm=True)])
+            seconds = np.concatenate([seconds, turns.in_turns(ids, sessions, 1, warm=True)])
     return _group(seconds)
 
 
 def _group(seconds: np.ndarray) -> Group:
-    spent = decoding(seconds).T
+    spent = turns.decoding(seconds).T
     return Group(spent[[0, -1]], spent[1:-1], len(seconds))
-
-
-def noise(plain: np.ndarray) -> float:
-    """How far plain decoding, (2, prompts), is from itself in 95 % of the draws of prompts."""
-    first, second = plain[:, drawn_indices(plain.shape[1], RESAMPLES)].sum(axis=-1)
-    return float(np.quantile(np.abs(1 - first / second), 0.95))
-
-
-def regret(seconds: np.ndarray, plain: np.ndarray, mine: int, names: Sequence[str]) -> dict[str, Any]:
-    """seconds: (ways, prompts), plain decoding the first. plain: (groups, 2, prompts). mine: the chosen one's place."""
-    prompts = seconds.shape[1]
-    total = seconds.sum(axis=1)
-    best = int(total.argmin())
-    drawn = seconds[:, drawn_indices(prompts, RESAMPLES)].sum(axis=-1)  # (ways, draws)
-    held = halves(seconds, mine)
-    apart = max(noise(each) for each in plain)
-    return {
-        "prompts": prompts,
-        "ways": len(seconds) - 1,
-        "chosen": names[mine],
-        "chosen_speedup": total[0] / total[mine],
-        "chosen_speedup_interval": list(map(float, spread(drawn[0] / drawn[mine]))),
-        "chosen_rank": int((total < total[mine]).sum()) + 1,
-        "best": names[best],
-        "best_speedup": total[0] / total[best],
-        "regret": 1 - total[best] / total[mine],
-        "regret_interval": list(map(float, spread(1 - drawn[best] / drawn[mine]))),
-        "regret_held_out": float(np.mean(held)),
-        "regret_held_out_quantiles": np.quantile(held, QUANTILES).tolist(),
-        "noise_95": apart,
-        "ways_within_noise_of_the_best": int((total <= total[best] * (1 + apart)).sum()),
-    }
 
 
 if __name__ == "__main__":

@@ -13,24 +13,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import engine_turns as turns
 import numpy as np
 import typer
-from engine_turns import (
-    CACHE,
-    FEWER,
-    FOLDER,
-    MORE,
-    PAST,
-    SETTINGS,
-    Cache,
-    Folder,
-    cost_plan,
-    decoding,
-    homes,
-    in_turns,
-    measured_on,
-    prompt_ids,
-)
 from rich.console import Console
 
 from probekit.costs.profile import Costs
@@ -68,27 +53,27 @@ def main(
     prompts: Annotated[int, typer.Option(min=1)] = 8,
     sweeps: Annotated[int, typer.Option(min=1)] = 5,
     texts: Annotated[int, typer.Option(min=1, help="That the costs are measured on.")] = 3,
-    folder: Folder = FOLDER,
-    cache: Cache = CACHE,
+    folder: turns.Folder = turns.FOLDER,
+    cache: turns.Cache = turns.CACHE,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine,
-        "settings": SETTINGS,
-        **measured_on(engine),
+        "settings": turns.SETTINGS,
+        **turns.measured_on(engine),
         "turns": {}, "profiles": {}, "rows": [],
     }  # fmt: skip
     record |= kept(output / f"{engine}.json", record)
     names = models.split(",")
-    for name, home in zip(names, homes(engine, names, folder, cache), strict=True):
+    for name, home in zip(names, turns.homes(engine, names, folder, cache), strict=True):
         loaded = home.loaded
-        profile = measure_home(home, cost_plan(engine, loaded.depth, sweeps, texts))
+        profile = measure_home(home, turns.cost_plan(engine, loaded.depth, sweeps, texts))
         record["profiles"][loaded.name] = profile.to_json()
         record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "texts": texts}
         record["rows"] = [row for row in record["rows"] if row["model"] != loaded.name]
         costs = profile.costs(loaded.depth)
         chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
-        run = trace(loaded, chosen, max_new_tokens=MORE + PAST)
+        run = trace(loaded, chosen, max_new_tokens=turns.MORE + turns.PAST)
         drafters: list[tuple[Drafter, int]] = [(ExitLayer(exit_layer), length) for exit_layer, length in CELLS[name]]
         drafters += [(lookup, LOOKUP_LENGTH) for lookup in LOOKUPS[engine]]
         for drafter, length in drafters:
@@ -116,16 +101,16 @@ def kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int) -> tuple[float, float]:
     """(plain seconds / seconds with drafts, plain seconds / plain seconds) over all prompts."""
-    seconds = in_turns(prompt_ids(run), (plain, drafts, plain), sweeps)
-    first, drafting, second = decoding(seconds).sum(axis=0)
-    both = decoding(np.concatenate([seconds[:, :, [0]], seconds[:, :, [2]]])).sum()
+    seconds = turns.in_turns(turns.prompt_ids(run), (plain, drafts, plain), sweeps)
+    first, drafting, second = turns.decoding(seconds).sum(axis=0)
+    both = turns.decoding(np.concatenate([seconds[:, :, [0]], seconds[:, :, [2]]])).sum()
     return float(both / drafting), float(first / second)
 
 
 def predicted(run: Trace, drafter: Drafter, length: int, costs: Costs, first_round: str) -> float:
     """The same from the trace: the rounds of MORE tokens less those of FEWER."""
     rounds, tokens = np.zeros(length + 1), 0
-    for budget, sign in ((MORE, 1), (FEWER, -1)):
+    for budget, sign in ((turns.MORE, 1), (turns.FEWER, -1)):
         cell = predict(run, draft_lengths=[length], drafters=[drafter], first_round=first_round, budget=budget).cells[0]
         rounds += sign * cell.rounds_by_drafted.sum(axis=0)
         tokens += sign * sum(min(budget, len(run.outputs(prompt))) for prompt in run.prompts)

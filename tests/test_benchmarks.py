@@ -24,7 +24,7 @@ pytestmark = pytest.mark.second
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
 NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret",
-         "engine_turns", "engine_regret")  # fmt: skip
+         "regrets", "engine_turns", "engine_regret")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_an_engines_regret_by_hand(room):
 
         return ask
 
-    turns, script = room["engine_turns"], room["engine_regret"]
+    turns, script, regrets = room["engine_turns"], room["engine_regret"], room["regrets"]
     sessions = [session("plain", 1.0), session("drafts", 0.5), session("plain", 1.0)]
     seconds = turns.in_turns([[1], [1, 2]], sessions, 7)
     assert seconds.shape == (7, 2, 3, 2)
@@ -270,10 +270,10 @@ def test_an_engines_regret_by_hand(room):
     tokens = turns.MORE - turns.FEWER
     assert turns.decoding(seconds) == pytest.approx(tokens * np.array([[1.0, 0.5, 1.0], [2.0, 1.0, 2.0]]))
     group = script._group(seconds)
-    assert script.noise(group.plain) == pytest.approx(0)
-    assert script.noise(np.array([[1.0, 1.0], [1.1, 1.1]])) == pytest.approx(1 - 1 / 1.1)
+    assert regrets.noise(group.plain) == pytest.approx(0)
+    assert regrets.noise(np.array([[1.0, 1.0], [1.1, 1.1]])) == pytest.approx(1 - 1 / 1.1)
     all_ways = np.concatenate([group.plain.mean(axis=0)[None], group.ways])
-    found = script.regret(all_ways, group.plain[None], 0, ["no drafts", "layer 1 x 2"])
+    found = regrets.regret_of(all_ways, 0.0, 0, ["no drafts", "layer 1 x 2"], "ways")
     assert (found["chosen"], found["best"], found["chosen_rank"]) == ("no drafts", "layer 1 x 2", 2)
     assert found["best_speedup"] == pytest.approx(2)
     assert found["regret"] == pytest.approx(found["regret_held_out"]) == pytest.approx(0.5)
