@@ -24,7 +24,7 @@ check: $(VENV)/.checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/deptry .
+	$(BIN)/deptry . analyses
 	$(BIN)/bandit --quiet --recursive probekit --configfile pyproject.toml
 
 clean:
