@@ -42,7 +42,6 @@ from probekit.validation.engine_costs import measure_home
 from probekit.validation.open_engine import EngineHome
 
 SCHEMA = "probekit/engine-regret/1"
-NOISE = 0.02
 TOGETHER = {"transformers": 1000, "vllm": 6, "llama.cpp": 12}  # ways that are open at once
 
 
@@ -64,13 +63,13 @@ def main(
     loaded = home.loaded
     exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
     prompts = as_prompts(bundled_prompts_for(loaded.name))
-    profile = measure_home(home, turns.cost_plan(engine, loaded.depth, 5, 3))
+    profile = measure_home(home, turns.cost_plan(engine, loaded.depth, lengths, 5, 3))
     choice = chosen(trace(loaded, prompts[::2], max_new_tokens=turns.MORE + turns.PAST), profile, exits, lengths)
     ways = choice.ranking
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine, "model": loaded.name,
         "settings": turns.SETTINGS | {"exit_layers": exits, "draft_lengths": lengths, "together": TOGETHER[engine],
-                                "noise": NOISE, "least": least, "sweeps": sweeps},
+                                "noise": turns.NOISE, "least": least, "sweeps": sweeps},
         **turns.measured_on(engine),
         "choice": choice.to_json(), "profile": profile.to_json(),
     }  # fmt: skip
@@ -115,7 +114,7 @@ class Group(NamedTuple):
 
 
 def decoded(home: EngineHome, ways: Sequence[Candidate], ids: Sequence[Sequence[int]], least: int, most: int) -> Group:
-    """All of them in turns with plain decoding, until that differs from itself by less than NOISE."""
+    """All of them in turns with plain decoding, until that differs from itself by less than it may."""
     with ExitStack() as stack:
         alone = stack.enter_context(home.open(Drafting()))
         drafting = [
@@ -124,9 +123,7 @@ def decoded(home: EngineHome, ways: Sequence[Candidate], ids: Sequence[Sequence[
             if way.drafts is not None
         ]
         sessions = [alone, *drafting, alone]
-        seconds = turns.in_turns(ids, sessions, least)
-        while len(seconds) < most and noise(_group(seconds).plain) > NOISE:
-            seconds = np.concatenate([seconds, turns.in_turns(ids, sessions, 1, warm=True)])
+        seconds = turns.until_still(ids, sessions, least, most)
     return _group(seconds)
 
 

@@ -51,7 +51,8 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Receives ENGINE.json.")] = RESULTS,
     models: Annotated[str, typer.Option(help="With commas between.")] = ",".join(CELLS),
     prompts: Annotated[int, typer.Option(min=1)] = 8,
-    sweeps: Annotated[int, typer.Option(min=1)] = 5,
+    sweeps: Annotated[int, typer.Option(min=1, help="Of the costs, and the fewest turns of every way.")] = 5,
+    most: Annotated[int, typer.Option(min=1, help="Turns, where plain decoding differs from itself.")] = 12,
     texts: Annotated[int, typer.Option(min=1, help="That the costs are measured on.")] = 3,
     folder: turns.Folder = turns.FOLDER,
     cache: turns.Cache = turns.CACHE,
@@ -67,9 +68,10 @@ def main(
     names = models.split(",")
     for name, home in zip(names, turns.homes(engine, names, folder, cache), strict=True):
         loaded = home.loaded
-        profile = measure_home(home, turns.cost_plan(engine, loaded.depth, sweeps, texts))
+        lengths = {LOOKUP_LENGTH, *(length for _, length in CELLS[name])}
+        profile = measure_home(home, turns.cost_plan(engine, loaded.depth, lengths, sweeps, texts))
         record["profiles"][loaded.name] = profile.to_json()
-        record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "texts": texts}
+        record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "most": most, "texts": texts}
         record["rows"] = [row for row in record["rows"] if row["model"] != loaded.name]
         costs = profile.costs(loaded.depth)
         chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
@@ -79,7 +81,7 @@ def main(
         for drafter, length in drafters:
             drafting = Drafting.with_drafter(drafter, length, Sampling())
             with home.open(Drafting()) as plain, home.open(drafting) as drafts:
-                measured, noise = speedups(run, plain, drafts, sweeps)
+                measured, noise = speedups(run, plain, drafts, sweeps, most)
             row = {"model": loaded.name, "drafter": drafter.key.label, "draft_length": length,
                    "predicted": predicted(run, drafter, length, costs, ENGINES[engine].first_round),
                    "measured": measured, "plain_against_plain": noise}  # fmt: skip
@@ -99,9 +101,9 @@ def kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("turns", "profiles", "rows")} if same else {}
 
 
-def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int) -> tuple[float, float]:
+def speedups(run: Trace, plain: Session, drafts: Session, sweeps: int, most: int) -> tuple[float, float]:
     """(plain seconds / seconds with drafts, plain seconds / plain seconds) over all prompts."""
-    seconds = turns.in_turns(turns.prompt_ids(run), (plain, drafts, plain), sweeps)
+    seconds = turns.until_still(turns.prompt_ids(run), (plain, drafts, plain), sweeps, most)
     first, drafting, second = turns.decoding(seconds).sum(axis=0)
     both = turns.decoding(np.concatenate([seconds[:, :, [0]], seconds[:, :, [2]]])).sum()
     return float(both / drafting), float(first / second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from fetch_real_models import fetch
+from regrets import noise
 
 from probekit.models.loaded import load
 from probekit.traces.trace import Trace
@@ -23,6 +24,7 @@ from probekit.validation.engine_rounds import Session
 from probekit.validation.open_engine import EngineHome
 
 FEWER, MORE = 8, 64  # tokens: what the longer text takes more is its decoding
+NOISE = 0.02  # by which plain decoding may differ from itself
 CONTEXT = 64  # of the costs: the middle of these texts
 PAST = 8  # tokens that a text is traced further, where engines draft past the budget
 SETTINGS: dict[str, Any] = {"tokens": [FEWER, MORE], "context": CONTEXT, "dtype": "float32", "threads": 1,
@@ -57,9 +59,10 @@ def measured_on(engine: str) -> dict[str, Any]:
     }
 
 
-def cost_plan(engine: str, depth: int, sweeps: int, texts: int) -> CostPlan:
-    """By the clock of one processor; a process of its own for each way is open beside plain decoding only."""
-    return CostPlan((1, depth - 1), (1, 2, 4, 8), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
+def cost_plan(engine: str, depth: int, lengths: Iterable[int], sweeps: int, texts: int) -> CostPlan:
+    """Verifications of 1 and of each of these many drafts, by the clock of one processor; a process of its own for each
+    way is open beside plain decoding only."""
+    return CostPlan((1, depth - 1), (1, *lengths), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
                     together=engine == "transformers", texts=texts)  # fmt: skip
 
 
@@ -84,6 +87,15 @@ def in_turns(
                 taken = [sessions[place](prompt, count).processor_s for count in (FEWER, MORE)]
                 if sweep >= 0:
                     seconds[sweep, at, place] = taken
+    return seconds
+
+
+def until_still(prompts: Sequence[Sequence[int]], sessions: Sequence[Session], least: int, most: int) -> np.ndarray:
+    """`in_turns` of so many sweeps at least, and of more until the first and the last session, which decode alike,
+    differ by less than NOISE over all prompts."""
+    seconds = in_turns(prompts, sessions, least)
+    while len(seconds) < most and noise(decoding(seconds)[:, [0, -1]].T) > NOISE:
+        seconds = np.concatenate([seconds, in_turns(prompts, sessions, 1, warm=True)])
     return seconds
 
 

@@ -7,6 +7,7 @@ was selected for being so, and its interval knows (`certainty`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -248,9 +249,13 @@ class Choice:
         return f" It cannot be told apart from {len(self.alike)} others, {named} the next."
 
     def _caution(self) -> str:
-        if not self.few_prompts:
-            return ""
-        return f" From {self.prompts} prompt{'s' if self.prompts > 1 else ''} only: take at least {FEW_PROMPTS}."
+        told = ""
+        if self.best.speedup > (self.best.tokens_per_round or math.inf):
+            told = (" These costs let a round, which verifies, take less than a plain step: time them again on a quiet "
+                    "machine.")  # fmt: skip
+        if self.few_prompts:
+            told += f" From {self.prompts} prompt{'s' if self.prompts > 1 else ''} only: take at least {FEW_PROMPTS}."
+        return told
 
     def to_json(self) -> dict[str, Any]:
         return {

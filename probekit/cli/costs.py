@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MEASURED_CONTEXT, SERVED_CONTEXT, MOST_CONTEXT = 128, 1024, 2**40
 SWEEPS = 3  # of an engine that is timed within another command
+MOST_LENGTHS = 8  # drafts, up to which every length is timed: engines multiply a few rows in tiles, with jumps between
 
 Costs = Annotated[str, typer.Option("--costs", help="measured on this device, or from a roofline.")]
 AnyCosts = Annotated[
@@ -76,7 +77,7 @@ def engine_profile(
 
     loaded, _ = models_of(trace, device, dtype)
     longest = max(lengths)
-    widths = tuple(sorted({each for each in (1, 2, 4, 8) if each < longest} | {longest}))
+    widths = tuple(sorted({each for each in (1, 2, 4, 8, *lengths) if each <= min(MOST_LENGTHS, longest)} | {longest}))
     plan = CostPlan(
         (1, loaded.depth - 1), widths, tuple(rows), tuple(contexts), SWEEPS, together=asked[0] != "vllm"
     )  # fmt: skip

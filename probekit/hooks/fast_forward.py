@@ -2,10 +2,10 @@
 
 The model itself is never touched. Each module without hooks gets a shallow copy: the same class, code and weights, but
 with its children as plain attributes, so that calling one costs a function call instead of `nn.Module.__call__`.
-Four parts of a Llama take fewer steps to the same result: a linear map (by the kernel for its size), the RMS norm (in
-float32, where the bits are the same), and attention, which rotates queries and keys in one go (the same bits) and
-stacks the queries that share a key/value head instead of repeating keys and values. Other families keep their own
-norms and attention.
+Three parts of a Llama take fewer steps to the same result: a linear map (by the kernel for its size), the RMS norm (in
+float32; of a few rows the last bits may differ), and attention, which rotates queries and keys in one go (the same
+bits) and stacks the queries that share a key/value head instead of repeating keys and values. Other families keep their
+own norms and attention.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from probekit.hooks.attention import attend, once, rows_apart, with_rows_apart
 from probekit.hooks.sites import is_hooked
 from probekit.models.anatomy import Anatomy
 from probekit.models.linear_kernels import product
+from probekit.models.norm_kernels import rms_norm
 from probekit.models.states import has_plain_weight
 
 
@@ -56,8 +57,7 @@ def _fast(module: nn.Module, apart: bool = False) -> Callable[..., Any]:
     if type(module) is nn.Linear:
         return product(module.weight, module.bias) if has_plain_weight(module) else module
     if type(module) is LlamaRMSNorm and has_plain_weight(module) and module.weight.dtype == torch.float32:
-        scale, epsilon, shape = module.weight, module.variance_epsilon, tuple(module.weight.shape)
-        return lambda inputs: torch.rms_norm(inputs, shape, scale, epsilon)
+        return rms_norm(module.weight, module.variance_epsilon)
     if type(module) is LlamaAttention and module.config._attn_implementation == "sdpa":
         return _fast_attention(module, partial(rows_apart, attend) if apart else attend)
     copied = object.__new__(type(module))

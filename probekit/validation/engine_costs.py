@@ -43,7 +43,8 @@ Open = Callable[[Drafting], AbstractContextManager[Session]]
 class CostPlan:
     """What is timed.
 
-    exit_layers: depths of the draft models. draft_lengths: K of the lookups and of the draft models.
+    exit_layers: depths of the draft models. draft_lengths: K of the lookups; a draft model of each depth takes the
+        least, the middle and the greatest of them, for its steps are alike.
     texts: prompts that are continued; with one, lookups tell rounds that find something badly from those that do not.
     rows, contexts: of the batches, and tokens in the cache halfway through a text. sweeps: turns of everything.
     clock: "wall", or "processor": seconds of the engine's processor, for one thread on a busy machine.
@@ -80,15 +81,21 @@ class CostPlan:
         """Tokens that a session must have room for, drafts past the end among them."""
         return self.contexts[-1] + LONGER + self.draft_lengths[-1]
 
+    @property
+    def exit_lengths(self) -> tuple[int, ...]:
+        """K of the draft models."""
+        all_of_them = self.draft_lengths
+        return tuple(dict.fromkeys((all_of_them[0], all_of_them[len(all_of_them) // 2], all_of_them[-1])))
+
     def ways(self, rule: str) -> Iterator[Drafting]:
-        """Plain decoding, and lookups and each exit at every length."""
+        """Plain decoding, lookups at every length, and each exit at a few."""
         yield Drafting()
         for length in self.draft_lengths:
             for ngram in LOOKED_FOR:
                 if (lookup := lookup_of(rule, length, ngram)) is not None:
                     yield Drafting(length, lookup=lookup)
         for exit_layer in self.exit_layers:
-            for length in self.draft_lengths:
+            for length in self.exit_lengths:
                 yield Drafting(length, exit_layer)
 
     def prompts(self, text: Sequence[int], context: int) -> list[Sequence[int]]:
@@ -260,8 +267,11 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
                 table[place, exit_at + most] += count
     seconds = np.array([each.seconds for each in equations])
     unseen = [width - 1 for width, column in zip(widths, table.T, strict=False) if width > 1 and column.sum() < 1]
-    if unseen:
+    if unseen and (set(unseen) & set(plan.exit_lengths) or unseen[-1] == plan.draft_lengths[-1]):
         raise ResourceError(f"no round verified {unseen[0]} drafts.", "Time shorter drafts, or at a longer context.")
+    if unseen:  # no lookup found so many: they are read off their neighbours
+        seen = tuple(length for length in plan.draft_lengths if length not in unseen)
+        return solve(equations, replace(plan, draft_lengths=seen), rows, context)
     # A plain step, which everything is held against, is that of plain decoding, whatever other equations leave over.
     alone = [place for place, each in enumerate(equations) if not each.drafting.speculates]
     plain_s = float(seconds[alone].sum() / table[alone, 0].sum())

@@ -226,3 +226,11 @@ def test_export_keeps_off_other_folders(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         export_choice(choice, tmp_path / "notes.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_a_gain_beyond_the_tokens_of_a_round_is_remarked_on():
+    quiet = linear_costs()
+    for share, told in ((1.0, False), (5.0, True)):
+        choice = choose(one_cell(copies=4), replace(quiet, autoregressive_s=share * quiet.autoregressive_s))
+        assert (choice.speedup > choice.best.tokens_per_round) == told
+        assert ("time them again on a quiet machine" in choice.sentence()) == told

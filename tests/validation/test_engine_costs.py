@@ -15,7 +15,7 @@ from cli.test_front_door import fails
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.errors import InputError, ResourceError
-from probekit.validation.engine_costs import LONGER, CostPlan, measure_engine
+from probekit.validation.engine_costs import LONGER, CostPlan, Equation, measure_engine, solve
 from probekit.validation.engine_rounds import EngineRounds, Turn
 from probekit.validation.llama_cpp import llama_cpp_session
 from probekit.validation.open_engine import EngineHome
@@ -86,6 +86,29 @@ def test_steps_that_are_known_come_out_again():
     assert profile.details["clock"] == "wall"
     few = timed(replace(PLAN, draft_lengths=(1, 4), texts=1), rule="transformers")
     assert few.details["largest_error"] is None  # no more equations than steps
+
+
+def test_every_length_is_verified_by_lookups_and_a_few_by_draft_models():
+    many = replace(PLAN, draft_lengths=(1, 2, 3, 4))
+    assert many.exit_lengths == (1, 3, 4)
+    profile = timed(many)
+    check(profile)
+    assert profile.costs(6).whole_pass_seconds(4) == pytest.approx(0.016)
+
+
+def test_a_length_that_no_lookup_found_is_read_off_its_neighbours():
+    many = replace(PLAN, exit_layers=(5,), draft_lengths=(1, 2, 3, 4))
+    equations = [
+        Equation(Drafting(), 48, {}, 0.48),
+        *(Equation(Drafting(length, lookup=PromptLookup(1)), plain, {length: 20},
+                   (plain + 20) * LOOKUP + plain * VERIFY[1] + 20 * seconds)
+          for length, plain, seconds in ((1, 2, 0.012), (3, 9, 0.016), (4, 20, 0.018))),
+        *(Equation(Drafting(length, 5), 0, {length: 20}, 20 * (length * 0.008 + seconds))
+          for length, seconds in ((1, 0.012), (3, 0.016), (4, 0.018))),
+    ]  # fmt: skip
+    steps, _ = solve(equations, many, 1, 64)
+    verified = {step.tokens: step.seconds for step in steps if step.step == "verify"}
+    assert verified == pytest.approx({2: 0.012, 4: 0.016, 5: 0.018})
 
 
 @pytest.mark.parametrize(
