@@ -30,7 +30,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -41,6 +40,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from learned_drafting import Drafting
 from regrets import noise, regret_of
 from rich.console import Console
 
@@ -49,15 +49,12 @@ from probekit.costs.measure import measure_costs
 from probekit.costs.timing import clock_named
 from probekit.decoding.autoregressive import Autoregressive
 from probekit.decoding.decoder import Decoder
-from probekit.decoding.speculative import SelfSpeculative
-from probekit.lens.exit_heads import ExitHead, fingerprint, fit_heads
+from probekit.lens.exit_heads import fingerprint
 from probekit.models.loaded import Loaded
 from probekit.prediction.predict import predict
 from probekit.ranks import Ranks, joined
-from probekit.traces.draft_vocabulary import DraftVocabulary
 from probekit.traces.trace import Trace
 from probekit.tracing.prompts import Prompt, bundled_prompts_for
-from probekit.tracing.self_generated import as_batches, self_generated_texts
 from probekit.tracing.tracer import trace
 
 RAW = ("prompt", "exit_layer", "draft_length", "turn", "seconds", "tokens", "rounds")
@@ -162,33 +159,6 @@ def whole(raw: pd.DataFrame, more: Sequence[pd.DataFrame], prompts: Sequence[Pro
     return rows.sort_values("prompt", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Drafting:
-    """What exit layers draft with beside the model's own norm and head.
-
-    ids: the tokens whose rows of the head they keep; None: all. heads: {exit: head}; None: none.
-    """
-
-    ids: list[int] | None = None
-    heads: dict[int, ExitHead] | None = None
-
-    @classmethod
-    def learned(
-        cls, loaded: Loaded, prompts: Sequence[Prompt], budget: int, draft_rows: int | None, heads: bool
-    ) -> Drafting:
-        """From what the model writes after some prompts and their beginnings."""
-        texts = list(self_generated_texts(loaded, prompts, budget))
-        order = DraftVocabulary.counted((tokens for _, tokens in texts), "own text").order(loaded.anatomy.vocabulary)
-        return cls(
-            None if draft_rows is None else order[:draft_rows].tolist(),
-            fit_heads(loaded.anatomy, as_batches(texts)) if heads else None,
-        )
-
-    @property
-    def rows(self) -> int | None:
-        return None if self.ids is None else len(self.ids)
-
-
 def choice_on(loaded: Loaded, traced: Trace, longest: int, drafting: Drafting) -> Choice:
     """What probekit recommends after a trace, with costs measured at the context in the middle of the texts."""
     context = int((traced.texts["prompt_tokens"] + traced.texts["new_tokens"] / 2).median())
@@ -220,13 +190,8 @@ def described(loaded: Loaded, choice: Choice, settings: dict[str, Any]) -> dict[
 
 def methods_of(loaded: Loaded, longest: int, drafting: Drafting) -> list[tuple[tuple[int, int], Decoder]]:
     """Every pair, and autoregressive decoding at the beginning and in the middle."""
-    ids = None if drafting.ids is None else torch.tensor(drafting.ids)
-    heads = drafting.heads or {}
-    pairs = [
-        (
-            (exit_layer, length),
-            SelfSpeculative(loaded, exit_layer, length, exit_head=heads.get(exit_layer), draft_vocabulary=ids),
-        )
+    pairs: list[tuple[tuple[int, int], Decoder]] = [
+        ((exit_layer, length), drafting.decoder(loaded, exit_layer, length))
         for exit_layer in loaded.anatomy.exits
         for length in range(1, longest + 1)
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from learned_drafting import Drafting
 from rich.console import Console
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
@@ -27,6 +29,7 @@ from probekit.decoding.autoregressive import Autoregressive, EarlyExit
 from probekit.decoding.decoder import Decoder
 from probekit.decoding.speculative import SelfSpeculative, Speculative
 from probekit.models.loaded import Loaded
+from probekit.tracing.prompts import bundled_prompts_for
 from probekit.validation.transformers import transformers_accepted
 
 Run = Callable[[list[int]], tuple[list[int], float | None]]  # prompt ids -> new tokens, acceptance rate
@@ -41,6 +44,11 @@ def main(
     prompts: Annotated[int, typer.Option(min=1)] = 6,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    draft_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Exits also draft with so many rows of the head, learned on other prompts."),
+    ] = None,
+    heads: Annotated[bool, typer.Option("--fit-heads", help="And through exit heads, learned there too.")] = False,
     compiled: Annotated[bool, typer.Option(help="Also transformers compiled with a static cache.")] = False,
     threads: bench.Threads = None,
     device: bench.AnyDevice = None,
@@ -54,8 +62,17 @@ def main(
         **transformers_ways(loaded, drafter, cells, max_new_tokens, compiled),
         **probekit_ways(loaded, drafter, cells, max_new_tokens),
     }
+    if heads or draft_rows is not None:
+        others = bundled_prompts_for(loaded.name)[prompts:]
+        learned = Drafting.learned(loaded, others, max_new_tokens, draft_rows, heads)
+        ways |= {
+            ("probekit", f"{exit_layer},{length} with {with_what(draft_rows, heads)}"):
+                decoded_by(learned.decoder(loaded, exit_layer, length), max_new_tokens)
+            for exit_layer, length in cells
+        }  # fmt: skip
     table = measure(ways, bench.prompt_ids(loaded, prompts), repeats)
-    settings = {"prompts": prompts, "max_new_tokens": max_new_tokens, "repeats": repeats, "cells": cells}
+    settings = {"prompts": prompts, "max_new_tokens": max_new_tokens, "repeats": repeats, "cells": cells,
+                "draft_rows": draft_rows, "exit_heads": heads}  # fmt: skip
     names = {"weights_hash": loaded.weights_hash, "drafter": drafter and drafter.name}
     record = {
         **bench.decoding_header("compare-decoding", loaded, settings, **names),
@@ -66,16 +83,23 @@ def main(
     Console(soft_wrap=True).print(shown.to_string(index=False, float_format="%.3f", na_rep="-"), markup=False)
 
 
+def with_what(draft_rows: int | None, heads: bool) -> str:
+    rows = [] if draft_rows is None else [f"{draft_rows} rows"]
+    return " and ".join([*rows, *(["exit heads"] if heads else [])])
+
+
+def decoded_by(method: Decoder, budget: int) -> Run:
+    def run(ids: list[int]) -> tuple[list[int], float | None]:
+        decoded = method.decode([ids], max_new_tokens=budget)[0]
+        return decoded.tokens, decoded.acceptance_rate
+
+    return run
+
+
 def probekit_ways(
     loaded: Loaded, drafter: Loaded | None, cells: Sequence[tuple[int, int]], budget: int
 ) -> dict[tuple[str, str], Run]:
-    def way(method: Decoder) -> Run:
-        def run(ids: list[int]) -> tuple[list[int], float | None]:
-            decoded = method.decode([ids], max_new_tokens=budget)[0]
-            return decoded.tokens, decoded.acceptance_rate
-
-        return run
-
+    way = partial(decoded_by, budget=budget)
     ways = {("probekit", "autoregressive"): way(Autoregressive(loaded))}
     for exit_layer, length in cells:
         ways["probekit", f"self-speculative {exit_layer},{length}"] = way(SelfSpeculative(loaded, exit_layer, length))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.second
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
 NAMES = ("benchmarking", "peers", "benchmark_lens", "benchmark_tracing", "benchmark_choice", "benchmark_regret",
-         "regrets", "engine_turns", "engine_regret")  # fmt: skip
+         "learned_drafting", "compare_decoding", "regrets", "engine_turns", "engine_regret")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,30 @@ def test_halving_by_hand(room):
     assert cell == 1  # the last two went too early; 4 s in all beat 10 s
     assert spent == pytest.approx(1 + 2 + 3 + 4 + 9 + 2)  # nothing is run twice
     assert table.speeds([0, 1]).tolist() == pytest.approx([2.0, 5.0, 5.0, 4.0])
+
+
+def test_decoding_side_by_side(room, tiny_folder, tmp_path, monkeypatch):
+    """Every way has its row, and what exits learned is learned on prompts that are not measured."""
+    script = room["compare_decoding"]
+    learned, taught = script.Drafting.learned, []
+
+    def learn(loaded, prompts, *given):
+        taught.extend(prompt.index for prompt in prompts)
+        return learned(loaded, prompts, *given)
+
+    monkeypatch.setattr(script, "bundled_prompts_for", lambda name: bundled_prompts("general")[:6])
+    monkeypatch.setattr(script.Drafting, "learned", learn)
+    script.main(str(tiny_folder), ["2,2"], None, 2, 5, 1, 30, True, False, 1, "cpu", "float32", tmp_path / "compare")
+    assert taught == [prompt.index for prompt in bundled_prompts("general")[2:6]]
+    record = json.loads((tmp_path / "compare.json").read_text())
+    ways = {(row["engine"], row["method"]): row for row in record["rows"]}
+    assert set(ways) == {
+        ("transformers", "autoregressive"), ("transformers", "self-speculative 2,2"), ("probekit", "autoregressive"),
+        ("probekit", "self-speculative 2,2"), ("probekit", "early exit 2 (lossy)"),
+        ("probekit", "2,2 with 30 rows and exit heads"),
+    }  # fmt: skip
+    assert all(row["same_tokens"] == 2 for way, row in ways.items() if "lossy" not in way[1])
+    assert (record["settings"]["draft_rows"], record["settings"]["exit_heads"]) == (30, True)
 
 
 # ---------------------------------------------------------------------------------------------------------- regret

@@ -166,9 +166,12 @@ def choice() -> Iterator[str]:
 def decoding() -> Iterator[str]:
     yield from section(
         "Decoding",
-        "python analyses/compare_decoding.py tales-layerskip -o docs/results/decoding/compare-tales-layerskip",
+        "python analyses/compare_decoding.py tales-layerskip --cell 3,2 --cell 4,2 --cell 4,3 --cell 6,4 --prompts 4 "
+        "--max-new-tokens 64 --draft-model tales-draft --draft-rows 512 --fit-heads --compiled "
+        "-o docs/results/decoding/compare-tales-layerskip",
         "The same weights, prompts and tokens in both libraries. Speedup: over the same library's autoregressive "
-        "decoding. Against transformers: the same method, exit layer and draft length there.",
+        "decoding. Against transformers: the same method, exit layer and draft length there. With rows and exit heads: "
+        "both are learned from what the model writes after the other prompts.",
     )
     for record in records("decoding", "compare-*.json"):
         settings = record["settings"]
