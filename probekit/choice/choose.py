@@ -367,7 +367,7 @@ def choose(prediction: Prediction | Trace, costs: Costs | BatchCosts, *, ways: R
     ):
         raise InputError("these ways were ranked on other texts than the prediction.", "Rank the same trace.")
     unknown = sorted(key.exit_layer for key in prediction.keys if key.is_exit and not costs.knows(key))
-    if unknown:
+    if unknown and costs.early_s:
         raise InputError(
             f"these costs are of a model with exits 1..{costs.depth - 1}; the prediction has exit layer {unknown[0]}.",
             "Measure them on the model that was traced.",

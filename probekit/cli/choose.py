@@ -16,6 +16,7 @@ from probekit.cli.costs import (
     AnyCosts,
     Context,
     context_of,
+    costs_along,
     costs_of,
     engine_asked,
     engine_profile,
@@ -137,7 +138,7 @@ def choose(
         @cache
         def costs_of_rows(count: int, at: int) -> Profile:
             if profile is not None:
-                return profile.costs(trace.depth, rows=count, context=at)
+                return costs_along(trace, profile, count, at)
             widest = with_trees(trace, lengths, at)
             return costs_of(
                 trace, costs, at, widest, draft_rows, when_to_stop, device, dtype, bars, rows=count, bits=weight_bits

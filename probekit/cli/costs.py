@@ -14,6 +14,7 @@ from probekit.errors import InputError
 
 if TYPE_CHECKING:
     from probekit.costs.engine_profile import EngineProfile
+    from probekit.costs.profile import Costs as Profile
     from probekit.progress import Progress
     from probekit.traces.trace import Trace
 
@@ -75,15 +76,24 @@ def engine_profile(
     from probekit.validation.engine_costs import CostPlan, measure_home
     from probekit.validation.open_engine import EngineHome
 
-    loaded, _ = models_of(trace, device, dtype)
+    loaded, helper = models_of(trace, device, dtype)
     longest = max(lengths)
     widths = tuple(sorted({each for each in (1, 2, 4, 8, *lengths) if each <= min(MOST_LENGTHS, longest)} | {longest}))
     plan = CostPlan(
-        (1, loaded.depth - 1), widths, tuple(rows), tuple(contexts), SWEEPS, together=asked[0] != "vllm"
+        (1, loaded.depth - 1), widths, tuple(rows), tuple(contexts), SWEEPS, together=asked[0] != "vllm",
+        drafter=None if helper is None else helper.name,
     )  # fmt: skip
     with TemporaryDirectory() as folder:
-        home = EngineHome(asked[0], loaded, Path(folder), asked[1], longest=plan.longest_text, rows=plan.rows[-1])
+        home = EngineHome(
+            asked[0], loaded, Path(folder), asked[1], longest=plan.longest_text, rows=plan.rows[-1], helper=helper
+        )
         return measure_home(home, plan, progress=bars)
+
+
+def costs_along(trace: Trace, profile: EngineProfile, rows: int, context: int | None) -> Profile:
+    """An engine's costs of a run's model, and of its draft model where that was timed."""
+    helper = trace.manifest.drafter
+    return profile.costs(trace.depth, rows=rows, context=context, drafter=None if helper is None else helper.name)
 
 
 def convention_of(trace: Trace, engine: str | None) -> str:

@@ -14,6 +14,7 @@ from probekit.cli.costs import (
     Context,
     context_of,
     convention_of,
+    costs_along,
     costs_of,
     engine_asked,
     engine_profile,
@@ -175,7 +176,7 @@ def _chosen(
     if profile is not None:
         lengths = range(1, min(8, profile.longest_draft) + 1)
         prediction = predicted(trace, profile.engine, None, lengths, None, FIXED, target=engine)
-        return choose(prediction, profile.costs(trace.depth, context=context))
+        return choose(prediction, costs_along(trace, profile, 1, context))
     prediction = predicted(trace, None, None, lengths, None, FIXED)
     with progress_bars(silent) as bars:
         timed = costs_of(trace, costs, context_of(str(costs), context), lengths, None, FIXED, device, dtype, bars)
@@ -205,7 +206,7 @@ def schedule_of(
 
     def costs_at(count: int, place: int) -> Costs:
         if profile is not None:
-            return profile.costs(trace.depth, rows=count, context=place)
+            return costs_along(trace, profile, count, place)
         return costs_of(trace, costs, place, range(1, 9), drafts.key.rows, FIXED, device, dtype, None, rows=count)
 
     longest, whose = (8, None) if profile is None else (min(8, profile.longest_draft), profile.engine)

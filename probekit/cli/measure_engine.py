@@ -31,6 +31,7 @@ def costs(
     exit_layers: Annotated[
         str | None, typer.Option("--exit-layers", help="Draft models to time. [default: the first and the last exit]")
     ] = None,
+    draft_model: options.DraftModel = None,
     draft_lengths: Annotated[str, typer.Option("--draft-lengths", help="Drafts that a pass verifies.")] = "1,2,4,8",
     rows: Annotated[str, typer.Option("--rows", help="Rows in the batch, as 1,4,16 (vLLM).")] = "1",
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens in the cache, as 128,1024.")] = "128",
@@ -64,19 +65,27 @@ def costs(
     from probekit.validation.open_engine import EngineHome
 
     loaded = load(model, device=device, dtype=dtype)
+    helper = None if draft_model is None else load(draft_model, device=device, dtype=dtype)
     exits = exits or [1, loaded.depth - 1]
     for exit_layer in exits:
         loaded.anatomy.check_exit(exit_layer)
     together = engine != "vllm" if together is None else together
     plan = CostPlan(
-        tuple(exits), tuple(lengths or ()), tuple(batches or ()), tuple(places or ()), sweeps, clock, together
+        tuple(exits),
+        tuple(lengths or ()),
+        tuple(batches or ()),
+        tuple(places or ()),
+        sweeps,
+        clock,
+        together,
+        drafter=None if helper is None else helper.name,
     )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bars = stack.enter_context(progress_bars(quiet or as_json))
         home = EngineHome(
             engine, loaded, folder, engine_path, gguf, options=engine_options, longest=plan.longest_text,
-            rows=plan.rows[-1],
+            rows=plan.rows[-1], helper=helper,
         )  # fmt: skip
         profile = measure_home(home, plan, progress=bars)
     if output is not None:
@@ -86,9 +95,9 @@ def costs(
         return
     print_table(
         f"{profile.engine}, {profile.device}, {profile.dtype}",
-        ["step", "exit", "tokens", "rows", "context", "ms"],
+        ["step", "drafts", "tokens", "rows", "context", "ms"],
         [
-            [step.step, step.exit_layer, step.tokens, step.rows, step.context, 1000 * step.seconds]
+            [step.step, step.exit_layer or step.drafter, step.tokens, step.rows, step.context, 1000 * step.seconds]
             for step in profile.steps
         ],
         "Of the whole batch. first: what the first draft of a round takes longer. verify: a pass over so many tokens a "

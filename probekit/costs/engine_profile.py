@@ -6,6 +6,7 @@ A profile is a table of steps, as CSV or JSON. Its columns:
                 first of a round takes longer; verify: a pass of the whole model over the drafts and the token before;
                 lookup: what a round of a lookup takes longer, whether it found drafts or none
     exit_layer  of a draft step, and of a first: the layers that the drafter has; empty otherwise
+    drafter     instead of it: the name of a draft model of its own, as the trace has it
     tokens      of a verification: tokens of each row, K + 1; 1 otherwise
     rows        rows in the batch
     context     tokens in the cache of each row
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.costs.profile import Costs
+from probekit.costs.profile import Costs, DraftModelCosts
 from probekit.errors import InputError
 from probekit.foreign.json import read_object
 from probekit.foreign.text import read_bytes
@@ -52,6 +53,7 @@ class Step:
     context: int = 0
     tokens: int = 1
     exit_layer: int | None = None
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -68,9 +70,17 @@ class Step:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name} of a {self.step} step is {value!r}; expected {least} to {most:,}.")
-        if (self.step in DRAFTS) != (self.exit_layer is not None):
+        if self.drafter is not None and not (isinstance(self.drafter, str) and self.drafter):
+            raise InputError(f"drafter of a {self.step} step is {self.drafter!r}; expected the name of a draft model.")
+        if (self.step in DRAFTS) != (self.exit_layer is not None or self.drafter is not None):
             raise InputError(
-                f"a {self.step} step has exit_layer {self.exit_layer!r}; draft and first steps have one, others none."
+                f"a {self.step} step has exit_layer {self.exit_layer!r} and drafter {self.drafter!r}; draft and first "
+                "steps have one of them, others none."
+            )
+        if self.exit_layer is not None and self.drafter is not None:
+            raise InputError(
+                f"a {self.step} step is of exit layer {self.exit_layer} and of the draft model {self.drafter}; "
+                "expected one of them."
             )
 
 
@@ -98,24 +108,44 @@ class EngineProfile:
         return sorted({step.context for step in self.steps})
 
     @property
+    def drafters(self) -> list[str]:
+        """Names of draft models of their own that were timed, in their order."""
+        return list(dict.fromkeys(step.drafter for step in self.steps if step.drafter is not None))
+
+    @property
     def longest_draft(self) -> int:
         """Most drafts that a timed verification covers."""
         return max(step.tokens for step in self.steps if step.step == "verify") - 1
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "engine": self.engine, "device": self.device, "dtype": self.dtype,
-                "steps": [asdict(step) for step in self.steps],
+                "steps": [_without_nobody(asdict(step)) for step in self.steps],
                 **({"details": dict(self.details)} if self.details else {})}  # fmt: skip
 
-    def costs(self, depth: int, *, rows: int = 1, context: int | None = None) -> Costs:
+    def costs(self, depth: int, *, rows: int = 1, context: int | None = None, drafter: str | None = None) -> Costs:
         """Costs of a model of `depth` layers at so many rows in the batch and tokens in the cache.
 
         An engine runs the exit as a draft model of its own: a round is k draft steps and a pass of the whole model.
+        drafter: the draft model whose rounds are costed too, where it was timed; by default the only one. Exits have
+        costs where one of them was timed.
         Raises InputError for rows or a context beyond the profile's.
         """
         context = self.contexts[0] if context is None else context
         plain = self._at(rows, context, "autoregressive")
+        tokens = sorted({step.tokens for step in self.steps if step.step == "verify"})
+        passes = [plain, *(self._at(rows, context, "verify", tokens=count) for count in tokens)]
+        widths = range(1, tokens[-1] + 1)
+        whole = np.interp(widths, [1, *tokens], passes)
+        looks_up = any(step.step == "lookup" for step in self.steps)
+        common: dict[str, Any] = {
+            "source": self.engine, "device": self.device, "dtype": self.dtype, "context": context, "depth": depth,
+            "autoregressive_s": plain, "rows": rows, "whole_s": dict(zip(widths, whole.tolist(), strict=True)),
+            "lookup_s": self._at(rows, context, "lookup") if looks_up else 0.0,
+            "draft_model": self._draft_model(drafter, rows, context, whole),
+        }  # fmt: skip
         drafts = {step.exit_layer for step in self.steps if step.step == "draft" and step.exit_layer is not None}
+        if not drafts:
+            return Costs(**common, early_s={}, head_s=plain, verify_s={})
         if max(drafts) >= depth:
             raise InputError(f"the profile has a drafter of {max(drafts)} layers; the model has {depth} all in all.")
         known = {exit_layer: self._at(rows, context, "draft", exit_layer=exit_layer) for exit_layer in sorted(drafts)}
@@ -128,30 +158,34 @@ class EngineProfile:
         colder = {step.exit_layer for step in self.steps if step.step == "first" and step.exit_layer is not None}
         longer = {exit_layer: self._at(rows, context, "first", exit_layer=exit_layer) for exit_layer in sorted(colder)}
         cold = np.interp(exits, list(longer), list(longer.values())) if longer else np.zeros(depth - 1)
-        looks_up = any(step.step == "lookup" for step in self.steps)
-        tokens = sorted({step.tokens for step in self.steps if step.step == "verify"})
-        passes = [plain, *(self._at(rows, context, "verify", tokens=count) for count in tokens)]
-        widths = range(1, tokens[-1] + 1)
-        whole = np.interp(widths, [1, *tokens], passes)
         # As Costs counts a round, with an early pass more than drafts: its time is taken from the verification.
         early = np.minimum(step_s / 2, whole.min() / 2)
         if (step_s <= early).any():
             raise InputError(f"the profile of {self.engine} has draft steps that take no time.")
         return Costs(
-            source=self.engine, device=self.device, dtype=self.dtype, context=context, depth=depth,
-            autoregressive_s=plain, rows=rows, whole_s=dict(zip(widths, whole.tolist(), strict=True)),
+            **common,
             early_s=dict(zip(exits, early.tolist(), strict=True)),
             head_s=float(np.median(step_s - early)),
             heads_s=dict(zip(exits, (step_s - early).tolist(), strict=True)),
             cold_s=dict(zip(exits, cold.tolist(), strict=True)),
-            lookup_s=self._at(rows, context, "lookup") if looks_up else 0.0,
             verify_s={
                 (exit_layer, count): float(whole[count - 1] - early[exit_layer - 1])
                 for exit_layer in exits for count in widths
             },
         )  # fmt: skip
 
-    def _at(self, rows: int, context: int, name: str, **named: int) -> float:
+    def _draft_model(self, name: str | None, rows: int, context: int, whole: np.ndarray) -> DraftModelCosts | None:
+        """whole: (widths,) seconds of the whole model over 1, 2, .. tokens."""
+        if name is None and len(self.drafters) == 1:
+            [name] = self.drafters
+        if name not in self.drafters:
+            return None
+        step_s = self._at(rows, context, "draft", drafter=name)
+        colder = any(step.step == "first" and step.drafter == name for step in self.steps)
+        longer = self._at(rows, context, "first", drafter=name) if colder else 0.0
+        return DraftModelCosts(name, step_s, step_s + longer, dict(enumerate(whole.tolist(), start=1)))
+
+    def _at(self, rows: int, context: int, name: str, **named: int | str) -> float:
         """Seconds of a step at so many rows and tokens in the cache, between those that are known."""
         points: dict[int, dict[int, float]] = {}
         for step in self.steps:
@@ -160,6 +194,11 @@ class EngineProfile:
         what = f"{name} steps" + "".join(f" of {key} {value}" for key, value in named.items())
         by_context = {at: _between(known, rows, f"{what} at context {at}", "rows") for at, known in points.items()}
         return _between(by_context, context, what, "context")
+
+
+def _without_nobody(step: dict[str, Any]) -> dict[str, Any]:
+    """Files that know no draft model of its own stay as they were."""
+    return {key: value for key, value in step.items() if key != "drafter" or value is not None}
 
 
 def _between(known: Mapping[int, float], at: int, what: str, name: str) -> float:

@@ -67,7 +67,7 @@ class Costs:
     ----------
     source: "measured" or "roofline". depth: L.
     autoregressive_s: a whole step of autoregressive decoding.
-    early_s: {E: layers 0..E-1 over one row}.
+    early_s: {E: layers 0..E-1 over one row}; empty, as `verify_s`, where an engine drafts with no exit.
     head_s: norm, head and choice of one draft.
     heads_s: {E: the same after each exit, where that was timed: after few layers the head is still in the caches}.
     verify_s: {(E, rows): layers E..L-1, norm and head over `rows` rows}.
@@ -139,7 +139,7 @@ class Costs:
     @cached_property
     def longest_draft(self) -> int:
         """The longest draft that these costs know."""
-        return max((rows for _, rows in self.verify_s), default=1) - 1
+        return max((rows for _, rows in self.verify_s), default=max(self.whole_s, default=1)) - 1
 
     def knows(self, key: DrafterKey) -> bool:
         """Whether rounds of this drafter have a cost here, whatever it drafts with."""
@@ -329,6 +329,8 @@ class Costs:
         """The same where every exit, and every number of rows up to the longest draft's, has its time."""
         rows = range(2, self.longest_draft + 2)
         lacking: list[Any] = sorted({*range(1, self.depth)} ^ self.early_s.keys())
+        if not self.early_s and not self.verify_s and self.whole_s:  # an engine's, of a draft model and lookups alone
+            lacking = []
         lacking = lacking or [(exit_layer, each) for exit_layer in self.early_s for each in rows
                               if (exit_layer, each) not in self.verify_s]  # fmt: skip
         if self.draft_model is not None:

@@ -45,6 +45,7 @@ class CostPlan:
 
     exit_layers: depths of the draft models. draft_lengths: K of the lookups; a draft model of each depth takes the
         least, the middle and the greatest of them, for its steps are alike.
+    drafter: the name of a draft model of its own that is timed too; None: there is none.
     texts: prompts that are continued; with one, lookups tell rounds that find something badly from those that do not.
     rows, contexts: of the batches, and tokens in the cache halfway through a text. sweeps: turns of everything.
     clock: "wall", or "processor": seconds of the engine's processor, for one thread on a busy machine.
@@ -59,6 +60,7 @@ class CostPlan:
     clock: str = "wall"
     together: bool = True
     texts: int = 3
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
         if self.clock not in CLOCKS:
@@ -88,15 +90,17 @@ class CostPlan:
         return tuple(dict.fromkeys((all_of_them[0], all_of_them[len(all_of_them) // 2], all_of_them[-1])))
 
     def ways(self, rule: str) -> Iterator[Drafting]:
-        """Plain decoding, lookups at every length, and each exit at a few."""
+        """Plain decoding, lookups at every length, and each exit and the draft model at a few."""
         yield Drafting()
         for length in self.draft_lengths:
             for ngram in LOOKED_FOR:
                 if (lookup := lookup_of(rule, length, ngram)) is not None:
                     yield Drafting(length, lookup=lookup)
-        for exit_layer in self.exit_layers:
-            for length in self.exit_lengths:
+        for length in self.exit_lengths:
+            for exit_layer in self.exit_layers:
                 yield Drafting(length, exit_layer)
+            if self.drafter is not None:
+                yield Drafting(length, drafter=self.drafter)
 
     def prompts(self, text: Sequence[int], context: int) -> list[Sequence[int]]:
         """Of each text, so that its middle has so many tokens in the cache."""
@@ -178,6 +182,13 @@ def measure_home(home: EngineHome, plan: CostPlan, *, progress: Progress | None 
     """Time an engine that is installed, on the bundled prompts, one after the other as one text."""
     loaded = home.loaded
     prompts = as_prompts(bundled_prompts_for(loaded.name))
+    if (helper := home.helper) is not None and any(
+        encode(prompt, helper.tokenizer).ids != encode(prompt, loaded.tokenizer).ids for prompt in prompts
+    ):
+        raise InputError(
+            f"the draft model {helper.name} encodes text otherwise than {loaded.name}.",
+            "Take a draft model with the same tokenizer.",
+        )
     once = [token for prompt in prompts for token in encode(prompt, loaded.tokenizer).ids]
     many = plan.texts * plan.contexts[-1]
     text = (once * (1 + many // len(once)))[:many]
@@ -247,12 +258,13 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
     The error is None where there are no more equations than steps, which then always hold.
 
     A plain step is known from plain decoding. Unknown are verifications of K + 1 tokens for each K of the plan, of
-    which a wider one takes no less, a draft step of each exit, what the first of a round takes longer, and what a round
-    of a lookup does. Verifications of other widths are read off the line between their neighbours. A step takes LEAST
-    of a plain one at least.
+    which a wider one takes no less, a draft step of each exit and of the draft model, what the first of a round takes
+    longer, and what a round of a lookup does. Verifications of other widths are read off the line between their
+    neighbours. A step takes LEAST of a plain one at least.
     """
     widths = [1, *(length + 1 for length in plan.draft_lengths)]
-    exits, most = list(plan.exit_layers), len(plan.exit_layers)
+    helpers: list[int | str] = [*plan.exit_layers, *([] if plan.drafter is None else [plan.drafter])]
+    most = len(helpers)
     table = np.zeros((len(equations), len(widths) + 2 * most + 1))
     for place, each in enumerate(equations):
         table[place, 0] = each.plain
@@ -261,10 +273,11 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
         for drafts, count in each.rounds.items():
             for column, one in enumerate(np.eye(len(widths))):
                 table[place, column] += count * np.interp(drafts + 1, widths, one)
-            if each.drafting.exit_layer is not None:
-                exit_at = len(widths) + exits.index(each.drafting.exit_layer)
-                table[place, exit_at] += count * drafts
-                table[place, exit_at + most] += count
+            helper = each.drafting.exit_layer or each.drafting.drafter
+            if helper is not None:
+                drafts_at = len(widths) + helpers.index(helper)
+                table[place, drafts_at] += count * drafts
+                table[place, drafts_at + most] += count
     seconds = np.array([each.seconds for each in equations])
     unseen = [width - 1 for width, column in zip(widths, table.T, strict=False) if width > 1 and column.sum() < 1]
     if unseen and (set(unseen) & set(plan.exit_lengths) or unseen[-1] == plan.draft_lengths[-1]):
@@ -282,13 +295,14 @@ def solve(equations: Sequence[Equation], plan: CostPlan, rows: int, context: int
     solved = lsq_linear(other, left, (least, np.inf), method="bvls").x
     found = plain_s * np.append(1.0, _increments(len(widths) - 1, len(solved)) @ solved)
     error = float(np.abs(table @ found / seconds - 1).max()) if table.shape[0] > table.shape[1] else None
-    at = {"rows": rows, "context": context}
+    at: dict[str, Any] = {"rows": rows, "context": context}
     taken = found.tolist()
     steps = [Step("autoregressive", taken[0], **at)]
     steps += [Step("verify", each, tokens=width, **at) for width, each in zip(widths[1:], taken[1:], strict=False)]
-    for place, exit_layer in enumerate(exits):
-        steps.append(Step("draft", taken[len(widths) + place], exit_layer=exit_layer, **at))
-        steps.append(Step("first", taken[len(widths) + most + place], exit_layer=exit_layer, **at))
+    for place, helper in enumerate(helpers):
+        who: dict[str, Any] = {"exit_layer" if isinstance(helper, int) else "drafter": helper}
+        steps.append(Step("draft", taken[len(widths) + place], **who, **at))
+        steps.append(Step("first", taken[len(widths) + most + place], **who, **at))
     return [*steps, Step("lookup", taken[-1], **at)], error
 
 

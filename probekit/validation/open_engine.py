@@ -35,7 +35,7 @@ class EngineHome:
     gguf: for llama.cpp, the file that it serves; by default the model's own, or one that is written.
     plain: llama.cpp computes in float32, its files dequantised, on one thread. options: more of the engine's own: a
     JSON object of `vllm.LLM` arguments, or a command line of `llama-server`.
-    longest, rows: the longest text and the largest batch.
+    longest, rows: the longest text and the largest batch. helper: a draft model of its own.
     """
 
     engine: str
@@ -47,6 +47,7 @@ class EngineHome:
     options: str = ""
     longest: int = 512
     rows: int = 1
+    helper: Loaded | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in OPENED:
@@ -75,8 +76,8 @@ class EngineHome:
     def open(self, drafting: Drafting) -> AbstractContextManager[Session]:
         """A session that drafts so. Raises InputError, ResourceError where the engine is not there."""
         if self.engine == "transformers":
-            return nullcontext(TransformersSession(self.loaded, drafting))
-        places = Pretrained(drafter_path="" if drafting.exit_layer is None else str(self.drafter(drafting.exit_layer)))
+            return nullcontext(TransformersSession(self.loaded, drafting, self.helper))
+        places = Pretrained(drafter_path=self._drafter_path(drafting))
         told = ENGINES[self.engine].settings(drafting, places, ())
         if self.engine == "vllm":
             on_a_cpu = self.loaded.device.type != "cuda"
@@ -123,12 +124,25 @@ class EngineHome:
             if (served := self._served()) is not None and not self.plain:
                 return served
             return self._written(None, self.folder / "whole.gguf")
-        target = self.folder / "whole"
-        if not (target / "config.json").is_file():
-            with silent():
-                self.loaded.model.save_pretrained(target)
-                self.loaded.tokenizer.save_pretrained(target)
-        return target
+        return _saved(self.loaded, self.folder / "whole")
+
+    def _drafter_path(self, drafting: Drafting) -> str:
+        if drafting.exit_layer is not None:
+            return str(self.drafter(drafting.exit_layer))
+        if drafting.drafter is None:
+            return ""
+        helper = self.helper
+        if helper is None or helper.name != drafting.drafter:
+            raise InputError(f"{self.engine} was not given the draft model {drafting.drafter}.", "Give it as `helper`.")
+        if self.engine != "llama.cpp":
+            return str(_saved(helper, self.folder / "helper"))
+        if (own := _own_gguf(helper)) is not None and not self.plain:
+            return str(own)
+        target = self.folder / "helper.gguf"
+        if target.is_file():
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return str(write_gguf(helper, target) if own is None else cut_gguf(own, None, target, plain=True))
 
     def drafter(self, exit_layer: int) -> Path:
         """The first layers of it, written where they are not there yet."""
@@ -139,8 +153,7 @@ class EngineHome:
 
     def _served(self) -> Path | None:
         """The GGUF file that there is."""
-        own = self.loaded.path
-        return self.gguf or (own if own is not None and own.suffix == ".gguf" else None)
+        return self.gguf or _own_gguf(self.loaded)
 
     def _written(self, exit_layer: int | None, target: Path) -> Path:
         if target.is_file():
@@ -149,3 +162,16 @@ class EngineHome:
         if (served := self._served()) is not None:
             return cut_gguf(served, exit_layer, target, plain=self.plain)
         return write_gguf(self.loaded, target, exit_layer)
+
+
+def _own_gguf(loaded: Loaded) -> Path | None:
+    return loaded.path if loaded.path is not None and loaded.path.suffix == ".gguf" else None
+
+
+def _saved(loaded: Loaded, target: Path) -> Path:
+    """A checkpoint of safetensors, written where it is not there yet."""
+    if not (target / "config.json").is_file():
+        with silent():
+            loaded.model.save_pretrained(target)
+            loaded.tokenizer.save_pretrained(target)
+    return target

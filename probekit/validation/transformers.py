@@ -83,12 +83,14 @@ def transformers_lookup(
 class TransformersSession:
     """transformers' own `generate`, greedy, with one way of drafting, timed.
 
-    drafting: who drafts and how many tokens; an exit is its own early exit, a lookup its own prompt lookup, nobody
-    plain decoding.
+    drafting: who drafts and how many tokens; an exit is its own early exit, a lookup its own prompt lookup, a draft
+    model its assistant, `helper`, nobody plain decoding. Raises InputError for a draft model that is not the helper.
     """
 
-    def __init__(self, loaded: Loaded, drafting: Drafting) -> None:
-        self.loaded, self.drafting = loaded, drafting
+    def __init__(self, loaded: Loaded, drafting: Drafting, helper: Loaded | None = None) -> None:
+        if drafting.drafter is not None and (helper is None or helper.name != drafting.drafter):
+            raise InputError(f"transformers was not given the draft model {drafting.drafter}.", "Give it as `helper`.")
+        self.loaded, self.drafting, self.helper = loaded, drafting, helper
 
     def __call__(
         self, prompt_ids: Sequence[int], max_new_tokens: int, *, rows: int = 1, ignore_eos: bool = False
@@ -110,6 +112,10 @@ class TransformersSession:
         if not how.speculates:
             return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos)
         settings = _drafts(length)
+        if how.drafter is not None and self.helper is not None:
+            assistant = self.helper.model
+            with _plain_generation(assistant, settings, eos):
+                return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos, assistant_model=assistant)
         return _counted(self.loaded, prompt_ids, max_new_tokens, settings, eos, assistant_early_exit=how.exit_layer)
 
 

@@ -15,7 +15,8 @@ from cli.test_front_door import fails
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.errors import InputError, ResourceError
-from probekit.validation.engine_costs import LONGER, CostPlan, Equation, measure_engine, solve
+from probekit.models.loaded import load
+from probekit.validation.engine_costs import LONGER, CostPlan, Equation, measure_engine, measure_home, solve
 from probekit.validation.engine_rounds import EngineRounds, Turn
 from probekit.validation.llama_cpp import llama_cpp_session
 from probekit.validation.open_engine import EngineHome
@@ -47,8 +48,9 @@ class Fabricated:
                 made += taken + 1
                 low = {4: 0.016}.get(drafts + 1) or VERIFY[drafts + 1]  # halfway between 3 and 5 tokens
                 seconds += low
-                if self.drafting.exit_layer is not None:
-                    seconds += drafts * DRAFT[self.drafting.exit_layer] + FIRST[self.drafting.exit_layer]
+                who = self.drafting.exit_layer or self.drafting.drafter
+                if who is not None:
+                    seconds += drafts * DRAFT.get(who, 0.0015) + FIRST.get(who, 0.0005)
             else:
                 plain += 1
                 made += 1
@@ -94,6 +96,13 @@ def test_every_length_is_verified_by_lookups_and_a_few_by_draft_models():
     profile = timed(many)
     check(profile)
     assert profile.costs(6).whole_pass_seconds(4) == pytest.approx(0.016)
+
+
+def test_a_draft_model_of_its_own_is_timed_beside_the_exits():
+    profile = timed(replace(PLAN, drafter="small"))
+    check(profile)
+    small = profile.costs(6).draft_model
+    assert (small.name, small.step_s, small.first_s) == ("small", pytest.approx(0.0015), pytest.approx(0.002))
 
 
 def test_a_length_that_no_lookup_found_is_read_off_its_neighbours():
@@ -258,3 +267,30 @@ def test_the_command_writes_a_profile_that_choose_reads(tiny_folder, tmp_path, c
         chosen = document(capsys, "choose", traced, "--costs", costs, "--draft-lengths", "1,3", "--context", 40)
         assert (chosen["costs"]["source"], chosen["costs"]["dtype"]) == ("transformers", "float32")
     fails(capsys, ["choose", str(traced), "--costs", "sglang"], "--costs is 'sglang'; expected measured or roofline")
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(tiny, tmp_path):
+    whole = load("tales-layerskip", device="cpu")
+    home = EngineHome("transformers", whole, tmp_path, helper=tiny)
+    with pytest.raises(InputError, match="encodes text otherwise than tales-layerskip"):
+        measure_home(home, PLAN)
+    for engine, helper in (("transformers", None), ("vllm", None), ("llama.cpp", tiny)):
+        with pytest.raises(InputError, match=f"{engine} was not given the draft model small"):
+            EngineHome(engine, whole, tmp_path, helper=helper).open(Drafting(2, drafter="small"))
+
+
+@pytest.mark.second
+def test_transformers_assistant_is_timed_and_weighed(tmp_path, capsys):
+    """The real assisted generation of a bundled pair, from the command that times it to the choice."""
+    traced, profile, prompts = tmp_path / "run", tmp_path / "profile.json", tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\nThe wolf said\n")
+    document(capsys, "trace", "tales-layerskip", "-o", traced, "--prompts", prompts, "--max-new-tokens", 24,
+             "--draft-model", "tales-draft", "--device", "cpu")  # fmt: skip
+    found = document(capsys, "costs", "tales-layerskip", "--engine", "transformers", "-o", profile, "--sweeps", 1,
+                     "--draft-model", "tales-draft", "--draft-lengths", "1,3", "--contexts", 40, "--clock",
+                     "processor", "--device", "cpu")  # fmt: skip
+    steps = {(step["step"], step.get("drafter")) for step in found["steps"]}
+    assert {("draft", "tales-draft"), ("first", "tales-draft"), ("draft", None)} <= steps
+    chosen = document(capsys, "choose", traced, "--costs", profile, "--draft-lengths", "1,3")
+    assert chosen["costs"]["drafter"] == "tales-draft"
+    assert "speculative" in {row["method"] for row in chosen["methods"]}
