@@ -4,11 +4,11 @@
     python analyses/engine_rounds.py vllm --environments build/engines -o docs/results/engines
     python analyses/engine_rounds.py llama.cpp --environments build/engines -o docs/results/engines
 
-Three models, four pairs (exit layer, draft length) each, and n-grams. The exit is the draft checkpoint that
-`probekit export` cuts: the engine knows it as a draft model (transformers also as its own early exit), and is told
-what the export says. One trace predicts every round; the engine decodes the same prompts greedily in float32 and counts
-for itself. The trace is a little longer than the engine's budget, for vLLM drafts and accepts past it. The record is
-written after every cell; a run that was cut short goes on where it ended.
+Three models, four pairs (exit layer, draft length) each, n-grams, and a draft model of its own where there is one. The
+exit is the draft checkpoint that `probekit export` cuts: the engine knows it as a draft model (transformers also as its
+own early exit), and is told what the export says. One trace predicts every round; the engine decodes the same prompts
+greedily in float32 and counts for itself. The trace is a little longer than the engine's budget, for vLLM drafts and
+accepts past it. The record is written after every cell; a run that was cut short goes on where it ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import typer
 from fetch_real_models import fetch
 from rich.console import Console
 
-from probekit.drafting.drafters import Drafter, ExitLayer
+from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting, Pretrained
 from probekit.engines.known import ENGINES
@@ -58,6 +58,9 @@ LOOKUPS = {
     "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=4), PromptLookup(2, rule="llama.cpp", copied=4)),
 }
 LOOKUP_LENGTH = 4
+HELPERS = {"tales-layerskip": "tales-draft"}
+HELPER_LENGTH = 3
+OF_ITS_OWN = "draft model of its own"
 CONVENTION = {name: ENGINES[name].first_round for name in LOOKUPS}
 PAST = 8  # tokens that are traced beyond the engine's budget
 SCHEMA = "probekit/engine-rounds/1"
@@ -93,9 +96,11 @@ def main(
         loaded = load(name if name == "tales-layerskip" else fetch(name, cache.expanduser()), device="cpu",
                       dtype="float32", cache=cache.expanduser())  # fmt: skip
         chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
-        run = trace(loaded, chosen, max_new_tokens=max_new_tokens + PAST)
+        helper = load(HELPERS[name], device="cpu", dtype="float32") if name in HELPERS else None
+        run = trace(loaded, chosen, max_new_tokens=max_new_tokens + PAST, draft_model=helper)
         ids = [run.prompt_ids(prompt).tolist() for prompt in run.prompts]
-        for job in jobs(engine, place, loaded, CELLS[name], max_new_tokens, folder.absolute() / "models" / loaded.name):
+        models_folder = folder.absolute() / "models" / loaded.name
+        for job in jobs(engine, place, loaded, CELLS[name], helper, max_new_tokens, models_folder):
             cell = {"model": loaded.name, "family": loaded.anatomy.family.model_type, "way": job.name,
                     "drafter": job.drafter.key.label, "draft_length": job.draft_length}  # fmt: skip
             if any(cell.items() <= row.items() for row in record["rows"]):
@@ -132,15 +137,29 @@ def begun(path: Path, engine: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def jobs(
-    engine: str, place: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budget: int, folder: Path
+    engine: str,
+    place: Path,
+    loaded: Loaded,
+    cells: Sequence[tuple[int, int]],
+    helper: Loaded | None,
+    budget: int,
+    folder: Path,
 ) -> Iterator[Job]:
     """What one engine runs of one model."""
     make = {"transformers": in_transformers, "vllm": in_vllm, "llama.cpp": in_llama_cpp}[engine]
-    yield from make(place, loaded, cells, budget, folder)
+    yield from make(place, loaded, cells, helper, budget, folder)
+
+
+def saved(loaded: Loaded, target: Path) -> Path:
+    """A checkpoint of safetensors, written where it is not there yet."""
+    if not (target / "config.json").is_file():
+        loaded.model.save_pretrained(target)
+        loaded.tokenizer.save_pretrained(target)
+    return target
 
 
 def in_transformers(
-    place: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budget: int, folder: Path
+    place: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
 ) -> Iterator[Job]:
     def each(count: Callable[[Sequence[int]], Any]) -> Callable[[Sequence[Sequence[int]]], EngineRun]:
         def run(prompts: Sequence[Sequence[int]]) -> EngineRun:
@@ -165,13 +184,17 @@ def in_transformers(
             "n-gram", lookup, LOOKUP_LENGTH,
             each(lambda ids, n=lookup.ngram: transformers_lookup(loaded, ids, n, LOOKUP_LENGTH, budget)),
         )  # fmt: skip
+    if helper is not None:
+        yield Job(
+            OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH,
+            each(lambda ids, by=helper: transformers_assisted(loaded, by, ids, HELPER_LENGTH, budget)),
+        )  # fmt: skip
 
 
-def in_vllm(python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budget: int, folder: Path) -> Iterator[Job]:
-    whole = folder / "whole"
-    if not (whole / "config.json").is_file():
-        loaded.model.save_pretrained(whole)
-        loaded.tokenizer.save_pretrained(whole)
+def in_vllm(
+    python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
+) -> Iterator[Job]:
+    whole = saved(loaded, folder / "whole")
 
     def way(name: str, drafter: Drafter, length: int, drafting: Drafting, cut: Path = Path()) -> Job:
         config = ENGINES["vllm"].settings(drafting, Pretrained(drafter_path=str(cut)), ())["speculative_config"]
@@ -182,10 +205,13 @@ def in_vllm(python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budg
         yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
     for lookup in LOOKUPS["vllm"]:
         yield way("n-gram", lookup, LOOKUP_LENGTH, Drafting(LOOKUP_LENGTH, lookup=lookup))
+    if helper is not None:
+        own, drafting = saved(helper, folder / "helper"), Drafting(HELPER_LENGTH, drafter=helper.name)
+        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH, drafting, own)
 
 
 def in_llama_cpp(
-    server: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], budget: int, folder: Path
+    server: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
 ) -> Iterator[Job]:
     """Weights in float32: with quantised ones llama.cpp rounds the activations, too, and is another model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +235,9 @@ def in_llama_cpp(
         yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
     for lookup in LOOKUPS["llama.cpp"]:
         yield way("n-gram", lookup, lookup.copied, Drafting(lookup.copied, lookup=lookup))
+    if helper is not None:
+        own, drafting = write_gguf(helper, folder / "helper.gguf"), Drafting(HELPER_LENGTH, drafter=helper.name)
+        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH, drafting, own)
 
 
 if __name__ == "__main__":
