@@ -26,8 +26,8 @@ ROOMS = (
 ROWS = {
     "foreign": ("text", "bounded", "json", "special_tokens", "prompt_records", "prompt_files", "engine_logs"),
     "models": (
-        "linear_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel", "head_kernel",
-        "placement", "memory", "in_blocks", "states", "family", "families", "one_layer",
+        "linear_kernels", "norm_kernels", "cuda_kernels", "kernel_language", "layer_kernels", "attention_kernel",
+        "head_kernel", "placement", "memory", "in_blocks", "states", "family", "families", "one_layer",
         "transformers_facts", "discovery", "anatomy", "quantised", "configuration", "weight_files", "shipped",
         "checkpoint",
         "device_map", "gguf_header", "gguf_copies", "gguf", "reference", "adapters", "loaded", "synthetic",

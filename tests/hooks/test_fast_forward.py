@@ -9,6 +9,7 @@ from probekit.decoding.engine import Engine
 from probekit.decoding.speculative import SelfSpeculative
 from probekit.hooks.capture import Capture
 from probekit.hooks.fast_forward import _fast, attend, fast_forward, rotate
+from probekit.models.norm_kernels import FEW
 from probekit.models.synthetic import synthetic
 
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [30]]
@@ -47,12 +48,14 @@ def test_without_sdpa_attention_stays_transformers(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [8, 36, 128, 576])
-def test_the_norm_has_transformers_bits(width):
+def test_the_norm_is_transformers_to_the_bit_or_the_last_ones_of_a_few_rows(width):
     generator = torch.Generator().manual_seed(0)
     norm = LlamaRMSNorm(width, 1e-5).requires_grad_(False)
     norm.weight.copy_(torch.randn(width, generator=generator))
-    states = torch.randn(2, 3, width, generator=generator) * 3
+    states = torch.randn(2, FEW // width, width, generator=generator) * 3
     assert torch.equal(_fast(norm)(states), norm(states))
+    for few in (states[:1, :1], states[:, :3]):
+        torch.testing.assert_close(_fast(norm)(few), norm(few), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
