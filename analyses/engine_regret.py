@@ -63,8 +63,13 @@ def main(
     loaded = home.loaded
     exits, lengths = ([int(each) for each in text.split(",")] for text in (exit_layers, draft_lengths))
     prompts = as_prompts(bundled_prompts_for(loaded.name))
-    profile = measure_home(home, turns.cost_plan(engine, loaded.depth, lengths, 5, 3))
-    choice = chosen(trace(loaded, prompts[::2], max_new_tokens=turns.MORE + turns.PAST), profile, exits, lengths)
+    profile = measure_home(home, turns.cost_plan(home, lengths, 5, 3))
+    choice = chosen(
+        trace(loaded, prompts[::2], max_new_tokens=turns.MORE + turns.PAST, draft_model=home.helper),
+        profile,
+        exits,
+        lengths,
+    )
     ways = choice.ranking
     record: dict[str, Any] = {
         "schema": SCHEMA, "engine": engine, "model": loaded.name,
@@ -96,7 +101,7 @@ def main(
 
 
 def chosen(run: Trace, profile: EngineProfile, exits: Sequence[int], lengths: Sequence[int]) -> Choice:
-    """As `probekit choose --costs` does, among these exits and all lookups of the engine."""
+    """As `probekit choose --costs` does, among these exits, the draft model and all lookups."""
     prediction = predict_inside(run, ENGINES[profile.engine], exits, lengths, look_up=True)
     return choose(prediction, profile.costs(run.depth, context=turns.CONTEXT))
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from probekit.costs.profile import Costs
-from probekit.drafting.drafters import Drafter, ExitLayer
+from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.text_drafters import PromptLookup
 from probekit.engines.engine import Drafting
 from probekit.engines.known import ENGINES
@@ -41,7 +41,7 @@ LOOKUPS = {
     "vllm": (PromptLookup(1, rule="vllm"), PromptLookup(2, rule="vllm")),
     "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=3), PromptLookup(2, rule="llama.cpp", copied=3)),
 }
-LOOKUP_LENGTH = 3
+LOOKUP_LENGTH = HELPER_LENGTH = 3
 SCHEMA = "probekit/engine-speedups/1"
 RESULTS = Path("docs/results/engine-speedups")
 
@@ -69,15 +69,17 @@ def main(
     for name, home in zip(names, turns.homes(engine, names, folder, cache), strict=True):
         loaded = home.loaded
         lengths = {LOOKUP_LENGTH, *(length for _, length in CELLS[name])}
-        profile = measure_home(home, turns.cost_plan(engine, loaded.depth, lengths, sweeps, texts))
+        profile = measure_home(home, turns.cost_plan(home, lengths, sweeps, texts))
         record["profiles"][loaded.name] = profile.to_json()
         record["turns"][loaded.name] = {"prompts": prompts, "sweeps": sweeps, "most": most, "texts": texts}
         record["rows"] = [row for row in record["rows"] if row["model"] != loaded.name]
         costs = profile.costs(loaded.depth)
         chosen = as_prompts(bundled_prompts_for(loaded.name))[:: max(1, 24 // prompts)][:prompts]
-        run = trace(loaded, chosen, max_new_tokens=turns.MORE + turns.PAST)
+        run = trace(loaded, chosen, max_new_tokens=turns.MORE + turns.PAST, draft_model=home.helper)
         drafters: list[tuple[Drafter, int]] = [(ExitLayer(exit_layer), length) for exit_layer, length in CELLS[name]]
         drafters += [(lookup, LOOKUP_LENGTH) for lookup in LOOKUPS[engine]]
+        if home.helper is not None:
+            drafters.append((DraftModel(home.helper.name, home.helper), HELPER_LENGTH))
         for drafter, length in drafters:
             drafting = Drafting.with_drafter(drafter, length, Sampling())
             with home.open(Drafting()) as plain, home.open(drafting) as drafts:

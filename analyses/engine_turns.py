@@ -24,6 +24,7 @@ from probekit.validation.engine_rounds import Session
 from probekit.validation.open_engine import EngineHome
 
 FEWER, MORE = 8, 64  # tokens: what the longer text takes more is its decoding
+HELPERS = {"tales-layerskip": "tales-draft"}  # draft models of their own
 NOISE = 0.02  # by which plain decoding may differ from itself
 CONTEXT = 64  # of the costs: the middle of these texts
 PAST = 8  # tokens that a text is traced further, where engines draft past the budget
@@ -46,7 +47,8 @@ def homes(engine: str, models: Sequence[str], folder: Path, cache: Path) -> list
     for name in models:
         model = name if name.startswith("tales-") else fetch(name, cache)
         loaded = load(model, device="cpu", dtype="float32", cache=cache)
-        found.append(EngineHome(engine, loaded, folder / "models" / loaded.name, place, plain=True))
+        helper = load(HELPERS[name], device="cpu", dtype="float32", cache=cache) if name in HELPERS else None
+        found.append(EngineHome(engine, loaded, folder / "models" / loaded.name, place, plain=True, helper=helper))
     return found
 
 
@@ -59,11 +61,12 @@ def measured_on(engine: str) -> dict[str, Any]:
     }
 
 
-def cost_plan(engine: str, depth: int, lengths: Iterable[int], sweeps: int, texts: int) -> CostPlan:
+def cost_plan(home: EngineHome, lengths: Iterable[int], sweeps: int, texts: int) -> CostPlan:
     """Verifications of 1 and of each of these many drafts, by the clock of one processor; a process of its own for each
     way is open beside plain decoding only."""
-    return CostPlan((1, depth - 1), (1, *lengths), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
-                    together=engine == "transformers", texts=texts)  # fmt: skip
+    return CostPlan((1, home.loaded.depth - 1), (1, *lengths), contexts=(CONTEXT,), sweeps=sweeps, clock="processor",
+                    together=home.engine == "transformers", texts=texts,
+                    drafter=None if home.helper is None else home.helper.name)  # fmt: skip
 
 
 def prompt_ids(run: Trace) -> list[list[int]]:
