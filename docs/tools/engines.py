@@ -1,4 +1,7 @@
-"""Tables of rounds, speedups and choices inside other engines, in their pages: `python docs/tools/engines.py`."""
+"""Tables of rounds, speedups and choices inside other engines, and of batch-invariant passes, in their pages.
+
+python docs/tools/engines.py
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ RECORDS = DOCS / "results" / "engines"
 COSTS_PAGE = DOCS / "reference" / "cost-profile.md"
 SPEEDUPS = DOCS / "results" / "engine-speedups"
 REGRETS = DOCS / "results" / "engine-regret"
+INVARIANT_PAGE = DOCS / "how-to" / "batch-invariant.md"
+PRICES = DOCS / "results" / "decoding"
 
 
 def table() -> str:
@@ -81,6 +86,44 @@ def regrets() -> str:
     return "\n".join(lines) + "\n"
 
 
+def prices() -> str:
+    """A row a model and job: time of batch-invariant passes over that of plain ones."""
+    lines = ["| model | job | float32 | bfloat16 |", "|---|---|---|---|"]
+    for record in price_records():
+        exit_layer, length = record["settings"]["cell"]
+        words = {"autoregressive": "autoregressive decoding",
+                 "self-speculative": f"self-speculative decoding, exit {exit_layer}, {length} drafts",
+                 "prefill": f"a prompt of {record['settings']['prefill']} tokens"}  # fmt: skip
+        for what, said in words.items():
+            cells = [
+                f"{row['p50']:.2f} ({row['p20']:.2f} to {row['p80']:.2f})"
+                for dtype in ("float32", "bfloat16")
+                for row in record["rows"]
+                if (row["dtype"], row["what"]) == (dtype, what)
+            ]
+            lines.append(f"| `{record['model']}` | {said} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def excused() -> str:
+    """A row a model, number type and kind of pass: what a validation found, and what it could have excused."""
+    heads = "| model | pass | rounds | rounds equal | tokens equal | near-ties that decided | "
+    lines = [heads + "positions where one would be excused |", "|---" * 7 + "|"]
+    for record in price_records():
+        for row in record["rows"]:
+            if row["what"].startswith("validation, "):
+                kind = f"{row['dtype']}, {row['what'].removeprefix('validation, ')}"
+                equal = ["all" if row[name] else "not all" for name in ("rounds_equal", "tokens_equal")]
+                cells = [f"`{record['model']}`", kind, str(row["rounds"]), *equal, str(row["near_ties"]),
+                         f"{row['excusable_share']:.0%}"]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def price_records() -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PRICES.glob("invariance-*.json"))][::-1]
+
+
 def page(text: str, name: str = "counted", made: Callable[[], str] = table) -> str:
     """A page with the table in its place."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
@@ -92,3 +135,5 @@ if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     costs = page(COSTS_PAGE.read_text(encoding="utf-8"), "speedups", speedups)
     COSTS_PAGE.write_text(page(costs, "regrets", regrets), encoding="utf-8")
+    invariant = page(INVARIANT_PAGE.read_text(encoding="utf-8"), "prices", prices)
+    INVARIANT_PAGE.write_text(page(invariant, "excused", excused), encoding="utf-8")

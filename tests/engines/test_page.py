@@ -32,6 +32,8 @@ def test_the_table_is_that_of_the_records():
         (PAGE,),
         (tool.COSTS_PAGE, "speedups", tool.speedups),
         (tool.COSTS_PAGE, "regrets", tool.regrets),
+        (tool.INVARIANT_PAGE, "prices", tool.prices),
+        (tool.INVARIANT_PAGE, "excused", tool.excused),
     ):
         text = page.read_text(encoding="utf-8")
         assert tool.page(text, *which) == text
