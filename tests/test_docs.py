@@ -167,6 +167,18 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
     greedy, sampled, study = folder / "greedy", folder / "sampled", folder / "study"
     traced = ["--prompts", prompts, "--max-new-tokens", 8]
     cell = ["--exit-layers", 2, "--draft-lengths", 2]
+    timed = [
+        "--clock",
+        "processor",
+        "--sweeps",
+        1,
+        "--contexts",
+        40,
+        "--draft-lengths",
+        "1,3",
+        "--draft-model",
+        tiny_folder,
+    ]
     made: dict[str, list[Any]] = {}
     for command, *words in (
         ("models",),
@@ -194,7 +206,7 @@ def documents(tiny_folder, tmp_path_factory) -> dict[str, list[Any]]:
             "--what-if",
             "device=h200,rows=8",
         ),
-        ("costs", tiny_folder, "--engine", "transformers", "--clock", "processor", "--sweeps", 1, "--contexts", 40),
+        ("costs", tiny_folder, "--engine", "transformers", *timed),
         ("export", greedy, "-o", folder / "exported", "--exit-layer", 2, "--draft-length", 2),
         ("rank", greedy, "--draft-lengths", "1,2", "--costs", "roofline", "--device", "cpu", "--validate", 1),
         ("probe", greedy, "--label", "entropy", "--layers", 2),
