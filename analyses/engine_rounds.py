@@ -23,22 +23,23 @@ from typing import Annotated, Any
 
 import engine_environments as environments
 import typer
+from engine_turns import HELPERS
 from fetch_real_models import fetch
 from rich.console import Console
 
 from probekit.drafting.drafters import Drafter, DraftModel, ExitLayer
 from probekit.drafting.text_drafters import PromptLookup
-from probekit.engines.engine import Drafting, Pretrained
+from probekit.engines.engine import Drafting
 from probekit.engines.known import ENGINES
 from probekit.files import atomic_text
 from probekit.models.cut import cut_checkpoint
-from probekit.models.cut_gguf import cut_gguf
 from probekit.models.loaded import Loaded, load
-from probekit.models.write_gguf import write_gguf
+from probekit.settings import Sampling
 from probekit.tracing.prompts import as_prompts, bundled_prompts_for
 from probekit.tracing.tracer import trace
 from probekit.validation.engine_rounds import EngineRun, compared
 from probekit.validation.llama_cpp import llama_cpp_rounds
+from probekit.validation.open_engine import EngineHome
 from probekit.validation.transformers import (
     transformers_accepted,
     transformers_assisted,
@@ -58,7 +59,6 @@ LOOKUPS = {
     "llama.cpp": (PromptLookup(1, rule="llama.cpp", copied=4), PromptLookup(2, rule="llama.cpp", copied=4)),
 }
 LOOKUP_LENGTH = 4
-HELPERS = {"tales-layerskip": "tales-draft"}
 HELPER_LENGTH = 3
 OF_ITS_OWN = "draft model of its own"
 CONVENTION = {name: ENGINES[name].first_round for name in LOOKUPS}
@@ -150,14 +150,6 @@ def jobs(
     yield from make(place, loaded, cells, helper, budget, folder)
 
 
-def saved(loaded: Loaded, target: Path) -> Path:
-    """A checkpoint of safetensors, written where it is not there yet."""
-    if not (target / "config.json").is_file():
-        loaded.model.save_pretrained(target)
-        loaded.tokenizer.save_pretrained(target)
-    return target
-
-
 def in_transformers(
     place: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
 ) -> Iterator[Job]:
@@ -194,50 +186,36 @@ def in_transformers(
 def in_vllm(
     python: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
 ) -> Iterator[Job]:
-    whole = saved(loaded, folder / "whole")
+    home = EngineHome("vllm", loaded, folder, python, helper=helper)
 
-    def way(name: str, drafter: Drafter, length: int, drafting: Drafting, cut: Path = Path()) -> Job:
-        config = ENGINES["vllm"].settings(drafting, Pretrained(drafter_path=str(cut)), ())["speculative_config"]
-        return Job(name, drafter, length, lambda prompts: vllm_rounds(python, whole, prompts, budget, config))
+    def way(name: str, drafter: Drafter, length: int) -> Job:
+        config = home.told(Drafting.with_drafter(drafter, length, Sampling()))["speculative_config"]
+        return Job(name, drafter, length, lambda prompts: vllm_rounds(python, home.whole(), prompts, budget, config))
 
     for exit_layer, length in cells:
-        cut = cut_checkpoint(loaded, exit_layer, folder / f"drafter-{exit_layer}")
-        yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
+        yield way("draft model", ExitLayer(exit_layer), length)
     for lookup in LOOKUPS["vllm"]:
-        yield way("n-gram", lookup, LOOKUP_LENGTH, Drafting(LOOKUP_LENGTH, lookup=lookup))
+        yield way("n-gram", lookup, LOOKUP_LENGTH)
     if helper is not None:
-        own, drafting = saved(helper, folder / "helper"), Drafting(HELPER_LENGTH, drafter=helper.name)
-        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH, drafting, own)
+        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH)
 
 
 def in_llama_cpp(
     server: Path, loaded: Loaded, cells: Sequence[tuple[int, int]], helper: Loaded | None, budget: int, folder: Path
 ) -> Iterator[Job]:
     """Weights in float32: with quantised ones llama.cpp rounds the activations, too, and is another model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = folder / "whole.gguf"
+    home = EngineHome("llama.cpp", loaded, folder, server, plain=True, helper=helper)
 
-    def written(exit_layer: int | None, target: Path) -> Path:
-        if target.is_file():
-            return target
-        if loaded.path is not None and loaded.path.suffix == ".gguf":
-            return cut_gguf(loaded.path, exit_layer, target, plain=True)
-        return write_gguf(loaded, target, exit_layer)
-
-    written(None, whole)
-
-    def way(name: str, drafter: Drafter, length: int, drafting: Drafting, cut: Path = Path()) -> Job:
-        told = ENGINES["llama.cpp"].settings(drafting, Pretrained(drafter_path=str(cut)), ())["arguments"]
-        return Job(name, drafter, length, lambda prompts: llama_cpp_rounds(server, whole, prompts, budget, told))
+    def way(name: str, drafter: Drafter, length: int) -> Job:
+        told = home.told(Drafting.with_drafter(drafter, length, Sampling()))["arguments"]
+        return Job(name, drafter, length, lambda prompts: llama_cpp_rounds(server, home.whole(), prompts, budget, told))
 
     for exit_layer, length in cells:
-        cut = written(exit_layer, folder / f"drafter-{exit_layer}.gguf")
-        yield way("draft model", ExitLayer(exit_layer), length, Drafting(length, exit_layer), cut)
+        yield way("draft model", ExitLayer(exit_layer), length)
     for lookup in LOOKUPS["llama.cpp"]:
-        yield way("n-gram", lookup, lookup.copied, Drafting(lookup.copied, lookup=lookup))
+        yield way("n-gram", lookup, lookup.copied)
     if helper is not None:
-        own, drafting = write_gguf(helper, folder / "helper.gguf"), Drafting(HELPER_LENGTH, drafter=helper.name)
-        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH, drafting, own)
+        yield way(OF_ITS_OWN, DraftModel(helper.name, helper), HELPER_LENGTH)
 
 
 if __name__ == "__main__":

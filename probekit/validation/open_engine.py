@@ -76,9 +76,8 @@ class EngineHome:
     def open(self, drafting: Drafting) -> AbstractContextManager[Session]:
         """A session that drafts so. Raises InputError, ResourceError where the engine is not there."""
         if self.engine == "transformers":
-            return nullcontext(TransformersSession(self.loaded, drafting, self.helper))
-        places = Pretrained(drafter_path=self._drafter_path(drafting))
-        told = ENGINES[self.engine].settings(drafting, places, ())
+            return nullcontext(TransformersSession(self.loaded, drafting, self._helper(drafting)))
+        told = self.told(drafting)
         if self.engine == "vllm":
             on_a_cpu = self.loaded.device.type != "cuda"
             own = {"dtype": str(self.loaded.dtype).removeprefix("torch."), "max_model_len": self.longest,
@@ -96,6 +95,11 @@ class EngineHome:
             self.found(), self.whole(), told["arguments"] if drafting.speculates else (),
             options=[*served, *self.arguments()],
         )  # fmt: skip
+
+    def told(self, drafting: Drafting) -> dict[str, Any]:
+        """The settings that an export writes, of checkpoints in the folder. Raises InputError."""
+        places = Pretrained(drafter_path=self._drafter_path(drafting))
+        return ENGINES[self.engine].settings(drafting, places, ())
 
     def found(self) -> Path:
         """The program that runs: as named, or found. Raises ResourceError."""
@@ -129,11 +133,9 @@ class EngineHome:
     def _drafter_path(self, drafting: Drafting) -> str:
         if drafting.exit_layer is not None:
             return str(self.drafter(drafting.exit_layer))
-        if drafting.drafter is None:
+        helper = self._helper(drafting)
+        if helper is None:
             return ""
-        helper = self.helper
-        if helper is None or helper.name != drafting.drafter:
-            raise InputError(f"{self.engine} was not given the draft model {drafting.drafter}.", "Give it as `helper`.")
         if self.engine != "llama.cpp":
             return str(_saved(helper, self.folder / "helper"))
         if (own := _own_gguf(helper)) is not None and not self.plain:
@@ -143,6 +145,14 @@ class EngineHome:
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         return str(write_gguf(helper, target) if own is None else cut_gguf(own, None, target, plain=True))
+
+    def _helper(self, drafting: Drafting) -> Loaded | None:
+        """The draft model of its own that drafts, where one does."""
+        if drafting.drafter is None:
+            return None
+        if self.helper is None or self.helper.name != drafting.drafter:
+            raise InputError(f"{self.engine} was not given the draft model {drafting.drafter}.", "Give it as `helper`.")
+        return self.helper
 
     def drafter(self, exit_layer: int) -> Path:
         """The first layers of it, written where they are not there yet."""

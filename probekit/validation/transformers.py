@@ -64,8 +64,13 @@ def transformers_assisted(
     drafter: a draft model with the same tokenizer, such as a draft checkpoint; its generation_config is set aside
     meanwhile, too. Rounds follow the `draft` convention; the rest is as in `transformers_accepted`.
     """
-    eos = sorted(loaded.eos_ids)
-    with _plain_generation(drafter.model, _drafts(draft_length), eos):
+    return _assisted(loaded, drafter, prompt_ids, draft_length, max_new_tokens, sorted(loaded.eos_ids))
+
+
+def _assisted(
+    loaded: Loaded, drafter: Loaded, prompt_ids: Sequence[int], length: int, max_new_tokens: int, eos: Sequence[int]
+) -> TransformersRounds:
+    with _plain_generation(drafter.model, _drafts(length), eos):
         return _counted(loaded, prompt_ids, max_new_tokens, {}, eos, assistant_model=drafter.model)
 
 
@@ -83,13 +88,11 @@ def transformers_lookup(
 class TransformersSession:
     """transformers' own `generate`, greedy, with one way of drafting, timed.
 
-    drafting: who drafts and how many tokens; an exit is its own early exit, a lookup its own prompt lookup, a draft
-    model its assistant, `helper`, nobody plain decoding. Raises InputError for a draft model that is not the helper.
+    drafting: who drafts and how many tokens; an exit is its own early exit, a lookup its own prompt lookup, nobody
+    plain decoding. helper: the draft model, its assistant, where `drafting` is of one; None for all others.
     """
 
     def __init__(self, loaded: Loaded, drafting: Drafting, helper: Loaded | None = None) -> None:
-        if drafting.drafter is not None and (helper is None or helper.name != drafting.drafter):
-            raise InputError(f"transformers was not given the draft model {drafting.drafter}.", "Give it as `helper`.")
         self.loaded, self.drafting, self.helper = loaded, drafting, helper
 
     def __call__(
@@ -111,11 +114,9 @@ class TransformersSession:
             return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos, **call)
         if not how.speculates:
             return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos)
+        if self.helper is not None:
+            return _assisted(self.loaded, self.helper, prompt_ids, length, max_new_tokens, eos)
         settings = _drafts(length)
-        if how.drafter is not None and self.helper is not None:
-            assistant = self.helper.model
-            with _plain_generation(assistant, settings, eos):
-                return _counted(self.loaded, prompt_ids, max_new_tokens, {}, eos, assistant_model=assistant)
         return _counted(self.loaded, prompt_ids, max_new_tokens, settings, eos, assistant_early_exit=how.exit_layer)
 
 
